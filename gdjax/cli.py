@@ -1,0 +1,179 @@
+"""The command line. Nothing heavy is imported before the arguments are parsed, so that --help answers at once."""
+
+import contextlib
+import dataclasses
+import shutil
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from gdjax.claims import Claim
+    from gdjax.compare import Row
+
+
+@dataclasses.dataclass(frozen=True)
+class Compare:
+    """Compare stochastic, mini-batch and batch gradient descent: same model, same stream, same number of examples.
+
+    Trains at every batch size, each at its own best learning rate, prints a table, says what the run has to say about
+    the textbook's claims, and saves result.json and figure.png.
+    """
+
+    problem: str = "digits-mlp"
+    """digits-mlp, least-squares, logistic, noisy-quadratic, or package.module:attribute naming a gdjax Problem or a
+    function that returns one; the current folder is searched first."""
+    batch_sizes: tuple[int | Literal["full"], ...] | None = None
+    """Examples per update, 'full' for all of them. Default: 1 32 full."""
+    learning_rate: float | None = None
+    """One learning rate for all batch sizes. Default: tuned for each on a logarithmic grid, by final training loss."""
+    num_epochs: int = 64
+    """Examples that every batch size sees, in epochs (passes over the training data)."""
+    num_seeds: int = 3
+    """Initial parameters and streams drawn; each is used at every batch size and learning rate."""
+    seed: int = 0
+    """Seed that they are drawn from."""
+    out: Path | None = None
+    """Folder for result.json and figure.png. Default: runs/compare-DATE-TIME."""
+    json: str | None = None
+    """Write the result to this file too; '-' is standard output, with nothing else on it."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+    def run(self) -> None:
+        from gdjax import claims, compare, plots, problems, records
+
+        start = time.perf_counter()
+        messages = sys.stderr if self.json == "-" else sys.stdout
+        if self.json not in (None, "-"):
+            records.check_writable(Path(self.json), "json")
+        with records.run_folder(self.out or records.timestamped("compare")) as folder:
+            problem = problems.named(self.problem)
+            sizes = self.batch_sizes or compare.default_batch_sizes(problem.num_examples)
+            with _progress(2 * len(sizes)) as progress:
+                rows = compare.compare(
+                    problem,
+                    batch_sizes=[problem.num_examples if size == "full" else size for size in sizes],
+                    learning_rate=self.learning_rate,
+                    num_epochs=self.num_epochs,
+                    num_seeds=self.num_seeds,
+                    seed=self.seed,
+                    progress=progress,
+                )
+            judged = claims.judge(rows)
+            print(_table(rows), *map(_paragraph, judged), sep="\n", end="\n\n", file=messages)
+
+            stream = f"one stream of {problem.num_examples * self.num_epochs} examples"
+            figure = plots.comparison(rows, f"{problem.name}: {stream}, cut at each batch size")
+            plots.save(figure, folder / "figure.png")
+            result = {
+                "problem": problem.name,
+                "rows": [row.summary() for row in rows],
+                "claims": [claim._asdict() for claim in judged],
+                "provenance": records.provenance(
+                    arguments=dataclasses.asdict(self), seed=self.seed, wall_seconds=time.perf_counter() - start
+                ),
+            }
+            records.write_json(folder / "result.json", result)
+        if self.json == "-":
+            sys.stdout.write(records.to_json(result))
+        elif self.json:
+            records.write_json(Path(self.json), result)
+        print(f"Saved {folder / 'result.json'} and figure.png", file=messages)
+
+
+def main() -> None:
+    """Run `gdjax`; exit status 0 done, 1 failure, 2 bad input, 130 interrupted."""
+    command = tyro.extras.subcommand_cli_from_dict(
+        {"compare": Compare},
+        prog="gdjax",
+        description="Gradient descent, and how many examples each update should see.",
+        config=(tyro.conf.HelptextFromCommentsOff,),
+    )
+    try:
+        command.run()
+    except (ValueError, ModuleNotFoundError) as error:
+        if command.debug:
+            raise
+        sys.exit(_complain(f"{error}", 2))
+    except KeyboardInterrupt:
+        sys.exit(_complain("interrupted; nothing was saved", 130))
+
+
+def _complain(message: str, status: int) -> int:
+    print(f"gdjax: {message}", file=sys.stderr)
+    return status
+
+
+@contextlib.contextmanager
+def _progress(num_stages: int) -> Iterator[Callable[[str], None]]:
+    """Show a progress bar on standard error, where that is a terminal; yield a function that begins the next stage."""
+    from tqdm import tqdm
+
+    with tqdm(total=num_stages, disable=None, leave=False, file=sys.stderr) as bar:
+        begun = False
+
+        def begin(stage: str) -> None:
+            nonlocal begun
+            bar.update(int(begun))
+            bar.set_description(stage)
+            begun = True
+
+        yield begin
+
+
+def _table(rows: Sequence["Row"]) -> str:
+    """Return one column for each batch size, as many side by side as the terminal is wide."""
+    cells = [_cells(row) for row in rows]
+    labels = list(cells[0])
+    width = max(len(label) for column in cells for label in (*column.values(), "mini-batch"))
+    margin = max(map(len, labels))
+    fitting = max(1, (shutil.get_terminal_size().columns - margin) // (width + 2))
+    lines = []
+    for i in range(0, len(cells), fitting):
+        for label in labels:
+            lines.append(
+                label.ljust(margin) + "".join("  " + column[label].rjust(width) for column in cells[i : i + fitting])
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _cells(row: "Row") -> dict[str, str]:
+    summary = row.summary()
+    cells = {
+        "": row.name,
+        "batch size": f"{row.batch_size}",
+        "updates": f"{row.num_updates}",
+        "examples": f"{row.num_examples}",
+        "learning rate": f"{row.learning_rate:.3g}" + ("  (edge)" if row.at_edge else ""),
+        "final train loss": "diverged" if row.num_diverged else _spread(row.losses[:, -1]),
+    }
+    for name, values in row.metrics.items():
+        cells[f"{row.metrics_on} {name}"] = "diverged" if row.num_diverged else _spread(values[:, -1])
+    return cells | {
+        "gradient noise": "0" if row.gradient_noise < 1e-9 else f"{row.gradient_noise:.3g}",
+        "seconds": f"{row.seconds:.3g}",
+        "microseconds/update": f"{summary['microseconds_per_update']:.3g}",
+        "examples/second": f"{summary['examples_per_second']:.3g}",
+        "compile seconds": f"{row.compile_seconds:.2g}",
+    }
+
+
+def _spread(values: "np.ndarray") -> str:
+    """Return 'mean ± standard deviation' over seeds."""
+    return f"{values.mean():.3g}" + (f" ± {values.std(ddof=1):.1g}" if len(values) > 1 else "")
+
+
+def _paragraph(claim: "Claim") -> str:
+    """Return the verdict in a column of its own, then the claim and its numbers, folded to the terminal's width."""
+    margin = " " * len("cannot tell  ")
+    text = f"{claim.verdict:<11}  {claim.claim}: {claim.evidence}."
+    return textwrap.fill(text, max(60, shutil.get_terminal_size().columns), subsequent_indent=margin)

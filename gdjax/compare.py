@@ -1,0 +1,288 @@
+"""Stochastic, mini-batch and batch gradient descent: one program, cut at different points of one stream.
+
+Every batch size starts from the same parameters, sees the same stream and the same number of examples. Only the number
+of examples per update differs, and the learning rate, which is tuned for each.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from gdjax import batching, descent, gradients, timing
+from gdjax.problem import Problem
+
+LEARNING_RATES = tuple(np.logspace(-2.5, 1, 8).tolist())
+MAX_GRIDS = 4  # of 8 rates, each 4 decades from the one before
+NUM_EPOCHS = 64
+NUM_SEEDS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One batch size: what it did, what it reached, and what it cost. Arrays run over seeds [S] and records [E].
+
+    Attributes:
+        name: 'stochastic' (B = 1), 'batch' (B = N) or 'mini-batch'.
+        batch_size: B, examples per update.
+        num_updates, num_examples, num_epochs: T, T * B and T * B / N, for one run.
+        learning_rate: the one used, the best of `learning_rates` unless it was given.
+        learning_rates, tuning_losses: the rates tried, and the mean final training loss of each, inf if one diverged.
+        at_edge: whether the best rate is still the largest or smallest that was tried.
+        examples_seen: int [E], where the run was evaluated, from 0.
+        losses: [S, E], mean loss over the training examples.
+        metrics: {name: [S, E]}, mean over the examples of `metrics_on`.
+        metrics_on: 'test', or 'train' where the problem has no test examples.
+        gradient_noise: E|g_B - g|^2 / |g|^2 over the batches of an epoch, at the initial parameters.
+        seconds: median time of one run of T updates, without evaluation.
+        compile_seconds: compilation of that run.
+        flops_per_gradient, memory_per_gradient: floating-point operations and temporary bytes of one compiled
+            gradient, by the compiler's own count; None where it has none.
+        sweep_seconds, num_runs: time and number of trainings spent on tuning.
+    """
+
+    name: str
+    batch_size: int
+    num_updates: int
+    num_examples: int
+    num_epochs: float
+    learning_rate: float
+    learning_rates: list[float]
+    tuning_losses: list[float]
+    at_edge: bool
+    examples_seen: np.ndarray
+    losses: np.ndarray
+    metrics: dict[str, np.ndarray]
+    metrics_on: str
+    gradient_noise: float
+    seconds: float
+    compile_seconds: float
+    flops_per_gradient: float | None
+    memory_per_gradient: float | None
+    sweep_seconds: float
+    num_runs: int
+
+    @property
+    def num_diverged(self) -> int:
+        """Seeds whose final training loss is NaN or infinite."""
+        return int(np.sum(~np.isfinite(self.losses[:, -1])))
+
+    def summary(self) -> dict[str, Any]:
+        """Return the row for a JSON file: every field, then final values (mean and deviation over seeds) and rates."""
+        final = {"train_loss": self.losses} | {f"{self.metrics_on}_{name}": x for name, x in self.metrics.items()}
+        means = {name: values[:, -1].mean() for name, values in final.items()}
+        deviations = {f"{name}_std": values[:, -1].std(ddof=1) for name, values in final.items() if len(values) > 1}
+        return {
+            "test_accuracy": None,  # there for every problem, so that a reader of rows need not ask
+            **dataclasses.asdict(self),
+            **means,
+            **deviations,
+            "num_diverged": self.num_diverged,
+            "microseconds_per_update": 1e6 * self.seconds / self.num_updates,
+            "examples_per_second": self.num_examples / self.seconds,
+        }
+
+
+def compare(
+    problem: Problem,
+    *,
+    batch_sizes: Sequence[int] | None = None,
+    learning_rate: float | None = None,
+    num_epochs: int = NUM_EPOCHS,
+    num_seeds: int = NUM_SEEDS,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda stage: None,
+) -> list[Row]:
+    """Train at every batch size on the same stream, each at its best learning rate, and measure.
+
+    Args:
+        problem: what to train.
+        batch_sizes: default (1, 32, N).
+        learning_rate: one rate for all batch sizes, instead of tuning.
+        num_epochs: length of the stream in epochs; all batch sizes see it, less a last incomplete batch.
+        num_seeds: initial parameters and streams drawn, each used at every batch size and rate.
+        seed: of the key that they are drawn from.
+        progress: called with a line of text at the start of each stage, two for every batch size.
+
+    Returns:
+        One Row for every batch size, in the order given.
+
+    Raises:
+        ValueError: before anything is compiled, for a batch size outside 1 ... N or given twice, or numbers below 1.
+    """
+    num_examples = problem.num_examples
+    batch_sizes = default_batch_sizes(num_examples) if batch_sizes is None else tuple(batch_sizes)
+    _check(batch_sizes, num_examples, learning_rate, num_epochs, num_seeds)
+    init_key, stream_key = jax.random.split(jax.random.key(seed))
+    keys = jax.random.split(init_key, num_seeds), jax.random.split(stream_key, num_seeds)
+    data = problem.train, problem.train if problem.test is None else problem.test
+    return [_row(problem, batch_size, num_epochs, data, keys, learning_rate, progress) for batch_size in batch_sizes]
+
+
+def default_batch_sizes(num_examples: int) -> tuple[int, ...]:
+    """Return (1, 32, N), without repeats where N <= 32."""
+    return tuple(dict.fromkeys((1, min(32, num_examples), num_examples)))
+
+
+def train(problem: Problem, batch_size: int, num_epochs: int, data, init_key, stream_key, learning_rate):
+    """Return the history of one run, a dict of arrays [E], evaluated before the run, once an epoch and at its end."""
+    train_data, test_data = data
+
+    def evaluate(state, info=None):
+        return {
+            "examples": state.num_examples,
+            "loss": _mean_over(train_data, problem.loss, state.params),
+            "metrics": {name: _mean_over(test_data, metric, state.params) for name, metric in problem.metrics.items()},
+        }
+
+    method = descent.method(gradients.mean(problem.loss), optax.sgd(learning_rate))
+    batches = _batches(problem, batch_size, num_epochs, stream_key)
+    state = method.init(problem.init(init_key))
+    every = max(1, problem.num_examples // batch_size)
+    _, history = descent.run(method, state, train_data, batches, evaluate, every=every)
+    return jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), evaluate(state), history)
+
+
+def gradient_noise(problem: Problem, batch_size: int, data, init_key, stream_key):
+    """Return E|g_B - g|^2 / |g|^2 over the batches of one epoch, at the initial parameters: tr Cov(update) / |g|^2.
+
+    The learning rate cancels. For N uniform examples it is (tr Sigma / B) (N - B)/(N - 1) / |g|^2 (SGD without
+    replacement).
+    """
+    gradient = gradients.mean(problem.loss)
+    params = problem.init(init_key)
+    stream = batching.reshuffled(stream_key, problem.num_examples, num_epochs=1)
+    full = gradient(params, data).grad
+
+    def squared_error(indices):
+        batch = jax.tree.map(lambda x: x[indices], data)
+        return _squared_norm(jax.tree.map(jnp.subtract, gradient(params, batch).grad, full))
+
+    errors = jax.lax.map(squared_error, batching.cut(stream, batch_size, drop_remainder=True))
+    return errors.mean() / _squared_norm(full)
+
+
+def tune(losses_at: Callable[[np.ndarray], np.ndarray], grid: np.ndarray, *, grow: bool = True) -> dict[float, float]:
+    """Return {rate: loss} over a logarithmic grid that grows until its best rate is not at an edge.
+
+    Args:
+        losses_at: rates [R] -> losses [R]; NaN and infinity count as infeasible. Every call is for R rates, so that one
+            compiled program serves them all.
+        grid: the first rates [R], ascending.
+        grow: whether to look beyond the first grid; at most MAX_GRIDS grids are tried.
+    """
+    found: dict[float, float] = {}
+    factor = (grid[-1] / grid[0]) * (grid[1] / grid[0]) if grow else 1.0
+    below = above = grid
+    for _ in range(MAX_GRIDS if grow else 1):
+        losses = losses_at(grid)
+        found |= zip(grid.tolist(), np.where(np.isfinite(losses), losses, np.inf).tolist(), strict=True)
+        best = best_rate(found)
+        if best == min(found):  # also where every rate diverged
+            grid = below = below / factor
+        elif best == max(found):
+            grid = above = above * factor
+        else:
+            break
+    return dict(sorted(found.items()))
+
+
+def best_rate(losses: dict[float, float]) -> float:
+    """Return the rate of the lowest loss, the smallest such rate where several are equal."""
+    return min(losses, key=lambda rate: (losses[rate], rate))
+
+
+def _row(problem: Problem, batch_size: int, num_epochs: int, data, keys, learning_rate, progress) -> Row:
+    """Tune, then time, one batch size."""
+    num_examples, num_seeds = problem.num_examples, len(keys[0])
+    num_updates = num_epochs * num_examples // batch_size
+    grid = np.asarray(LEARNING_RATES if learning_rate is None else (learning_rate,))
+
+    progress(f"B = {batch_size}: {len(grid) * num_seeds} runs of {num_updates} updates")
+    # One flat axis of lanes, a stream of its own for each: seeds and rates as two nested axes would share the streams,
+    # and then every matrix product with B = 1 transposes all weights (measured: 1.5 times slower on a CPU).
+    lanes = jax.tree.map(lambda keys: jnp.repeat(keys, len(grid), axis=0), keys)
+    over_lanes = jax.vmap(partial(train, problem, batch_size, num_epochs), (None, 0, 0, 0))
+    sweep = timing.compiled(over_lanes, data, *lanes, jnp.tile(grid, num_seeds))
+    histories, sweep_seconds = {}, 0.0
+
+    def losses_at(rates: np.ndarray) -> np.ndarray:
+        nonlocal sweep_seconds
+        history, elapsed = timing.timed(sweep, data, *lanes, jnp.tile(rates, num_seeds))
+        sweep_seconds += elapsed
+        history = jax.tree.map(lambda x: np.asarray(x).reshape(num_seeds, len(rates), -1), history)
+        for i, rate in enumerate(rates.tolist()):
+            histories[rate] = jax.tree.map(lambda x, i=i: x[:, i], history)
+        return history["loss"][:, :, -1].mean(0)
+
+    losses = tune(losses_at, grid, grow=learning_rate is None)
+    rate = best_rate(losses)
+
+    progress(f"B = {batch_size}: timing at learning rate {rate:.3g}")
+    init_key, stream_key = keys[0][0], keys[1][0]
+    params = problem.init(init_key)
+    batches = _batches(problem, batch_size, num_epochs, stream_key)
+    run = timing.compiled(partial(_descend, problem), data[0], batches, params, rate)
+    batch = jax.tree.map(lambda x: x[:batch_size], data[0])
+    step = timing.compiled(gradients.mean(problem.loss), params, batch)
+    noise = jax.jit(jax.vmap(partial(gradient_noise, problem, batch_size), (None, 0, 0)))(data[0], *keys)
+    return Row(
+        name="stochastic" if batch_size == 1 else "batch" if batch_size == num_examples else "mini-batch",
+        batch_size=batch_size,
+        num_updates=num_updates,
+        num_examples=num_updates * batch_size,
+        num_epochs=num_updates * batch_size / num_examples,
+        learning_rate=rate,
+        learning_rates=list(losses),
+        tuning_losses=list(losses.values()),
+        at_edge=learning_rate is None and rate in (min(losses), max(losses)),
+        examples_seen=histories[rate]["examples"][0],
+        losses=histories[rate]["loss"],
+        metrics=histories[rate]["metrics"],
+        metrics_on="train" if problem.test is None else "test",
+        gradient_noise=float(noise.mean()),
+        seconds=timing.seconds(run, data[0], batches, params, rate),
+        compile_seconds=run.compile_seconds,
+        flops_per_gradient=step.flops,
+        memory_per_gradient=step.temporary_bytes,
+        sweep_seconds=sweep_seconds,
+        num_runs=len(losses) * num_seeds,
+    )
+
+
+def _descend(problem: Problem, data, batches, params, learning_rate):
+    """Return the parameters after one update for each batch: the loop alone, to be timed."""
+    method = descent.method(gradients.mean(problem.loss), optax.sgd(learning_rate))
+    state, _ = descent.run(method, method.init(params), data, batches, lambda state, info: (), every=len(batches))
+    return state.params
+
+
+def _batches(problem: Problem, batch_size: int, num_epochs: int, stream_key) -> jax.Array:
+    stream = batching.reshuffled(stream_key, problem.num_examples, num_epochs=num_epochs)
+    return batching.cut(stream, batch_size, drop_remainder=True)
+
+
+def _mean_over(data, function, params):
+    return jax.vmap(function, (None, 0))(params, data).mean()
+
+
+def _squared_norm(tree) -> jax.Array:
+    return optax.global_norm(tree) ** 2
+
+
+def _check(batch_sizes: Sequence[int], num_examples: int, learning_rate, num_epochs: int, num_seeds: int) -> None:
+    for batch_size in batch_sizes:
+        if not 1 <= batch_size <= num_examples:
+            raise ValueError(f"batch_size={batch_size} must be between 1 and N={num_examples}, the training examples")
+    if len(set(batch_sizes)) < len(batch_sizes) or not batch_sizes:
+        raise ValueError(f"batch_sizes={tuple(batch_sizes)} must be different, and at least one")
+    if learning_rate is not None and not 0 < learning_rate < float("inf"):
+        raise ValueError(f"learning_rate={learning_rate} must be positive and finite")
+    for name, value in (("num_epochs", num_epochs), ("num_seeds", num_seeds)):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")

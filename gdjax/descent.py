@@ -1,0 +1,255 @@
+"""Gradient descent: one step, the loop over a stream of batches, and the same loop ended by a rule.
+
+>>> import jax, jax.numpy as jnp, optax
+>>> from gdjax import batching, gradients
+>>> data = jnp.asarray([1.0, 2.0, 6.0, 7.0])
+>>> loss = lambda mean, x: 0.5 * (mean - x) ** 2
+>>> sgd = method(gradients.mean(loss), optax.sgd(0.5))
+>>> stream = batching.cyclic(jax.random.key(0), 4, num_epochs=3)
+>>> for batch_size in (1, 2, 4):
+...     state, losses = run(sgd, sgd.init(0.0), data, batching.cut(stream, batch_size))
+...     print(batch_size, losses.shape, float(state.params), int(state.num_examples))
+1 (12,) 5.665283203125 12
+2 (6,) 4.7578125 12
+4 (3,) 3.5 12
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from gdjax import problem
+from gdjax.gradients import Gradient
+from gdjax.problem import Batch, Params
+
+
+class State(NamedTuple):
+    """What a method carries from update to update: a pytree, complete for an exact resume.
+
+    Attributes:
+        params: the parameters.
+        opt_state: the state of the optax transformation.
+        num_examples: int32 scalar, examples seen so far.
+    """
+
+    params: Params
+    opt_state: Any
+    num_examples: jax.Array
+
+
+class Info(NamedTuple):
+    """What an update leaves behind to be recorded. Fields that nobody records are not computed under `jit`.
+
+    Attributes:
+        loss: mean loss of the batch before the update, scalar.
+        grad: mean gradient of the batch, shaped like the trainable parameters.
+        update: what was added to the parameters, likewise.
+        aux: what else the gradient estimator measured.
+    """
+
+    loss: jax.Array
+    grad: Params
+    update: Params
+    aux: Any
+
+
+class Method(NamedTuple):
+    """`init(params) -> State` and `step(state, batch) -> (State, Info)`."""
+
+    init: Callable[[Params], State]
+    step: Callable[[State, Batch], tuple[State, Info]]
+
+
+Record = Callable[[State, Info], Any]
+
+
+def method(gradient: Gradient, optimizer: optax.GradientTransformation) -> Method:
+    """Join a gradient estimator and an optax optimiser into a `Method`.
+
+    Args:
+        gradient: (params, batch) -> Estimate, from `gdjax.gradients`.
+        optimizer: any optax transformation; it is also given `value` and `grad`, for those that ask for them.
+    """
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def init(params: Params) -> State:
+        params = jax.tree.map(jnp.asarray, params)
+        train, _ = problem.trainable(params)
+        return State(params, optimizer.init(train), jnp.zeros((), jnp.int32))
+
+    def step(state: State, batch: Batch) -> tuple[State, Info]:
+        estimate = gradient(state.params, batch)
+        train, frozen = problem.trainable(state.params)
+        update, opt_state = optimizer.update(
+            estimate.grad, state.opt_state, train, value=estimate.loss, grad=estimate.grad
+        )
+        params = problem.merge(optax.apply_updates(train, update), frozen)
+        num_examples = state.num_examples + problem.num_examples(batch, "batch")
+        return State(params, opt_state, num_examples), Info(estimate.loss, estimate.grad, update, estimate.aux)
+
+    return Method(init, step)
+
+
+def batch_loss(state: State, info: Info) -> jax.Array:
+    """Record the mean loss of the batch before the update."""
+    return info.loss
+
+
+def run(
+    method: Method, state: State, data: Batch, batches: jax.Array, record: Record = batch_loss, *, every: int = 1
+) -> tuple[State, Any]:
+    """Make one update for each batch, as one compiled loop.
+
+    Args:
+        method: from `method`.
+        state: where to start, `method.init(params)` or the state of an earlier run.
+        data: examples, every leaf [N, ...].
+        batches: int32[T, B], indices in [0, N), from `batching.cut`. They are not checked against N.
+        record: (state after the update, info of the update) -> pytree.
+        every: updates between records. The last update is always recorded, whether or not `every` divides T.
+
+    Returns:
+        (state after T updates, records stacked along a new axis 0 of length ceil(T / every)).
+
+    Raises:
+        ValueError: for `every` < 1 and for data with no or unequal numbers of examples.
+    """
+    if every < 1:
+        raise ValueError(f"every={every} must be at least 1 update")
+    block = _block(method, data, batches)
+
+    def recorded_block(state, batches):
+        state, info = block(state, batches)
+        return state, record(state, info)
+
+    num_blocks, tail = divmod(len(batches), every)
+    whole = batches[: num_blocks * every].reshape(num_blocks, every, -1)
+    histories = []
+    if num_blocks:
+        state, history = lax.scan(recorded_block, state, whole)
+        histories.append(history)
+    if tail:
+        state, last = recorded_block(state, batches[-tail:])
+        histories.append(jax.tree.map(lambda x: jnp.asarray(x)[None], last))
+    return state, jax.tree.map(lambda *parts: jnp.concatenate(parts), *histories)
+
+
+class Rule(NamedTuple):
+    """When to stop: `init() -> carry` and `step(carry, state, info) -> (carry, stop: bool scalar)`."""
+
+    init: Callable[[], Any]
+    step: Callable[[Any, State, Info], tuple[Any, jax.Array]]
+
+
+class Ending(NamedTuple):
+    """How a run ended.
+
+    Attributes:
+        rule: int32 scalar, the position in `rules` of the first rule that held, or len(rules) for the budget.
+        num_updates: int32 scalar, updates made.
+    """
+
+    rule: jax.Array
+    num_updates: jax.Array
+
+
+def until(
+    method: Method, state: State, data: Batch, batches: jax.Array, rules: Mapping[str, Rule], *, every: int = 1
+) -> tuple[State, Ending]:
+    """Make updates until a rule holds or the batches are used up, as one `lax.while_loop`.
+
+    Under `jax.vmap` each lane ends by its own rule at its own time and keeps the state it ended with.
+
+    Args:
+        method, state, data, batches: as in `run`; the T batches are the budget.
+        rules: {name: Rule}. `(*rules, "budget")[ending.rule]` is the name of what ended the run.
+        every: updates between evaluations of the rules; it must divide T.
+
+    Returns:
+        (state at the end, Ending).
+
+    Raises:
+        ValueError: where `every` does not divide T.
+    """
+    num_updates = len(batches)
+    if every < 1 or num_updates % every:
+        raise ValueError(f"every={every} must divide the budget of {num_updates} updates")
+    block = _block(method, data, batches)
+
+    def proceed(carry):
+        _, _, ending = carry
+        return (ending.rule == len(rules)) & (ending.num_updates < num_updates)
+
+    def advance(carry):
+        state, memories, ending = carry
+        state, info = block(state, lax.dynamic_slice_in_dim(batches, ending.num_updates, every))
+        steps = [rule.step(memory, state, info) for rule, memory in zip(rules.values(), memories, strict=True)]
+        stops = jnp.asarray([stop for _, stop in steps] + [True])
+        return state, [memory for memory, _ in steps], Ending(_first(stops), ending.num_updates + every)
+
+    carry = (state, [rule.init() for rule in rules.values()], Ending(jnp.int32(len(rules)), jnp.int32(0)))
+    state, _, ending = lax.while_loop(proceed, advance, carry)
+    return state, ending
+
+
+def loss_at_most(target: jax.typing.ArrayLike, evaluate: Record = batch_loss) -> Rule:
+    """Stop once `evaluate(state, info)` <= target. The default is the batch's own loss, noisy for small batches."""
+    return Rule(lambda: (), lambda carry, state, info: (carry, evaluate(state, info) <= target))
+
+
+def gradient_norm_at_most(
+    target: jax.typing.ArrayLike, gradient: Callable[[State, Info], Params] = lambda state, info: info.grad
+) -> Rule:
+    """Stop once the Euclidean norm of `gradient(state, info)`, over all leaves, is <= target."""
+    return Rule(lambda: (), lambda carry, state, info: (carry, optax.global_norm(gradient(state, info)) <= target))
+
+
+def no_improvement(num_evaluations: int, evaluate: Record = batch_loss) -> Rule:
+    """Stop once `num_evaluations` values of `evaluate(state, info)` in a row were not below the best so far."""
+    if num_evaluations < 1:
+        raise ValueError(f"num_evaluations={num_evaluations} must be at least 1")
+
+    def step(carry, state, info):
+        best, since = carry
+        value = evaluate(state, info).astype(best.dtype)
+        since = jnp.where(value < best, 0, since + 1)
+        return (jnp.fmin(best, value), since), since >= num_evaluations
+
+    return Rule(lambda: (jnp.asarray(jnp.inf), jnp.int32(0)), step)
+
+
+def diverged(evaluate: Record = batch_loss) -> Rule:
+    """Stop once `evaluate(state, info)` is NaN or infinite."""
+    return Rule(lambda: (), lambda carry, state, info: (carry, ~jnp.isfinite(evaluate(state, info))))
+
+
+def _first(stops: jax.Array) -> jax.Array:
+    return jnp.argmax(stops).astype(jnp.int32)
+
+
+def _block(method: Method, data: Batch, batches: jax.Array) -> Callable[[State, jax.Array], tuple[State, Info]]:
+    """Return `(state, batches [K, B]) -> (state, info of the last update)`."""
+    problem.num_examples(data)
+    chex.assert_rank(batches, 2)
+    chex.assert_type(batches, int)
+    data = jax.tree.map(jnp.asarray, data)
+
+    def update(state, indices):
+        # A negative or too large index is the caller's mistake; checking it here would cost every update.
+        batch = jax.tree.map(lambda x: x.at[indices].get(mode="promise_in_bounds"), data)
+        return method.step(state, batch)
+
+    def block(state, batches):
+        # The info travels in the carry, so that only the last one is kept and the step is compiled once; what
+        # nobody records of it is removed by the compiler.
+        shape = jax.eval_shape(update, state, batches[0])[1]
+        blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shape)
+        (state, info), _ = lax.scan(lambda carry, indices: (update(carry[0], indices), None), (state, blank), batches)
+        return state, info
+
+    return block

@@ -1,0 +1,58 @@
+"""Run an experiment from the command line and keep what it found.
+
+An experiment is `main(options) -> Result`. A script ends with `experiment.run(main)` and is then called as
+
+    python -m experiments.NAME [--smoke] [--seed SEED] [--out DIR]
+"""
+
+import dataclasses
+import inspect
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from gdjax import plots, records
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What every experiment can be asked."""
+
+    smoke: bool = False
+    """Run a version that takes seconds and shows only that everything works; its verdict means nothing."""
+    seed: int = 0
+    """Seed of the key that everything random is drawn from."""
+    out: Path | None = None
+    """Folder for result.json and figure.png. Default: runs/NAME-DATE-TIME."""
+
+
+class Result(NamedTuple):
+    """Rows of numbers for result.json, a verdict in a sentence or two, and a figure."""
+
+    rows: list[dict[str, Any]]
+    verdict: str
+    figure: "Figure"
+
+
+def run(main: Callable[[Options], Result]) -> None:
+    """Parse the command line, run `main`, print its verdict, and save result.json and figure.png."""
+    import tyro
+
+    module = inspect.getmodule(main)
+    name = Path(inspect.getfile(main)).stem
+    options = tyro.cli(Options, prog=f"python -m experiments.{name}", description=getattr(module, "__doc__", None))
+    start = time.perf_counter()
+    with records.run_folder(options.out or records.timestamped(name)) as folder:
+        result = main(options)
+        print(result.verdict)
+        plots.save(result.figure, folder / "figure.png")
+        provenance = records.provenance(
+            arguments=dataclasses.asdict(options), seed=options.seed, wall_seconds=time.perf_counter() - start
+        )
+        content = {"experiment": name, "rows": result.rows, "verdict": result.verdict, "provenance": provenance}
+        records.write_json(folder / "result.json", content)
+    print(f"Saved {folder / 'result.json'} and figure.png")

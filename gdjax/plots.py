@@ -1,0 +1,84 @@
+"""Figures. matplotlib is imported when a figure is drawn, and no global state of it is touched."""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gdjax import records
+from gdjax.compare import Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe & Ito (2008): eight colours that the colour-blind can tell apart, less yellow, which vanishes on white.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LINES = ("-", "--", "-.", ":")
+
+
+def comparison(rows: Sequence[Row], title: str) -> "Figure":
+    """Draw the training loss against examples seen, updates, and seconds; bands run from lowest to highest seed."""
+    figure = _figure(width=12, height=4.2)
+    axes = figure.subplots(1, 3, sharey=True)
+    for i, row in enumerate(rows):
+        updates = row.examples_seen / row.batch_size
+        positions = (row.examples_seen / 1000, updates, updates * row.seconds / row.num_updates)
+        label = f"{row.name}, B = {row.batch_size}" + (" (diverged)" if row.num_diverged else "")
+        for axis, x in zip(axes, positions, strict=True):
+            shown = (x > 0) | (axis is axes[0])  # zero has no place on a logarithmic axis
+            _band(axis, x[shown], row.losses[:, shown], label, i)
+    for axis, name in zip(axes, ("examples seen (thousands)", "updates", "seconds on this device"), strict=True):
+        axis.set(xlabel=name, yscale="log", xscale="linear" if axis is axes[0] else "log")
+        axis.grid(alpha=0.3)
+    axes[0].set(ylabel="training loss (mean over examples)")
+    figure.suptitle(title)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(rows), 4), frameon=False)
+    return figure
+
+
+def curves(x: Any, values: Mapping[str, Any], *, xlabel: str, ylabel: str, title: str, **scales: str) -> "Figure":
+    """Draw one curve for each label: medians over seeds and the range between them.
+
+    Args:
+        x: positions [E].
+        values: {label: [S, E]}.
+        xlabel, ylabel, title: texts; the labels with their units.
+        scales: xscale and yscale, as in matplotlib.
+    """
+    figure = _figure(width=7, height=4.5)
+    axis = figure.subplots()
+    for i, (label, lanes) in enumerate(values.items()):
+        _band(axis, np.asarray(x), np.asarray(lanes), label, i)
+    axis.set(xlabel=xlabel, ylabel=ylabel, **scales)
+    axis.set_title("\n".join(textwrap.wrap(title, 80)), fontsize="medium")
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False)
+    return figure
+
+
+def save(figure: "Figure", path: Path) -> None:
+    """Write a figure as PNG, whole or not at all."""
+    with records.atomic(path) as file:
+        figure.savefig(file, format="png", dpi=150)
+
+
+def _figure(*, width: float, height: float) -> "Figure":
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("figures are drawn by matplotlib: pip install 'gdjax[experiments]'") from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _band(axis: "Axes", x: np.ndarray, values: np.ndarray, label: str, i: int) -> None:
+    """Draw the median of values [S, E] over seeds and the range between them, where all seeds are finite."""
+    finite = np.isfinite(values).all(0)
+    x, values = x[finite], values[:, finite]
+    colour, line = COLOURS[i % len(COLOURS)], LINES[i % len(LINES)]
+    axis.plot(x, np.median(values, axis=0), line, color=colour, label=label, linewidth=1.6)
+    if len(x):
+        axis.fill_between(x, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)

@@ -1,0 +1,206 @@
+"""A problem: the loss of one example, a way to draw parameters, and data. Everything else is derived.
+
+>>> import jax, jax.numpy as jnp
+>>> problem = Problem(
+...     init=lambda key: jnp.zeros(()),
+...     loss=lambda mean, x: 0.5 * (mean - x) ** 2,
+...     train=jnp.asarray([1.0, 2.0, 6.0]),
+...     name="mean of three numbers",
+... )
+>>> problem.num_examples
+3
+>>> Problem(init=problem.init, loss=lambda mean, x: (mean - x) * jnp.ones(2), train=problem.train)
+Traceback (most recent call last):
+ValueError: loss must return one floating-point scalar for one example, but it returns float32[2]: reduce it, for \
+instance with .mean()
+"""
+
+import dataclasses
+import importlib
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+Params = Any
+"""Parameters: any pytree of arrays. Leaves that are not floating-point are carried along and never trained."""
+Example = Any
+"""One example: any pytree of arrays."""
+Batch = Any
+"""An Example with a leading axis B on every leaf."""
+Loss = Callable[[Params, Example], jax.Array]
+"""The loss of one example, a floating-point scalar."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What gdjax needs to know, checked when it is made.
+
+    Attributes:
+        init: key -> params.
+        loss: (params, example) -> scalar, the loss of one example.
+        train: the training examples; every leaf is [N, ...].
+        test: further examples of the same shapes, or None.
+        metrics: {name: (params, example) -> scalar}, averaged over examples when reported.
+        name: how tables, figures and run folders call it.
+        allow_nonfinite: accept NaN and infinity in the data.
+
+    Raises:
+        ValueError: for an empty data set, leaves that disagree about N, test examples unlike the training
+            examples, NaN or infinity in the data, parameters with no floating-point leaf, and a loss or metric
+            that is not a scalar.
+    """
+
+    init: Callable[[jax.Array], Params]
+    loss: Loss
+    train: Batch
+    test: Batch | None = None
+    metrics: Mapping[str, Callable[[Params, Example], jax.Array]] = dataclasses.field(default_factory=dict)
+    name: str = "problem"
+    allow_nonfinite: bool = False
+
+    def __post_init__(self):
+        params = _abstract_params(self.init)
+        trainable(params)
+        example = _example(self.train, "train")
+        for name, data in (("train", self.train), ("test", self.test)):
+            if data is None:
+                continue
+            if _example(data, name) != example:
+                raise ValueError(f"test examples are {_example(data, name)} but training examples are {example}")
+            if not self.allow_nonfinite:
+                _check_finite(data, name)
+        check_loss(jax.eval_shape(self.loss, params, example))
+        for name, metric in self.metrics.items():
+            if jnp.shape(value := jax.eval_shape(metric, params, example)) != ():
+                raise ValueError(f"metric {name!r} must return one scalar for one example, but returns {value}")
+
+    @property
+    def num_examples(self) -> int:
+        """N, the number of training examples."""
+        return num_examples(self.train)
+
+
+def num_examples(data: Batch, name: str = "data") -> int:
+    """Return the length of the leading axis that every leaf of `data` shares.
+
+    Raises:
+        ValueError: where there is no leaf, a leaf has no axis, leaves disagree, or there is no example.
+    """
+    lengths = {
+        jax.tree_util.keystr(path): np.shape(leaf)[:1] for path, leaf in jax.tree_util.tree_leaves_with_path(data)
+    }
+    if not lengths:
+        raise ValueError(f"{name} has no arrays: expected a pytree of arrays [N, ...]")
+    if () in lengths.values() or len(set(lengths.values())) > 1:
+        sizes = ", ".join(f"{name}{path}: {length[0] if length else 'scalar'}" for path, length in lengths.items())
+        raise ValueError(f"every leaf of {name} must have the same leading axis, one entry an example: {sizes}")
+    [(length,)] = set(lengths.values())
+    if length == 0:
+        raise ValueError(f"{name} is empty: it has 0 examples")
+    return length
+
+
+def check_loss(losses: Any, shape: tuple[int, ...] = ()) -> None:
+    """Raise ValueError unless `losses` is a floating-point array of this shape: () for an example, (B,) for a batch."""
+    advice = {False: "", True: ": reduce it, for instance with .mean()"}
+    if not hasattr(losses, "shape") or not hasattr(losses, "dtype"):
+        found, reducible = f"a {type(losses).__name__}; return extra outputs as metrics", False
+    else:
+        own_shape = losses.shape[len(shape) :]
+        found = f"{losses.dtype}[{','.join(map(str, own_shape))}]"
+        if own_shape == () and jnp.issubdtype(losses.dtype, jnp.floating):
+            return
+        reducible = own_shape != ()
+    raise ValueError(
+        f"loss must return one floating-point scalar for one example, but it returns {found}{advice[reducible]}"
+    )
+
+
+def trainable(params: Params) -> tuple[Params, Params]:
+    """Split parameters into (floating-point leaves, all other leaves), each with None where the other has a leaf.
+
+    Gradients, optimisers and statistics see the first part alone; `merge` puts the two together again.
+
+    >>> trainable({"weight": 1.5, "steps": 3})
+    ({'steps': None, 'weight': 1.5}, {'steps': 3, 'weight': None})
+
+    Raises:
+        ValueError: where no leaf is floating-point, so that there is nothing to train.
+    """
+    floating = jax.tree.map(lambda leaf: jnp.issubdtype(jnp.result_type(leaf), jnp.inexact), params)
+    if not any(jax.tree.leaves(floating)):
+        dtypes = [str(jnp.result_type(leaf)) for leaf in jax.tree.leaves(params)]
+        raise ValueError(f"params must have a floating-point leaf to train, but its leaves are {dtypes}")
+    train = jax.tree.map(lambda leaf, is_floating: leaf if is_floating else None, params, floating)
+    frozen = jax.tree.map(lambda leaf, is_floating: None if is_floating else leaf, params, floating)
+    return train, frozen
+
+
+def merge(train: Params, frozen: Params) -> Params:
+    """Undo `trainable`."""
+    return jax.tree.map(lambda a, b: b if a is None else a, train, frozen, is_leaf=lambda leaf: leaf is None)
+
+
+def load(spec: str) -> Problem:
+    """Import a problem named as 'package.module:attribute', a Problem or a function of no argument that returns one.
+
+    The current folder is searched first, as `python -m` does.
+
+    Raises:
+        ValueError: says which part of `spec` could not be imported, or what was found there instead.
+    """
+    module_name, colon, attribute = spec.partition(":")
+    if not (module_name and colon and attribute):
+        raise ValueError(f"problem={spec!r} is not of the form package.module:attribute")
+    sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"problem={spec!r}: no module named {error.name!r} here or in this environment (looked in {os.getcwd()})"
+        ) from error
+    except Exception as error:
+        raise ValueError(f"problem={spec!r}: importing {module_name!r} raised {error!r}") from error
+    finally:
+        sys.path.remove(os.getcwd())
+    if not hasattr(module, attribute):
+        public = [name for name in vars(module) if not name.startswith("_")]
+        raise ValueError(f"problem={spec!r}: module {module_name!r} has no {attribute!r}; it has {', '.join(public)}")
+    found = getattr(module, attribute)
+    if callable(found) and not isinstance(found, Problem):
+        found = found()
+    if not isinstance(found, Problem):
+        raise ValueError(f"problem={spec!r} is a {type(found).__name__}, not a gdjax.problem.Problem")
+    return found
+
+
+def _abstract_params(init: Callable[[jax.Array], Params]) -> Params:
+    try:
+        return jax.eval_shape(init, jax.random.key(0))
+    except TypeError as error:
+        raise ValueError(
+            "init must return a pytree of arrays and work under jax.jit; an Equinox model keeps its functions apart "
+            f"with eqx.partition(model, eqx.is_array). What jax says: {error}"
+        ) from error
+
+
+def _example(data: Batch, name: str) -> Any:
+    num_examples(data, name)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf)[1:], jnp.result_type(leaf)), data)
+
+
+def _check_finite(data: Batch, name: str) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(data):
+        if isinstance(leaf, Tracer) or not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+            continue
+        if bad := int(jnp.sum(~jnp.isfinite(leaf))):
+            raise ValueError(
+                f"{name}{jax.tree_util.keystr(path)} holds {bad} values that are NaN or infinite: clean the data, or "
+                "pass allow_nonfinite=True"
+            )
