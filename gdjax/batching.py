@@ -116,12 +116,17 @@ def _window(order: Callable, num_examples: int, num_epochs: int | None, start, l
         raise ValueError(f"num_examples={num_examples} must be at least 1")
     if (num_epochs is None) == (length is None):
         raise ValueError(f"give num_epochs={num_epochs} or length={length}, one of the two")
+    if isinstance(start, int) and (start < 0 or (start > 0 and num_epochs is not None)):
+        raise ValueError(f"start={start} must be at least 0, and comes with length, not with num_epochs={num_epochs}")
     if num_epochs is not None:
         length = num_epochs * num_examples
     if length is None or length < 1:
         raise ValueError(f"the stream must be at least 1 entry long: num_epochs={num_epochs}, length={length}")
-    first, offset = divmod(start, num_examples)
-    last_offset = offset if isinstance(offset, int) else num_examples - 1
-    touched = -(-(last_offset + length) // num_examples)
+    if isinstance(start, int):
+        first, offset = divmod(start, num_examples)
+        touched = -(-(offset + length) // num_examples)
+    else:
+        first, offset = jnp.divmod(jnp.asarray(start, jnp.int32), jnp.int32(num_examples))
+        touched = -(-(num_examples - 1 + length) // num_examples)
     entries = jax.vmap(order)(first + jnp.arange(touched, dtype=jnp.int32)).reshape(-1)
     return lax.dynamic_slice_in_dim(entries, offset, length)

@@ -272,7 +272,7 @@ def _mean_over(data, function, params):
 
 
 def _squared_norm(tree) -> jax.Array:
-    return optax.global_norm(tree) ** 2
+    return optax.tree.norm(tree, squared=True)
 
 
 def _check(batch_sizes: Sequence[int], num_examples: int, learning_rate, num_epochs: int, num_seeds: int) -> None:

@@ -65,7 +65,7 @@ def gaussian_regression(
     """
     features_key, weights_key, noise_key = jax.random.split(key, 3)
     eigenvalues = jnp.geomspace(1.0, 1 / condition_number, dimension)
-    features = jax.random.normal(features_key, (2 * num_examples, dimension)) * jnp.sqrt(eigenvalues)
+    features = jax.random.normal(features_key, (2 * num_examples, dimension)) * jnp.sqrt(eigenvalues)[None]
     targets = features @ jax.random.normal(weights_key, (dimension,))
     targets += noise * jax.random.normal(noise_key, targets.shape)
     return _halves(features, targets)

@@ -17,7 +17,6 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -127,16 +126,14 @@ def run(
         state, info = block(state, batches)
         return state, record(state, info)
 
-    num_blocks, tail = divmod(len(batches), every)
-    whole = batches[: num_blocks * every].reshape(num_blocks, every, -1)
-    histories = []
-    if num_blocks:
-        state, history = lax.scan(recorded_block, state, whole)
-        histories.append(history)
-    if tail:
-        state, last = recorded_block(state, batches[-tail:])
-        histories.append(jax.tree.map(lambda x: jnp.asarray(x)[None], last))
-    return state, jax.tree.map(lambda *parts: jnp.concatenate(parts), *histories)
+    num_updates, batch_size = batches.shape
+    num_blocks, tail = divmod(num_updates, every)
+    whole = batches[: num_blocks * every].reshape(num_blocks, every, batch_size)
+    state, history = lax.scan(recorded_block, state, whole)
+    if not tail:
+        return state, history
+    state, last = recorded_block(state, batches[num_blocks * every :])
+    return state, jax.tree.map(lambda blocks, x: jnp.concatenate([blocks, jnp.asarray(x)[None]]), history, last)
 
 
 class Rule(NamedTuple):
@@ -206,7 +203,7 @@ def gradient_norm_at_most(
     target: jax.typing.ArrayLike, gradient: Callable[[State, Info], Params] = lambda state, info: info.grad
 ) -> Rule:
     """Stop once the Euclidean norm of `gradient(state, info)`, over all leaves, is <= target."""
-    return Rule(lambda: (), lambda carry, state, info: (carry, optax.global_norm(gradient(state, info)) <= target))
+    return Rule(lambda: (), lambda carry, state, info: (carry, optax.tree.norm(gradient(state, info)) <= target))
 
 
 def no_improvement(num_evaluations: int, evaluate: Record = batch_loss) -> Rule:
@@ -235,14 +232,18 @@ def _first(stops: jax.Array) -> jax.Array:
 def _block(method: Method, data: Batch, batches: jax.Array) -> Callable[[State, jax.Array], tuple[State, Info]]:
     """Return `(state, batches [K, B]) -> (state, info of the last update)`."""
     problem.num_examples(data)
-    chex.assert_rank(batches, 2)
-    chex.assert_type(batches, int)
+    if batches.ndim != 2 or not jnp.issubdtype(batches.dtype, jnp.integer):
+        raise ValueError(
+            f"batches must be int[T, B], indices of examples from batching.cut, but is {batches.dtype} {batches.shape}"
+        )
     data = jax.tree.map(jnp.asarray, data)
 
     def update(state, indices):
         # A negative or too large index is the caller's mistake; checking it here would cost every update.
         batch = jax.tree.map(lambda x: x.at[indices].get(mode="promise_in_bounds"), data)
         return method.step(state, batch)
+
+    update = jax.jit(update, inline=True)  # traced once for the shapes below and for the loop
 
     def block(state, batches):
         # The info travels in the carry, so that only the last one is kept and the step is compiled once; what

@@ -54,10 +54,11 @@ def mean(loss: Loss) -> Gradient:
 
     def gradient(params: Params, batch: Batch) -> Estimate:
         train, frozen = problem.trainable(params)
+        batch_size = problem.num_examples(batch, "batch")
 
         def mean_loss(train):
             losses = jax.vmap(loss, (None, 0))(problem.merge(train, frozen), batch)
-            problem.check_loss(losses, (problem.num_examples(batch, "batch"),))
+            problem.check_loss(losses, (batch_size,))
             return losses.mean()
 
         return Estimate(*jax.value_and_grad(mean_loss)(train))
@@ -86,9 +87,7 @@ def microbatched(loss: Loss, *, microbatch_size: int) -> Gradient:
     def gradient(params: Params, batch: Batch) -> Estimate:
         batch_size = problem.num_examples(batch, "batch")
         if batch_size % microbatch_size:
-            raise ValueError(
-                f"microbatch_size={microbatch_size} must divide the batch, which has {batch_size} examples"
-            )
+            raise ValueError(f"microbatch_size={microbatch_size} must divide the batch of {batch_size} examples")
         return pieces(params, batch)
 
     return gradient

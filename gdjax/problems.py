@@ -42,7 +42,7 @@ def classification(model: models.Model, data: Split, *, num_classes: int, name: 
 
     def accuracy(params, example):
         x, label = example
-        return (model.apply(params, x).argmax() == label).astype(float)
+        return (model.apply(params, x).argmax().astype(label.dtype) == label).astype(float)
 
     return Problem(model.init, loss, data.train, data.test, {"accuracy": accuracy}, name)
 
@@ -103,8 +103,8 @@ def noisy_quadratic(
     if num_examples < 2:
         raise ValueError(f"num_examples={num_examples} must be at least 2, so that the gradient can vary")
     centres = jax.random.normal(jax.random.key(0) if key is None else key, (num_examples, *h.shape))
-    centres -= centres.mean(0)
-    centres /= centres.std(0) * jnp.sqrt(h)
+    centres -= centres.mean(0, keepdims=True)
+    centres /= centres.std(0, keepdims=True) * jnp.sqrt(h)[None]
 
     def excess_loss(params, example=None):
         return 0.5 * (h * params**2).sum()

@@ -1,0 +1,17 @@
+"""Tests run in float64, with implicit rank and dtype promotion forbidden, so that a formula is checked as written."""
+
+import hypothesis
+import jax
+import pytest
+
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+# The first example of a shape compiles; the examples are the same every time, so that a failure can be repeated.
+hypothesis.settings.register_profile("gdjax", deadline=None, derandomize=True, max_examples=50)
+hypothesis.settings.load_profile("gdjax")
+
+
+@pytest.fixture
+def key():
+    return jax.random.key(0)

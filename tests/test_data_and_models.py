@@ -1,0 +1,114 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+
+from gdjax import batching, datasets, descent, gradients, models, problems
+
+
+def test_digits_are_a_split_of_all_of_scikit_learn_s(key):
+    train, test = datasets.digits(key)
+    assert (train[0].shape, test[0].shape) == ((1440, 64), (357, 64))
+    counts = np.bincount(train[1]) + np.bincount(test[1])
+    np.testing.assert_array_equal(counts, np.bincount(load_digits().target))
+    again, other = datasets.digits(key), datasets.digits(jax.random.key(1))
+    np.testing.assert_array_equal(train[0], again.train[0])
+    assert (train[1] != other.train[1]).any()
+
+
+def test_digits_are_standardised_by_the_training_part_alone(key):
+    train, test = datasets.digits(key)
+    deviations = np.asarray(train[0].std(0))
+    np.testing.assert_allclose(train[0].mean(0), 0, atol=1e-12)
+    np.testing.assert_allclose(deviations[deviations > 0], 1, rtol=1e-12)
+    assert np.abs(test[0].mean(0)).max() > 0.05
+
+
+def test_a_feature_that_is_constant_in_training_is_only_shifted():
+    train, test = datasets.standardised(np.asarray([[1.0, 2.0], [1.0, 4.0]]), np.asarray([[3.0, 3.0]]))
+    np.testing.assert_array_equal(train, [[0, -1], [0, 1]])
+    np.testing.assert_array_equal(test, [[2, 0]])
+
+
+def test_gaussian_features_have_the_spectrum_asked_for(key):
+    (x, y), _ = datasets.gaussian_regression(key, num_examples=200_000, dimension=3, condition_number=100.0, noise=0.5)
+    covariance = np.asarray(x.T @ x / len(x))
+    # A sample covariance of Gaussians has relative standard error sqrt(2 / n) on the diagonal.
+    np.testing.assert_allclose(np.diag(covariance), [1, 0.1, 0.01], rtol=5 * np.sqrt(2 / len(x)))
+    residual = np.asarray(y - x @ jnp.linalg.lstsq(x, y)[0])
+    np.testing.assert_allclose(residual.std(), 0.5, rtol=5 / np.sqrt(2 * len(x)))
+
+
+@pytest.mark.parametrize(("scale", "deviation"), [("he", np.sqrt(2 / 300)), ("xavier", np.sqrt(2 / 500)), (0.3, 0.3)])
+def test_weights_are_gaussian_at_the_named_scale(scale, deviation, key):
+    [layer] = models.mlp((300, 200), scale=scale).init(key)
+    weights = np.asarray(layer["weight"])
+    np.testing.assert_allclose(weights.std(), deviation, rtol=5 / np.sqrt(2 * weights.size))
+    np.testing.assert_allclose(np.mean((weights / deviation) ** 4), 3, rtol=0.05)  # the kurtosis of a Gaussian
+    np.testing.assert_array_equal(layer["bias"], np.zeros(200))
+
+
+def test_layers_are_drawn_from_different_keys(key):
+    first, second = models.mlp((4, 4, 4)).init(key)
+    assert (first["weight"] != second["weight"]).all()
+
+
+def test_mlp_equals_its_formula(key):
+    model = models.mlp((3, 4, 2), activation=jnp.tanh)
+    first, second = model.init(key)
+    x = np.asarray([1.0, -2.0, 0.5])
+    hidden = np.tanh(x @ np.asarray(first["weight"]))
+    np.testing.assert_allclose(model.apply([first, second], x), hidden @ np.asarray(second["weight"]), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "scale", "message"),
+    [
+        ((3,), "he", r"sizes=\(3,\)"),
+        ((3, 0), "he", r"sizes=\(3, 0\)"),
+        ((3, 2), "kaiming", "scale='kaiming' must be 'he', 'xavier'"),
+        ((3, 2), -1.0, "scale=-1.0"),
+    ],
+)
+def test_a_model_that_cannot_be_built_is_refused(sizes, scale, message):
+    with pytest.raises(ValueError, match=message):
+        models.mlp(sizes, scale=scale)
+
+
+@pytest.mark.parametrize("name", problems.BUILT_IN)
+def test_the_loss_of_every_built_in_problem_falls(name, key):
+    import optax
+
+    problem = problems.named(name)
+    method = descent.method(gradients.mean(problem.loss), optax.sgd(0.05))
+    batches = batching.cut(batching.reshuffled(key, problem.num_examples, num_epochs=2), 32)
+    start = method.init(problem.init(key))
+    state, _ = jax.jit(lambda state: descent.run(method, state, problem.train, batches))(start)
+    before, after = (jax.vmap(problem.loss, (None, 0))(s.params, problem.train).mean() for s in (start, state))
+    assert after < 0.9 * before
+
+
+def test_logistic_has_the_optimum_of_scikit_learn(key):
+    data = datasets.gaussian_classification(key, num_examples=200, dimension=3)
+    problem = problems.logistic(data)
+    fitted = LogisticRegression(C=np.inf, tol=1e-12, max_iter=1000).fit(*map(np.asarray, data.train))
+    params = {"weight": jnp.asarray(fitted.coef_[0]), "bias": jnp.asarray(fitted.intercept_[0])}
+    gradient = gradients.mean(problem.loss)(params, problem.train).grad
+    assert all(np.abs(leaf).max() < 1e-6 for leaf in jax.tree.leaves(gradient))
+    accuracy = jax.vmap(problem.metrics["accuracy"], (None, 0))(params, problem.train).mean()
+    assert float(accuracy) == pytest.approx(fitted.score(*map(np.asarray, data.train)))
+
+
+def test_the_noisy_quadratic_has_exactly_the_noise_it_promises(key):
+    """Gradient variance h at every point, minimum at zero, and the metric is the loss above that minimum."""
+    problem = problems.noisy_quadratic(key, num_examples=64, dimension=5)
+    h = 1 / np.arange(1, 6)
+    for params in (jnp.zeros(5), jnp.arange(5.0)):
+        grads = np.asarray(gradients.per_example(problem.loss)(params, problem.train).aux.grads)
+        np.testing.assert_allclose(grads.mean(0), h * np.asarray(params), atol=1e-12)
+        np.testing.assert_allclose(grads.var(0), h, rtol=1e-12)
+        loss = jax.vmap(problem.loss, (None, 0))(params, problem.train).mean()
+        at_zero = jax.vmap(problem.loss, (None, 0))(jnp.zeros(5), problem.train).mean()
+        np.testing.assert_allclose(problem.metrics["excess_loss"](params, None), loss - at_zero, atol=1e-12)

@@ -1,0 +1,302 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from sklearn.linear_model import SGDRegressor
+
+from gdjax import batching, descent, gradients, models
+from gdjax.descent import State
+
+MODEL = models.mlp((3, 5, 2), activation=jnp.tanh)
+
+
+def mlp_loss(params, example):
+    x, y = example
+    return ((MODEL.apply(params, x) - y) ** 2).sum()
+
+
+def linear_loss(weights, example):
+    x, y = example
+    return 0.5 * (x @ weights - y) ** 2
+
+
+@pytest.fixture
+def regression(key):
+    x_key, y_key = jax.random.split(key)
+    return jax.random.normal(x_key, (12, 3)), jax.random.normal(y_key, (12,))
+
+
+@pytest.fixture
+def examples(key):
+    x_key, y_key = jax.random.split(key)
+    return jax.random.normal(x_key, (12, 3)), jax.random.normal(y_key, (12, 2))
+
+
+def assert_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def assert_close(a, b, rtol=1e-12):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-13), a, b)
+
+
+ESTIMATORS = {
+    "mean": gradients.mean,
+    "microbatched": lambda loss: gradients.microbatched(loss, microbatch_size=2),
+    "per_example": gradients.per_example,
+}
+OPTIMIZERS = {
+    "sgd": optax.sgd(0.1),
+    "momentum": optax.sgd(0.1, momentum=0.9, nesterov=True),
+    "adam": optax.adam(0.1),
+    "clipped": optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(0.1)),
+    "polyak": optax.polyak_sgd(),  # asks for `value`
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS)
+def test_a_method_is_init_and_step_and_a_step_equals_optax(estimator, optimizer, examples):
+    method = descent.method(estimator(mlp_loss), optimizer)
+    params = MODEL.init(jax.random.key(1))
+    with jax.numpy_dtype_promotion("standard"):  # optax's Adam mixes int32 and float64
+        state = method.init(params)
+        after, info = method.step(state, examples)
+
+        def mean_loss(params):
+            return jnp.mean(
+                jnp.stack([mlp_loss(params, jax.tree.map(lambda x, i=i: x[i], examples)) for i in range(12)])
+            )
+
+        value, grad = jax.value_and_grad(mean_loss)(params)
+        extended = optax.with_extra_args_support(optimizer)
+        update, opt_state = extended.update(grad, extended.init(params), params, value=value, grad=grad)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, after)
+    assert (int(state.num_examples), int(after.num_examples)) == (0, 12)
+    assert_close(tuple(after[:2]), (optax.apply_updates(params, update), opt_state))
+    assert_close(tuple(info[:3]), (value, grad, update))
+
+
+def test_frozen_leaves_pass_through_an_optimizer_that_keeps_moments():
+    params = {"weight": jnp.asarray(1.0), "table": jnp.arange(3)}
+    method = descent.method(gradients.mean(lambda p, i: p["weight"] * p["table"][i].astype(float)), optax.adam(0.5))
+    with jax.numpy_dtype_promotion("standard"):
+        state, _ = method.step(method.init(params), jnp.asarray([1, 2]))
+    assert float(state.params["weight"]) == pytest.approx(0.5)
+    np.testing.assert_array_equal(state.params["table"], jnp.arange(3))
+    assert state.params["table"].dtype == int
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 12])
+def test_run_equals_a_python_loop(batch_size, examples, key):
+    method = descent.method(gradients.mean(mlp_loss), optax.sgd(0.01, momentum=0.9))
+    batches = batching.cut(batching.reshuffled(key, 12, num_epochs=3), batch_size)
+    state, losses = descent.run(method, method.init(MODEL.init(key)), examples, batches)
+    by_hand, expected = method.init(MODEL.init(key)), []
+    for indices in batches:
+        by_hand, info = method.step(by_hand, jax.tree.map(lambda x, i=indices: x[i], examples))
+        expected.append(info.loss)
+    assert_close(tuple(state), tuple(by_hand))
+    assert_close(losses, jnp.stack(expected))
+    assert int(state.num_examples) == 36
+
+
+def test_stochastic_descent_equals_a_loop_written_by_hand(regression, key):
+    method = descent.method(gradients.mean(linear_loss), optax.sgd(0.05))
+    stream = batching.reshuffled(key, 12, num_epochs=2)
+    state, _ = descent.run(method, method.init(jnp.zeros(3)), regression, batching.cut(stream, 1))
+    weights, (x, y) = np.zeros(3), map(np.asarray, regression)
+    for i in np.asarray(stream):
+        weights -= 0.05 * (x[i] @ weights - y[i]) * x[i]
+    np.testing.assert_allclose(state.params, weights, rtol=1e-12)
+
+
+def test_stochastic_descent_equals_scikit_learn(regression):
+    x, y = map(np.asarray, regression)
+    model = SGDRegressor(
+        penalty=None, fit_intercept=False, learning_rate="constant", eta0=0.05, shuffle=False, max_iter=3, tol=None
+    ).fit(x, y)
+    method = descent.method(gradients.mean(linear_loss), optax.sgd(0.05))
+    batches = batching.cut(batching.cyclic(jax.random.key(0), 12, num_epochs=3), 1)
+    state, _ = descent.run(method, method.init(jnp.zeros(3)), regression, batches)
+    np.testing.assert_allclose(state.params, model.coef_, rtol=1e-10)
+
+
+@pytest.mark.parametrize("stream", [batching.reshuffled, batching.cyclic])
+def test_batch_descent_is_deterministic_gradient_descent_whatever_the_order(stream, regression, key):
+    """On least squares, w_t - w* = (I - eta H)^t (w_0 - w*)."""
+    x, y = map(np.asarray, regression)
+    hessian = x.T @ x / 12
+    optimum = np.linalg.solve(hessian, x.T @ y / 12)
+    expected = optimum - np.linalg.matrix_power(np.eye(3) - 0.3 * hessian, 7) @ optimum
+    method = descent.method(gradients.mean(linear_loss), optax.sgd(0.3))
+    batches = batching.cut(stream(key, 12, num_epochs=7), 12)
+    state, _ = descent.run(method, method.init(jnp.zeros(3)), regression, batches)
+    np.testing.assert_allclose(state.params, expected, rtol=1e-11)
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_a_run_in_chunks_is_bit_for_bit_the_run_in_one_piece(batch_size, examples, key):
+    """The chunks draw their own windows of the stream, which cross the ends of epochs."""
+    method = descent.method(gradients.mean(mlp_loss), optax.sgd(0.01, momentum=0.9))
+    run = jax.jit(lambda state, batches: descent.run(method, state, examples, batches))
+    start = method.init(MODEL.init(key))
+    whole = batching.cut(batching.reshuffled(key, 12, length=60), batch_size)
+    straight, losses = run(start, whole)
+
+    state, pieces, position = start, [], 0
+    for updates in (1, 4, 6):
+        length = updates * batch_size
+        window = batching.reshuffled(key, 12, start=position, length=length)
+        state, piece = run(state, batching.cut(window, batch_size))
+        pieces.append(piece)
+        position += length
+    _, expected = run(start, whole[: position // batch_size])
+    rest = batching.reshuffled(key, 12, start=position, length=60 - position)
+    state, piece = run(state, batching.cut(rest, batch_size))
+    assert_equal(tuple(state), tuple(straight))
+    assert_equal(jnp.concatenate([*pieces, piece]), losses)
+    assert_equal(jnp.concatenate(pieces), expected)
+
+
+@pytest.mark.parametrize("every", [1, 3, 4, 5, 9, 100])
+def test_records_are_taken_every_so_many_updates_and_at_the_end(every, examples, key):
+    method = descent.method(gradients.mean(mlp_loss), optax.sgd(0.1))
+    batches = batching.cut(batching.reshuffled(key, 12, num_epochs=3), 4)
+    start = method.init(MODEL.init(key))
+    end, full = descent.run(method, start, examples, batches, lambda state, info: (state, info))
+    state, history = descent.run(method, start, examples, batches, lambda state, info: (state, info), every=every)
+    kept = sorted({*range(every - 1, 9, every), 8})
+    assert_close(jax.tree.map(lambda x: x, history), jax.tree.map(lambda x: x[np.asarray(kept)], full))
+    assert_close(tuple(state), tuple(end))
+
+
+def test_the_step_is_traced_once_for_any_number_of_updates_rates_and_seeds(examples, key):
+    @chex.assert_max_traces(n=1)
+    def loss(params, example):
+        return mlp_loss(params, example)
+
+    def train(key, learning_rate):
+        method = descent.method(gradients.mean(loss), optax.sgd(learning_rate))
+        stream = batching.reshuffled(key, 12, num_epochs=10)
+        state = method.init(MODEL.init(key))
+        return descent.run(method, state, examples, batching.cut(stream, 2), every=6)[1]
+
+    chex.clear_trace_counter()
+    over_rates = jax.vmap(train, (None, 0))
+    losses = jax.jit(jax.vmap(over_rates, (0, None)))(jax.random.split(key, 3), jnp.asarray([0.01, 0.1]))
+    assert losses.shape == (3, 2, 10)
+
+
+def test_a_diverging_lane_leaves_its_neighbours_as_they_are(examples, key):
+    def train(learning_rate):
+        method = descent.method(gradients.mean(mlp_loss), optax.sgd(learning_rate))
+        batches = batching.cut(batching.reshuffled(key, 12, num_epochs=20), 3)
+        return descent.run(method, method.init(MODEL.init(key)), examples, batches)[1]
+
+    lanes = jax.jit(jax.vmap(train))
+    mixed, calm = lanes(jnp.asarray([0.01, 1e6, 0.02])), lanes(jnp.asarray([0.01, 0.015, 0.02]))
+    assert not jnp.isfinite(mixed[1, -1])
+    np.testing.assert_array_equal(mixed[jnp.asarray([0, 2])], calm[jnp.asarray([0, 2])])
+
+
+@pytest.mark.parametrize(
+    ("data", "batches", "arguments", "message"),
+    [
+        (
+            (jnp.ones((4, 3)), jnp.ones(5)),
+            jnp.zeros((2, 1), int),
+            {},
+            r"every leaf of data .* data\[0\]: 4, data\[1\]: 5",
+        ),
+        ((jnp.ones((0, 3)), jnp.ones(0)), jnp.zeros((2, 1), int), {}, "data is empty"),
+        ((jnp.ones((4, 3)), jnp.ones(4)), jnp.zeros((2, 1), int), {"every": 0}, "every=0 must be at least 1"),
+        ((jnp.ones((4, 3)), jnp.ones(4)), jnp.zeros(2, int), {}, r"batches must be int\[T, B\].*\(2,\)"),
+        ((jnp.ones((4, 3)), jnp.ones(4)), jnp.zeros((2, 1)), {}, r"batches must be int\[T, B\].*float64"),
+    ],
+)
+def test_run_refuses_data_and_batches_it_cannot_use(data, batches, arguments, message):
+    method = descent.method(gradients.mean(linear_loss), optax.sgd(0.1))
+    with pytest.raises(ValueError, match=message):
+        descent.run(method, method.init(jnp.zeros(3)), data, batches, **arguments)
+
+
+def bowl(params, center):
+    return 0.5 * ((params - center) ** 2).sum()
+
+
+def full_loss(state: State, info):
+    return bowl(state.params, jnp.zeros(2))
+
+
+CENTERS = jnp.zeros((1, 2))
+RULES = {
+    "loss": descent.loss_at_most(0.01, full_loss),
+    "gradient": descent.gradient_norm_at_most(0.2),
+    "diverged": descent.diverged(full_loss),
+    "no improvement": descent.no_improvement(3, full_loss),
+}
+
+
+def descend_until(learning_rate, rules, every=1):
+    """From |theta| = 1, theta is multiplied by (1 - rate) at every update, so every ending is known beforehand."""
+    method = descent.method(gradients.mean(bowl), optax.sgd(learning_rate))
+    state = method.init(jnp.asarray([0.6, 0.8]))
+    return descent.until(method, state, CENTERS, jnp.zeros((60, 1), int), rules, every=every)
+
+
+@pytest.mark.parametrize(
+    ("names", "learning_rate", "expected", "num_updates"),
+    [
+        # loss after t updates is 0.5 * 0.25^t: 0.0078 at t = 3
+        (["loss"], 0.5, "loss", 3),
+        # the gradient of update t has norm 0.5^(t - 1): 0.125 at t = 4
+        (["gradient"], 0.5, "gradient", 4),
+        (["gradient", "loss"], 0.5, "loss", 3),
+        # |1 - 3| = 2: three evaluations, none below the first
+        (["no improvement"], 3.0, "no improvement", 4),
+        # 0.5 * 1e40^t overflows float64 at t = 8
+        (["loss", "diverged"], 1e20, "diverged", 8),
+        (["loss"], 1e-3, "budget", 60),
+        ([], 0.5, "budget", 60),
+    ],
+)
+def test_until_ends_by_the_rule_that_holds_first(names, learning_rate, expected, num_updates):
+    rules = {name: RULES[name] for name in names}
+    state, ending = descend_until(learning_rate, rules)
+    assert (*rules, "budget")[int(ending.rule)] == expected
+    assert int(ending.num_updates) == num_updates
+    np.testing.assert_allclose(state.params, np.asarray([0.6, 0.8]) * (1 - learning_rate) ** num_updates, rtol=1e-12)
+
+
+def test_until_looks_only_every_so_many_updates():
+    _, ending = descend_until(0.5, {"loss": RULES["loss"]}, every=2)
+    assert int(ending.num_updates) == 4
+
+
+def test_until_ends_every_lane_at_its_own_time():
+    rates = jnp.asarray([0.5, 3.0, 1e-3, 0.25])
+    state, ending = jax.jit(jax.vmap(lambda rate: descend_until(rate, RULES)))(rates)
+    for lane, rate in enumerate(rates):
+        alone, its_ending = descend_until(rate, RULES)
+        assert_equal(jax.tree.map(lambda x, lane=lane: x[lane], tuple(ending)), tuple(its_ending))
+        assert_close(jax.tree.map(lambda x, lane=lane: x[lane], tuple(state)), tuple(alone))
+    assert [(*RULES, "budget")[rule] for rule in ending.rule] == ["loss", "no improvement", "budget", "loss"]
+
+
+def test_until_is_the_same_loop_as_run(examples, key):
+    method = descent.method(gradients.mean(mlp_loss), optax.sgd(0.01, momentum=0.9))
+    batches = batching.cut(batching.reshuffled(key, 12, num_epochs=4), 4)
+    start = method.init(MODEL.init(key))
+    state, ending = descent.until(method, start, examples, batches, {}, every=3)
+    assert int(ending.num_updates) == 12
+    assert_close(tuple(state), tuple(descent.run(method, start, examples, batches)[0]))
+
+
+def test_until_refuses_a_budget_that_evaluations_do_not_divide():
+    with pytest.raises(ValueError, match="every=7 must divide the budget of 60 updates"):
+        descend_until(0.5, {}, every=7)
+    with pytest.raises(ValueError, match="num_evaluations=0 must be at least 1"):
+        descent.no_improvement(0)

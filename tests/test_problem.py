@@ -1,0 +1,129 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gdjax import problem, problems
+from gdjax.problem import Problem
+
+VALID = {
+    "init": lambda key: {"weight": jnp.zeros(2)},
+    "loss": lambda params, example: (params["weight"] @ example[0] - example[1]) ** 2,
+    "train": (jnp.ones((5, 2)), jnp.ones(5)),
+}
+
+
+def test_a_valid_problem_counts_its_examples():
+    assert Problem(**VALID).num_examples == 5
+    assert Problem(**VALID, test=(np.ones((1, 2)), np.ones(1))).num_examples == 5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train": ()}, "train has no arrays"),
+        ({"train": (jnp.ones((0, 2)), jnp.ones(0))}, "train is empty: it has 0 examples"),
+        ({"train": (jnp.ones((5, 2)), jnp.ones(4))}, r"every leaf of train .* train\[0\]: 5, train\[1\]: 4"),
+        ({"train": (jnp.ones((5, 2)), 1.0)}, r"train\[1\]: scalar"),
+        ({"test": (jnp.ones((5, 3)), jnp.ones(5))}, "test examples are .* but training examples are"),
+        ({"test": (jnp.ones((2, 2)), jnp.ones(3))}, r"every leaf of test .* test\[0\]: 2, test\[1\]: 3"),
+        (
+            {"train": (jnp.ones((5, 2)).at[3, 1].set(jnp.nan), jnp.ones(5))},
+            r"train\[0\] holds 1 values .* allow_nonfinite",
+        ),
+        ({"train": (jnp.ones((5, 2)), jnp.full(5, jnp.inf))}, r"train\[1\] holds 5 values"),
+        ({"test": (jnp.ones((5, 2)), jnp.full(5, -jnp.inf))}, r"test\[1\] holds 5 values"),
+        ({"init": lambda key: {"weight": jnp.zeros(2, int)}}, "params must have a floating-point leaf"),
+        ({"init": lambda key: {}}, "params must have a floating-point leaf"),
+        ({"init": lambda key: {"weight": jnp.zeros(2), "activation": jnp.tanh}}, "init must return a pytree of arrays"),
+        (
+            {"loss": lambda params, example: params["weight"]},
+            r"loss must return one .* returns float64\[2\]: reduce it",
+        ),
+        ({"loss": lambda params, example: 1}, "loss must return one"),
+        ({"loss": lambda params, example: (params["weight"].sum(), 0.0)}, "it returns a tuple"),
+        ({"metrics": {"margin": lambda params, example: params["weight"]}}, "metric 'margin' must return one scalar"),
+    ],
+)
+def test_bad_input_is_refused_when_the_problem_is_made(change, message):
+    with pytest.raises(ValueError, match=message):
+        Problem(**(VALID | change))
+
+
+def test_nonfinite_data_are_accepted_when_asked_for():
+    train = (jnp.ones((5, 2)).at[0, 0].set(jnp.nan), jnp.ones(5))
+    assert Problem(**(VALID | {"train": train}), allow_nonfinite=True).num_examples == 5
+
+
+def test_a_problem_can_be_made_under_vmap():
+    """Its data are then traced, so that their values cannot be checked."""
+    count = jax.vmap(lambda x: jnp.asarray(Problem(**(VALID | {"train": (x, jnp.ones(5))})).num_examples))
+    np.testing.assert_array_equal(count(jnp.ones((3, 5, 2))), [5, 5, 5])
+
+
+def test_merge_undoes_trainable():
+    params = {"a": jnp.ones(2), "b": (jnp.arange(3), None), "c": jnp.asarray(True), "key": jax.random.key(3)}
+    train, frozen = problem.trainable(params)
+    assert jax.tree.leaves(train)[0] is params["a"]
+    assert len(jax.tree.leaves(train)) == 1
+    merged = problem.merge(train, frozen)
+    assert jax.tree.structure(merged) == jax.tree.structure(params)
+    assert all(a is b for a, b in zip(jax.tree.leaves(merged), jax.tree.leaves(params), strict=True))
+
+
+@pytest.fixture
+def beside(tmp_path, monkeypatch):
+    """A folder with a module in it, and the caller standing in that folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_module.py").write_text(
+        "from gdjax import problems\nproblem = problems.least_squares()\nmake = problems.least_squares\nother = 3\n"
+    )
+    (tmp_path / "broken.py").write_text("1 / 0\n")
+    (tmp_path / "needy.py").write_text("import a_package_that_is_not_there\n")
+
+
+@pytest.mark.usefixtures("beside")
+@pytest.mark.parametrize("spec", ["my_module:problem", "my_module:make"])
+def test_load_finds_a_problem_beside_the_caller(spec):
+    assert problems.named(spec).name == "least-squares"
+
+
+@pytest.mark.usefixtures("beside")
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("absent:problem", "no module named 'absent' here or in this environment"),
+        ("needy:problem", "no module named 'a_package_that_is_not_there'"),
+        ("broken:problem", "importing 'broken' raised ZeroDivisionError"),
+        ("my_module:absent", "module 'my_module' has no 'absent'; it has problems, problem, make, other"),
+        ("my_module:other", "is a int, not a gdjax.problem.Problem"),
+        ("my_module:", "is not of the form package.module:attribute"),
+        (":problem", "is not of the form package.module:attribute"),
+        ("no-such-name", "is not one of digits-mlp, least-squares"),
+    ],
+)
+def test_load_says_which_part_of_a_spec_is_wrong(spec, message):
+    with pytest.raises(ValueError, match=message):
+        problems.named(spec)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (jnp.asarray([0, 1, 2]), r"labels must be in \[0, 2\), but example 2 has 2 \(1 such examples\)"),
+        (jnp.asarray([0, -1, -1]), r"labels must be in \[0, 2\), but example 1 has -1 \(2 such"),
+        (jnp.asarray([0.0, 1.0, 1.0]), "labels must be integers, but are float64"),
+    ],
+)
+@pytest.mark.parametrize("part", ["train", "test"])
+@pytest.mark.parametrize("make", ["logistic", "classification"])
+def test_labels_outside_the_classes_are_refused(make, part, labels, message):
+    from gdjax import datasets, models
+
+    good = (jnp.ones((3, 2)), jnp.asarray([0, 1, 1]))
+    data = datasets.Split(**({"train": good, "test": good} | {part: (jnp.ones((3, 2)), labels)}))
+    classification = functools.partial(problems.classification, models.mlp((2, 2)), num_classes=2)
+    with pytest.raises(ValueError, match=f"{part} {message}"):
+        {"logistic": problems.logistic, "classification": classification}[make](data)
