@@ -177,3 +177,7 @@ def _paragraph(claim: "Claim") -> str:
     margin = " " * len("cannot tell  ")
     text = f"{claim.verdict:<11}  {claim.claim}: {claim.evidence}."
     return textwrap.fill(text, max(60, shutil.get_terminal_size().columns), subsequent_indent=margin)
+
+
+if __name__ == "__main__":
+    main()

@@ -75,8 +75,9 @@ class Row:
     def summary(self) -> dict[str, Any]:
         """Return the row for a JSON file: every field, then final values (mean and deviation over seeds) and rates."""
         final = {"train_loss": self.losses} | {f"{self.metrics_on}_{name}": x for name, x in self.metrics.items()}
-        means = {name: values[:, -1].mean() for name, values in final.items()}
-        deviations = {f"{name}_std": values[:, -1].std(ddof=1) for name, values in final.items() if len(values) > 1}
+        with np.errstate(invalid="ignore"):  # infinity in a diverged run
+            means = {name: values[:, -1].mean() for name, values in final.items()}
+            deviations = {f"{name}_std": values[:, -1].std(ddof=1) for name, values in final.items() if len(values) > 1}
         return {
             "test_accuracy": None,  # there for every problem, so that a reader of rows need not ask
             **dataclasses.asdict(self),

@@ -87,7 +87,8 @@ def test_the_loss_of_every_built_in_problem_falls(name, key):
     start = method.init(problem.init(key))
     state, _ = jax.jit(lambda state: descent.run(method, state, problem.train, batches))(start)
     before, after = (jax.vmap(problem.loss, (None, 0))(s.params, problem.train).mean() for s in (start, state))
-    assert after < 0.9 * before
+    floor = 50 if name == "noisy-quadratic" else 0  # sum_i h_i Var(c_i) / 2 = D / 2
+    assert floor <= after < floor + 0.9 * (before - floor)
 
 
 def test_logistic_has_the_optimum_of_scikit_learn(key):
