@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 # Okabe & Ito (2008): eight colours that the colour-blind can tell apart, less yellow, which vanishes on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DIVERGED = 1e3  # a loss this many times the initial one is not drawn: it would press all others flat
 LINES = ("-", "--", "-.", ":")
 
 
@@ -23,13 +24,15 @@ def comparison(rows: Sequence[Row], title: str) -> "Figure":
     """Draw the training loss against examples seen, updates, and seconds; bands run from lowest to highest seed."""
     figure = _figure(width=12, height=4.2)
     axes = figure.subplots(1, 3, sharey=True)
+    ceiling = DIVERGED * max(row.losses[:, 0].max() for row in rows)
     for i, row in enumerate(rows):
+        losses = np.where(row.losses < ceiling, row.losses, np.nan)
         updates = row.examples_seen / row.batch_size
         positions = (row.examples_seen / 1000, updates, updates * row.seconds / row.num_updates)
         label = f"{row.name}, B = {row.batch_size}" + (" (diverged)" if row.num_diverged else "")
         for axis, x in zip(axes, positions, strict=True):
             shown = (x > 0) | (axis is axes[0])  # zero has no place on a logarithmic axis
-            _band(axis, x[shown], row.losses[:, shown], label, i)
+            _band(axis, x[shown], losses[:, shown], label, i)
     for axis, name in zip(axes, ("examples seen (thousands)", "updates", "seconds on this device"), strict=True):
         axis.set(xlabel=name, yscale="log", xscale="linear" if axis is axes[0] else "log")
         axis.grid(alpha=0.3)

@@ -58,7 +58,7 @@ def test_gradient_noise_is_the_variance_of_the_update_over_its_squared_mean(prob
     expected = np.sum((grads - mean) ** 2, axis=1).mean() / np.sum(mean**2)
     np.testing.assert_allclose(rows[0].gradient_noise, expected, rtol=1e-10)
     assert rows[2].gradient_noise < 1e-25
-    # Batches of 5 without replacement: (1/5) (48 - 5)/(48 - 1) of that on average; here it is a mean over 2 x 9 batches.
+    # Batches of 5 without replacement: (1/5) (48 - 5)/(48 - 1) of that on average.
     many = jax.vmap(lambda key: compare.gradient_noise(problem, 5, problem.train, key, key))
     sampled = np.asarray(many(jax.random.split(jax.random.key(1), 400)))
     error = sampled.std(ddof=1) / np.sqrt(len(sampled))

@@ -70,9 +70,7 @@ def test_run_equals_a_hand_written_scan_and_a_python_loop(problem, capsys):
         to_hand = median_ratio(lambda: library_program(params, stream), lambda: hand_program(params, stream))
         to_loop = median_ratio(lambda: python_loop(params, short), lambda: library_program(params, stream), repeats=3)
     with capsys.disabled():
-        print(
-            f"\n  B = 1: run / hand-written scan {to_hand:.2f}; Python loop over the jitted step / run {10 * to_loop:.0f}"
-        )
+        print(f"\n  B = 1: run / hand-written scan {to_hand:.2f}; Python loop of jitted steps / run {10 * to_loop:.0f}")
 
 
 def test_the_program_does_not_grow_with_updates_rates_or_seeds(problem, capsys):
