@@ -65,7 +65,7 @@ def main(options: experiment.Options) -> experiment.Result:
         f"B = 1, {mini:.2g} at B = 32 and {full:.2g} at B = N; best rates {', '.join(f'{rate:.2g}' for rate in rates)}."
     )
     figure = plots.curves(
-        jnp.arange(1, num_epochs + 1), curves, xlabel="epochs", ylabel="training loss", yscale="log", title=verdict
+        jnp.arange(1, num_epochs + 1), curves, xlabel="epochs", ylabel="training loss", log="y", title=verdict
     )
     return experiment.Result(rows, verdict, figure)
 

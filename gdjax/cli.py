@@ -70,9 +70,6 @@ class Compare:
             judged = claims.judge(rows)
             print(_table(rows), *map(_paragraph, judged), sep="\n", end="\n\n", file=messages)
 
-            stream = f"one stream of {problem.num_examples * self.num_epochs} examples"
-            figure = plots.comparison(rows, f"{problem.name}: {stream}, cut at each batch size")
-            plots.save(figure, folder / "figure.png")
             result = {
                 "problem": problem.name,
                 "rows": [row.summary() for row in rows],
@@ -82,6 +79,9 @@ class Compare:
                 ),
             }
             records.write_json(folder / "result.json", result)
+            stream = f"one stream of {problem.num_examples * self.num_epochs} examples"
+            figure = plots.comparison(rows, f"{problem.name}: {stream}, cut at each batch size")
+            plots.save(figure, folder / "figure.png")
         if self.json == "-":
             sys.stdout.write(records.to_json(result))
         elif self.json:

@@ -49,10 +49,10 @@ def run(main: Callable[[Options], Result]) -> None:
     with records.run_folder(options.out or records.timestamped(name)) as folder:
         result = main(options)
         print(result.verdict)
-        plots.save(result.figure, folder / "figure.png")
         provenance = records.provenance(
             arguments=dataclasses.asdict(options), seed=options.seed, wall_seconds=time.perf_counter() - start
         )
         content = {"experiment": name, "rows": result.rows, "verdict": result.verdict, "provenance": provenance}
         records.write_json(folder / "result.json", content)
+        plots.save(result.figure, folder / "figure.png")
     print(f"Saved {folder / 'result.json'} and figure.png")

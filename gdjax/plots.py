@@ -34,7 +34,8 @@ def comparison(rows: Sequence[Row], title: str) -> "Figure":
             shown = (x > 0) | (axis is axes[0])  # zero has no place on a logarithmic axis
             _band(axis, x[shown], losses[:, shown], label, i)
     for axis, name in zip(axes, ("examples seen (thousands)", "updates", "seconds on this device"), strict=True):
-        axis.set(xlabel=name, yscale="log", xscale="linear" if axis is axes[0] else "log")
+        axis.set(xlabel=name)
+        _log_scales(axis, "y" if axis is axes[0] else "xy")
         axis.grid(alpha=0.3)
     axes[0].set(ylabel="training loss (mean over examples)")
     figure.suptitle(title)
@@ -43,20 +44,21 @@ def comparison(rows: Sequence[Row], title: str) -> "Figure":
     return figure
 
 
-def curves(x: Any, values: Mapping[str, Any], *, xlabel: str, ylabel: str, title: str, **scales: str) -> "Figure":
+def curves(x: Any, values: Mapping[str, Any], *, xlabel: str, ylabel: str, title: str, log: str = "") -> "Figure":
     """Draw one curve for each label: medians over seeds and the range between them.
 
     Args:
         x: positions [E].
         values: {label: [S, E]}.
         xlabel, ylabel, title: texts; the labels with their units.
-        scales: xscale and yscale, as in matplotlib.
+        log: the axes with a logarithmic scale: "", "x", "y" or "xy".
     """
     figure = _figure(width=7, height=4.5)
     axis = figure.subplots()
     for i, (label, lanes) in enumerate(values.items()):
         _band(axis, np.asarray(x), np.asarray(lanes), label, i)
-    axis.set(xlabel=xlabel, ylabel=ylabel, **scales)
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    _log_scales(axis, log)
     axis.set_title("\n".join(textwrap.wrap(title, 80)), fontsize="medium")
     axis.grid(alpha=0.3)
     axis.legend(frameon=False)
@@ -85,3 +87,9 @@ def _band(axis: "Axes", x: np.ndarray, values: np.ndarray, label: str, i: int) -
     axis.plot(x, np.median(values, axis=0), line, color=colour, label=label, linewidth=1.6)
     if len(x):
         axis.fill_between(x, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
+
+
+def _log_scales(axis: "Axes", names: str) -> None:
+    """Make these axes logarithmic, unless nothing is drawn: matplotlib refuses to scale an empty axis."""
+    if any(len(line.get_xydata()) for line in axis.lines):
+        axis.set(**{f"{name}scale": "log" for name in names})

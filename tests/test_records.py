@@ -95,9 +95,12 @@ def test_provenance_names_versions_device_seed_and_commit(tmp_path, monkeypatch)
 
 def test_a_figure_leaves_out_what_is_not_finite_and_is_written_whole(tmp_path):
     values = {"a": np.asarray([[1.0, np.nan, 3.0], [1.0, 2.0, 4.0]]), "b": np.full((2, 3), np.inf)}
-    figure = plots.curves([1, 2, 3], values, xlabel="updates", ylabel="loss", title="a title " * 30, yscale="log")
+    figure = plots.curves([1, 2, 3], values, xlabel="updates", ylabel="loss", title="a title " * 30, log="y")
     first, second = figure.axes[0].lines
     np.testing.assert_array_equal(first.get_xydata(), [[1, 1], [3, 3.5]])
     assert len(second.get_xydata()) == 0
+    assert figure.axes[0].get_yscale() == "log"
     plots.save(figure, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    empty = plots.curves([1, 2, 3], {"b": values["b"]}, xlabel="updates", ylabel="loss", title="nothing", log="xy")
+    plots.save(empty, tmp_path / "empty.png")
