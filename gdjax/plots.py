@@ -91,5 +91,5 @@ def _band(axis: "Axes", x: np.ndarray, values: np.ndarray, label: str, i: int) -
 
 def _log_scales(axis: "Axes", names: str) -> None:
     """Make these axes logarithmic, unless nothing is drawn: matplotlib refuses to scale an empty axis."""
-    if any(len(line.get_xydata()) for line in axis.lines):
+    if any(np.size(line.get_xydata()) for line in axis.lines):
         axis.set(**{f"{name}scale": "log" for name in names})
