@@ -59,7 +59,7 @@ def main(options: experiment.Options) -> experiment.Result:
         )
     one, mini, full = (row["train_loss"] for row in rows)
     rates = [row["learning_rate"] for row in rows]
-    as_predicted = max(one, mini) < 2 * min(one, mini) and full > 3 * max(one, mini) and rates == sorted(rates)
+    as_predicted = max(one, mini) < 2 * min(one, mini) and full > 3 * max(one, mini) and rates[0] < rates[1] <= rates[2]
     verdict = (
         f"{'As predicted' if as_predicted else 'Not as predicted'}: after {num_epochs} epochs the loss is {one:.2g} at "
         f"B = 1, {mini:.2g} at B = 32 and {full:.2g} at B = N; best rates {', '.join(f'{rate:.2g}' for rate in rates)}."

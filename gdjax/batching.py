@@ -19,11 +19,13 @@ it can be made on its own, and a run that is cut into chunks sees what a run in 
 Array([3, 0, 3, 1, 2], dtype=int32)
 """
 
+import operator
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 
 
 def reshuffled(key, num_examples: int, *, num_epochs: int | None = None, start=0, length: int | None = None):
@@ -34,7 +36,7 @@ def reshuffled(key, num_examples: int, *, num_epochs: int | None = None, start=0
         num_examples: N, examples in the data set.
         num_epochs: epochs; the stream has S = N * num_epochs entries.
         start, length: instead of `num_epochs`, the window of `length` entries that begins at position `start`
-            (examples; an int, or a traced int32) of the endless stream.
+            (examples; an int, or a traced int32, below 2^31) of the endless stream.
 
     Returns:
         int32[S], indices in [0, N).
@@ -94,7 +96,10 @@ def cut(stream: jax.Array, batch_size: int, *, drop_remainder: bool = False) -> 
     Raises:
         ValueError: for B < 1, B > S, or a remainder that `drop_remainder` does not allow.
     """
+    if getattr(stream, "ndim", None) != 1:
+        raise ValueError(f"stream must be an array [S] of indices, but has shape {jnp.shape(stream)}")
     [length] = stream.shape
+    batch_size = operator.index(batch_size)
     if not 1 <= batch_size <= length:
         raise ValueError(f"batch_size={batch_size} must be between 1 and the {length} entries of the stream")
     num_updates, remainder = divmod(length, batch_size)
@@ -104,6 +109,14 @@ def cut(stream: jax.Array, batch_size: int, *, drop_remainder: bool = False) -> 
             f"{num_updates * batch_size} or {(num_updates + 1) * batch_size} entries, or drop_remainder=True"
         )
     return stream[: num_updates * batch_size].reshape(num_updates, batch_size)
+
+
+def take(data, indices: jax.Array):
+    """Return the examples of `data`, every leaf [N, ...], at `indices`, int[B], which must lie in [0, N).
+
+    They are not checked: under `jit` that would cost every update.
+    """
+    return jax.tree.map(lambda x: jnp.asarray(x).at[indices].get(mode="promise_in_bounds"), data)
 
 
 def _permutation(key, num_examples: int) -> jax.Array:
@@ -116,14 +129,17 @@ def _window(order: Callable, num_examples: int, num_epochs: int | None, start, l
         raise ValueError(f"num_examples={num_examples} must be at least 1")
     if (num_epochs is None) == (length is None):
         raise ValueError(f"give num_epochs={num_epochs} or length={length}, one of the two")
-    if isinstance(start, int) and (start < 0 or (start > 0 and num_epochs is not None)):
-        raise ValueError(f"start={start} must be at least 0, and comes with length, not with num_epochs={num_epochs}")
+    position = None if isinstance(start, Tracer) else operator.index(start)  # None: known only when the program runs
+    if num_epochs is not None and position != 0:
+        raise ValueError(f"start={start} comes with length, not with num_epochs={num_epochs}")
+    if position is not None and position < 0:
+        raise ValueError(f"start={start} must be at least 0")
     if num_epochs is not None:
         length = num_epochs * num_examples
     if length is None or length < 1:
         raise ValueError(f"the stream must be at least 1 entry long: num_epochs={num_epochs}, length={length}")
-    if isinstance(start, int):
-        first, offset = divmod(start, num_examples)
+    if position is not None:
+        first, offset = divmod(position, num_examples)
         touched = -(-(offset + length) // num_examples)
     else:
         first, offset = jnp.divmod(jnp.asarray(start, jnp.int32), jnp.int32(num_examples))

@@ -14,7 +14,9 @@ from gdjax.compare import Row
 
 Verdict = Literal["agrees", "disagrees", "cannot tell"]
 EQUIVALENT_ACCURACY = 0.01  # a difference in accuracy that nobody would change the batch size for
-EQUAL_WORK = 0.1  # relative difference in floating-point operations that counts as none
+EQUAL_WORK = 0.1  # relative difference in floating-point operations, or in time, that counts as none
+ROUNDING = 1e-5  # relative difference between losses that is rounding, in float32
+NO_NOISE = 1e-9  # variance over squared mean of a gradient that does not vary
 CONFIDENCE = 0.95
 
 
@@ -57,7 +59,7 @@ def _fewer_updates(stochastic: Row, mini: Row) -> Claim:
 
 def _less_calculation(stochastic: Row, mini: Row) -> Claim:
     claim = "Mini-batch: less calculation per epoch"
-    clock = f"by the clock {_ratio(_seconds_per_epoch(stochastic) / _seconds_per_epoch(mini))} faster"
+    clock = f"it takes {_ratio(_seconds_per_epoch(mini) / _seconds_per_epoch(stochastic))} the time"
     if not (stochastic.flops_per_gradient and mini.flops_per_gradient):
         return Claim(claim, "cannot tell", f"this device reports no operation counts; {clock}")
     mini_flops = mini.flops_per_gradient * _updates_per_epoch(mini)
@@ -87,48 +89,47 @@ def _same_end_performance(stochastic: Row, mini: Row) -> Claim:
 
 
 def _noisier(stochastic: Row, other: Row) -> Claim:
-    size = other.batch_size
+    claim, size = "Stochastic: updates are noisier", other.batch_size
+    noises = stochastic.gradient_noise, other.gradient_noise
+    evidence = f"variance over squared mean is {noises[0]:.3g} at B = 1, {_noise(noises[1])} at B = {size}"
+    if not np.all(np.isfinite(noises)) or max(noises) < NO_NOISE:
+        return Claim(claim, "cannot tell", f"{evidence}, at the initial parameters")
     num_examples = round(stochastic.num_examples / stochastic.num_epochs)
-    predicted = size * (num_examples - 1) / (num_examples - size) if size < num_examples else np.inf
-    return Claim(
-        "Stochastic: updates are noisier",
-        "agrees" if stochastic.gradient_noise > other.gradient_noise else "disagrees",
-        f"variance over squared mean is {stochastic.gradient_noise:.3g} at B = 1, {_noise(other.gradient_noise)} at "
-        f"B = {size}"
-        + (
-            f": {_ratio(stochastic.gradient_noise / other.gradient_noise)}, where sampling theory says "
-            f"{_ratio(predicted)}"
-            if np.isfinite(predicted)
-            else ""
-        ),
-    )
+    if size < num_examples and noises[1] >= NO_NOISE:
+        predicted = size * (num_examples - 1) / (num_examples - size)
+        evidence += f": {_ratio(noises[0] / noises[1])}, where sampling theory says {_ratio(predicted)}"
+    return Claim(claim, "agrees" if noises[0] > noises[1] else "disagrees", evidence)
 
 
 def _slower_clock(stochastic: Row, batch: Row) -> Claim:
     ratio = _seconds_per_epoch(stochastic) / _seconds_per_epoch(batch)
+    verdict: Verdict = "agrees" if ratio > 1 + EQUAL_WORK else "disagrees" if ratio < 1 - EQUAL_WORK else "cannot tell"
     return Claim(
         "Stochastic: an epoch takes longer",
-        "agrees" if ratio > 1 else "disagrees",
+        verdict,
         f"{_ratio(ratio)} the batch's time: {1e3 * _seconds_per_epoch(stochastic):.3g} ms against "
         f"{1e3 * _seconds_per_epoch(batch):.3g} ms",
     )
 
 
 def _slower_progress(stochastic: Row, batch: Row) -> Claim:
-    target = batch.losses[:, -1].mean()
-    reached = np.flatnonzero(stochastic.losses.mean(0) < target)
-    if not reached.size:
-        return Claim(
-            "Stochastic: an epoch brings less progress",
-            "agrees",
-            f"it never reaches the batch's final loss, {target:.3g}",
-        )
-    needed = int(stochastic.examples_seen[reached[0]])
+    targets = batch.losses[:, -1]
+    needed, batch_needed = (_examples_to(row, targets) for row in (stochastic, batch))
+    faster, slower = needed < batch_needed, needed > batch_needed
+    verdict: Verdict = "disagrees" if faster.all() else "agrees" if slower.all() else "cannot tell"
+    reached = "never" if np.isinf(np.median(needed)) else f"after {np.median(needed):.0f} examples"
     return Claim(
         "Stochastic: an epoch brings less progress",
-        "disagrees" if needed < batch.num_examples else "agrees",
-        f"it reaches the batch's final loss, {target:.3g}, after {needed} examples against {batch.num_examples}",
+        verdict,
+        f"it reaches the batch's final loss, {targets.mean():.3g}, {reached}, the batch after "
+        f"{np.median(batch_needed):.0f} (medians; first in {faster.sum()} of {len(faster)} seeds)",
     )
+
+
+def _examples_to(row: Row, targets: np.ndarray) -> np.ndarray:
+    """Return the examples seen when the loss was first at each seed's target [S], up to rounding; inf where never."""
+    reached = row.losses <= (targets + ROUNDING * np.abs(targets))[:, None]
+    return np.where(reached.any(1), row.examples_seen[reached.argmax(1)].astype(float), np.inf)
 
 
 def _limited_memory(stochastic: Row, batch: Row) -> Claim:
@@ -142,13 +143,18 @@ def _limited_memory(stochastic: Row, batch: Row) -> Claim:
 
 
 def _falls(batch: Row) -> Claim:
-    losses = batch.losses.mean(0)
-    rises = int(np.sum(np.diff(losses) > 0))
+    rises, falls = 0, 0
+    for losses in batch.losses:
+        until_minimum = losses[: losses.argmin() + 1]
+        steps = np.diff(until_minimum)
+        rises += int(np.sum(steps > ROUNDING * np.abs(until_minimum[:-1])))
+        falls += len(steps)
     return Claim(
         "Batch: the loss falls at every update until its minimum",
-        "disagrees" if rises else "agrees",
-        f"it rose between {rises} of {len(losses) - 1} evaluations at learning rate {batch.learning_rate:.3g}, from "
-        f"{losses[0]:.3g} over at most {losses.max():.3g} to {losses[-1]:.3g}",
+        "disagrees" if rises else "agrees" if falls else "cannot tell",
+        f"it rose between {rises} of {falls} evaluations on the way to the minimum ({len(batch.losses)} seeds, "
+        f"learning rate {batch.learning_rate:.3g}), from {batch.losses[:, 0].mean():.3g} over at most "
+        f"{batch.losses.max():.3g} to {batch.losses.min():.3g}",
     )
 
 
@@ -172,8 +178,8 @@ def _seconds_per_epoch(row: Row) -> float:
 
 
 def _ratio(value: float) -> str:
-    return f"{value:.3g} x"
+    return f"{value:.3g}x"
 
 
 def _noise(value: float) -> str:
-    return "0" if value < 1e-9 else f"{value:.3g}"
+    return "0" if value < NO_NOISE else f"{value:.3g}"

@@ -10,7 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import tyro
+try:
+    import tyro
+except ModuleNotFoundError:
+    sys.exit("gdjax: the command line needs more packages: pip install 'gdjax[experiments]'")
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,13 +54,14 @@ class Compare:
         from gdjax import claims, compare, plots, problems, records
 
         start = time.perf_counter()
+        plots.check_installed()
         messages = sys.stderr if self.json == "-" else sys.stdout
-        if self.json not in (None, "-"):
-            records.check_writable(Path(self.json), "json")
         with records.run_folder(self.out or records.timestamped("compare")) as folder:
+            if self.json not in (None, "-"):
+                records.check_writable(Path(self.json), "json")
             problem = problems.named(self.problem)
             sizes = self.batch_sizes or compare.default_batch_sizes(problem.num_examples)
-            with _progress(2 * len(sizes)) as progress:
+            with _progress() as progress:
                 rows = compare.compare(
                     problem,
                     batch_sizes=[problem.num_examples if size == "full" else size for size in sizes],
@@ -68,8 +72,6 @@ class Compare:
                     progress=progress,
                 )
             judged = claims.judge(rows)
-            print(_table(rows), *map(_paragraph, judged), sep="\n", end="\n\n", file=messages)
-
             result = {
                 "problem": problem.name,
                 "rows": [row.summary() for row in rows],
@@ -79,13 +81,14 @@ class Compare:
                 ),
             }
             records.write_json(folder / "result.json", result)
+            if self.json == "-":
+                sys.stdout.write(records.to_json(result))
+            elif self.json:
+                records.write_json(Path(self.json), result)
+            print(_table(rows), *map(_paragraph, judged), sep="\n", end="\n\n", file=messages)
             stream = f"one stream of {problem.num_examples * self.num_epochs} examples"
             figure = plots.comparison(rows, f"{problem.name}: {stream}, cut at each batch size")
             plots.save(figure, folder / "figure.png")
-        if self.json == "-":
-            sys.stdout.write(records.to_json(result))
-        elif self.json:
-            records.write_json(Path(self.json), result)
         print(f"Saved {folder / 'result.json'} and figure.png", file=messages)
 
 
@@ -102,31 +105,30 @@ def main() -> None:
     except (ValueError, ModuleNotFoundError) as error:
         if command.debug:
             raise
-        sys.exit(_complain(f"{error}", 2))
+        sys.exit(complain(f"{error}", 2))
     except KeyboardInterrupt:
-        sys.exit(_complain("interrupted; nothing was saved", 130))
+        sys.exit(complain("interrupted", 130))
 
 
-def _complain(message: str, status: int) -> int:
+def complain(message: str, status: int) -> int:
+    """Print one line on standard error and return the exit status."""
     print(f"gdjax: {message}", file=sys.stderr)
     return status
 
 
 @contextlib.contextmanager
-def _progress(num_stages: int) -> Iterator[Callable[[str], None]]:
-    """Show a progress bar on standard error, where that is a terminal; yield a function that begins the next stage."""
+def _progress() -> Iterator[Callable[[str, float], None]]:
+    """Show a progress bar on standard error, where that is a terminal; yield a function (stage, fraction done)."""
     from tqdm import tqdm
 
-    with tqdm(total=num_stages, disable=None, leave=False, file=sys.stderr) as bar:
-        begun = False
+    form = "{percentage:3.0f}%|{bar}| {elapsed} {desc}"
+    with tqdm(total=1.0, disable=None, leave=False, file=sys.stderr, bar_format=form) as bar:
 
-        def begin(stage: str) -> None:
-            nonlocal begun
-            bar.update(int(begun))
-            bar.set_description(stage)
-            begun = True
+        def show(stage: str, fraction: float) -> None:
+            bar.update(max(0.0, fraction - bar.n))  # a grid that grows begins again
+            bar.set_description_str(stage)
 
-        yield begin
+        yield show
 
 
 def _table(rows: Sequence["Row"]) -> str:

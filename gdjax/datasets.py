@@ -19,10 +19,10 @@ NUM_DIGITS_TEST = 357  # leaves 1440 = 2^5 * 3^2 * 5 for training, which most ba
 
 
 class Split(NamedTuple):
-    """Training and test examples, two pytrees of arrays with leading axes N and N_test."""
+    """Training and test examples, two pytrees of arrays with leading axes N and N_test; `test` may be None."""
 
     train: Batch
-    test: Batch
+    test: Batch | None
 
 
 def digits(key: jax.Array | None = None) -> Split:

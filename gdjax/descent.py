@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from gdjax import problem
+from gdjax import batching, problem
 from gdjax.gradients import Gradient
 from gdjax.problem import Batch, Params
 
@@ -33,7 +33,7 @@ class State(NamedTuple):
     Attributes:
         params: the parameters.
         opt_state: the state of the optax transformation.
-        num_examples: int32 scalar, examples seen so far.
+        num_examples: int32 scalar, examples seen so far, below 2^31.
     """
 
     params: Params
@@ -72,7 +72,8 @@ def method(gradient: Gradient, optimizer: optax.GradientTransformation) -> Metho
 
     Args:
         gradient: (params, batch) -> Estimate, from `gdjax.gradients`.
-        optimizer: any optax transformation; it is also given `value` and `grad`, for those that ask for them.
+        optimizer: an optax transformation; it is also given `value` and `grad`, for those that ask for them. Line
+            searches (`optax.lbfgs`), which evaluate the loss of the batch again, cannot be used.
     """
     optimizer = optax.with_extra_args_support(optimizer)
 
@@ -174,8 +175,8 @@ def until(
         ValueError: where `every` does not divide T.
     """
     num_updates = len(batches)
-    if every < 1 or num_updates % every:
-        raise ValueError(f"every={every} must divide the budget of {num_updates} updates")
+    if every < 1 or not num_updates or num_updates % every:
+        raise ValueError(f"every={every} must divide the budget of {num_updates} updates, at least one")
     block = _block(method, data, batches)
 
     def proceed(carry):
@@ -213,7 +214,7 @@ def no_improvement(num_evaluations: int, evaluate: Record = batch_loss) -> Rule:
 
     def step(carry, state, info):
         best, since = carry
-        value = evaluate(state, info).astype(best.dtype)
+        value = jnp.asarray(evaluate(state, info), best.dtype)
         since = jnp.where(value < best, 0, since + 1)
         return (jnp.fmin(best, value), since), since >= num_evaluations
 
@@ -232,6 +233,7 @@ def _first(stops: jax.Array) -> jax.Array:
 def _block(method: Method, data: Batch, batches: jax.Array) -> Callable[[State, jax.Array], tuple[State, Info]]:
     """Return `(state, batches [K, B]) -> (state, info of the last update)`."""
     problem.num_examples(data)
+    batches = jnp.asarray(batches)
     if batches.ndim != 2 or not jnp.issubdtype(batches.dtype, jnp.integer):
         raise ValueError(
             f"batches must be int[T, B], indices of examples from batching.cut, but is {batches.dtype} {batches.shape}"
@@ -239,9 +241,7 @@ def _block(method: Method, data: Batch, batches: jax.Array) -> Callable[[State, 
     data = jax.tree.map(jnp.asarray, data)
 
     def update(state, indices):
-        # A negative or too large index is the caller's mistake; checking it here would cost every update.
-        batch = jax.tree.map(lambda x: x.at[indices].get(mode="promise_in_bounds"), data)
-        return method.step(state, batch)
+        return method.step(state, batching.take(data, indices))
 
     update = jax.jit(update, inline=True)  # traced once for the shapes below and for the loop
 

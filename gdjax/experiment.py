@@ -7,6 +7,7 @@ An experiment is `main(options) -> Result`. A script ends with `experiment.run(m
 
 import dataclasses
 import inspect
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -42,10 +43,20 @@ def run(main: Callable[[Options], Result]) -> None:
     """Parse the command line, run `main`, print its verdict, and save result.json and figure.png."""
     import tyro
 
+    from gdjax import cli
+
     module = inspect.getmodule(main)
     name = Path(inspect.getfile(main)).stem
     options = tyro.cli(Options, prog=f"python -m experiments.{name}", description=getattr(module, "__doc__", None))
+    try:
+        _run(main, name, options)
+    except (ValueError, ModuleNotFoundError) as error:
+        sys.exit(cli.complain(f"{error}", 2))
+
+
+def _run(main: Callable[[Options], Result], name: str, options: Options) -> None:
     start = time.perf_counter()
+    plots.check_installed()
     with records.run_folder(options.out or records.timestamped(name)) as folder:
         result = main(options)
         print(result.verdict)

@@ -4,12 +4,13 @@
 example is traced and evaluated on the whole batch, and where a parameter meets an activation, the backward pass also
 returns what is wanted of each example's gradient.
 
-Values are of three kinds. *Fixed* values depend on neither parameters nor example. `Weight`s depend on parameters alone
-and are computed once for the batch. `Batched` values depend on the example and have axis 0 of length B. A *use* is an
-equation where a weight meets a batched value. A parameter with one use, reached by reshapes and transposes alone, is
-measured there by a rule of `ghost_rules`. Any other parameter has a *twin*, a zero of shape [B, *w.shape] that follows it
-to first order through every equation, so that the gradient with respect to the twin is the gradient of every example,
-whatever happens on the way: exact, at the price of holding it.
+Values are of three kinds. *Fixed* values depend on neither parameters nor example. A `Weight` depends on parameters
+alone and is computed once for the batch. A `Batched` value depends on the example and has axis 0 of length B. A *use* is
+an equation where a weight meets a batched value. A parameter with one use, reached by reshapes and transposes alone, is
+measured there by a rule: `ghost_rules` holds them, and is where a new one goes. Any other parameter has a *twin*, a zero
+of shape [B, *w.shape] that follows it to first order through every equation, so that the gradient with respect to the
+twin is the gradient of every example, whatever happens on the way: exact, at the price of holding it. `ghost_flow`
+decides which, from the traced program alone; `ghost_eval` runs it; `ghost_cost` chooses between equal ways of a rule.
 
 >>> import jax.numpy as jnp
 >>> def loss(params, example):
@@ -41,9 +42,9 @@ from gdjax.problem import Batch, Example, Loss, Params
 def sq_norms(loss: Loss) -> Callable[[Params, Batch], tuple[jax.Array, Params, Params]]:
     """Return `(params, batch) -> (losses [B], mean gradient, squared norms)`.
 
-    The squared norms are shaped like the trainable parameters, each leaf [B]: the squared Euclidean norm of the gradient
-    of the loss of one example (not of loss / B) with respect to that leaf, in float32 at least. They are exact up to
-    rounding: what no rule covers is materialised, see `coverage`.
+    The squared norms are shaped like the trainable parameters, each leaf [B]: the squared Euclidean norm of the
+    gradient of the loss of one example (not of loss / B) with respect to that leaf, in float32 at least. They are exact
+    up to rounding: what no rule covers is materialised, see `coverage`.
 
     Raises:
         ValueError: as `gradients.mean`.
@@ -97,7 +98,8 @@ def coverage(loss: Loss, params: Params, example: Example) -> Coverage:
     _, plans = _plan(loss, train, frozen, jax.tree.map(ghost_flow.shape_of, example))
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(train)]
     leaves = jax.tree.leaves(train)
-    return Coverage([(path, jnp.shape(leaf), *plan) for path, leaf, plan in zip(paths, leaves, plans, strict=True)])
+    triples = zip(paths, leaves, plans, strict=True)
+    return Coverage([(path, jnp.shape(leaf), plan.method, plan.uses) for path, leaf, plan in triples])
 
 
 def _plan(loss: Loss, train: Params, frozen: Params, example: Any):
@@ -145,5 +147,4 @@ def _measured(loss: Loss, measure: Measure):
 
 def _hook(leaf: jax.Array, batch_size: int, measure: Measure) -> jax.Array:
     """Return the zero whose cotangent will be the measure of a parameter that a rule takes."""
-    shape = {"squared norms": (batch_size,), "second moments": leaf.shape, "Gram matrix": (batch_size, batch_size)}
-    return jnp.zeros(shape[measure.name], wide(leaf).dtype)
+    return jnp.zeros(measure.shape(batch_size, leaf.shape), wide(leaf).dtype)

@@ -39,8 +39,8 @@ class Batched:
     value: jax.Array
 
 
-Value = Weight | Batched | jax.Array
-"""A weight, a batched value, or a fixed one."""
+Value = Any
+"""A Weight, a Batched value, or an array: a fixed value."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,12 +135,12 @@ class Evaluator:
         def backward(residuals, cotangents):
             values, batched, fixed = residuals
             if rule is not None:
-                value_grad, measured = rule(self.measure, values[0], batched[0], cotangents[0])
-                batched_grads = _pull(lambda batched: whole(values, batched, fixed), batched, cotangents)
-                return [value_grad], [measured], batched_grads, [None for _ in fixed]
+                total, measured = rule(self.measure, values[0], batched[0], cotangents[0])
+                plain = _pull(lambda both: whole(both[0], both[1], fixed), (values, batched), cotangents)
+                return plain[0] if total is None else [total], [measured], plain[1], [None for _ in fixed]
 
             def pull_one(batched, cotangents):
-                return _pull(lambda both: one(*both, fixed), (values, batched), cotangents)
+                return _pull(lambda both: one(both[0], both[1], fixed), (values, batched), cotangents)
 
             pulled = jax.vmap(pull_one, axis_size=self.batch_size)
             twins, batched_grads = pulled(batched, cotangents)

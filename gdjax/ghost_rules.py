@@ -1,15 +1,12 @@
 """Rules: how the gradients of the examples are measured at one use of a parameter, without keeping them.
 
-A rule speaks for one primitive in which a parameter w meets an activation x. Given x and the cotangent g of the result,
-for the whole batch, it returns the gradient of w summed over the batch and a measure of every example's gradient.
+A rule speaks for one primitive in which a parameter w meets an activation x. Most uses have *factors*: the gradient
+of one example is A'G with A [K, T, I], made of x, and G [K, T, O], made of the cotangent of the result; T runs over the
+positions that share the weight (tokens, pixels), K over axes that w, x and the result share (heads, groups).
 
 To add a rule: write `(equation, position of w) -> Backward or None`, None where the equation is not of the kind that the
-rule can do, and add it to `RULES` under the name of its primitive. Uses without a rule are materialised.
-
-Most rules reduce to *factors*: the gradient of example b is A_b' G_b with A [B, K, T, I] and G [B, K, T, O], where T runs
-over the positions that share the weight (tokens, pixels), K over axes that every factor has (heads, groups). For T = 1
-its squared norm is |a|^2 |g|^2 (Goodfellow 2015, arXiv 1510.01799); for T > 1 it is the sum of A A' * G G' (Li et al.
-2022, arXiv 2110.05679), or is taken from A_b' G_b itself, formed for one example at a time.
+rule can do, and add it to `RULES` under the name of its primitive; with factors, `from_factors` does the rest. Uses
+without a rule are materialised.
 """
 
 from collections.abc import Callable
@@ -23,29 +20,30 @@ from jax import lax
 from gdjax import ghost_cost
 
 Equation = Any
-Measured = tuple[jax.Array, jax.Array]
-"""(sum over examples of the gradient of w, shaped like w; the measure)."""
+Factors = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+"""(x, cotangent g) of one example -> (A [K, T, I], G [K, T, O])."""
+Measured = tuple[jax.Array | None, jax.Array]
+"""(gradient of w summed over examples, or None where it was not formed on the way; the measure)."""
 
 
 class Measure(NamedTuple):
     """What is wanted of the gradients of the examples at a use.
 
     Attributes:
-        name: for messages.
-        of_factors: (A [B, K, T, I], G [B, K, T, O], back) -> (sum [K, I, O], measure), where `back` takes [K, I, O] to the
-            shape of w.
+        of_factors: (factors, back, x [B, ...], g [B, ...]) -> Measured; `back` takes [K, I, O] to the shape of w.
         of_gradients: gradients [B, ...] -> measure.
-        like_weight: whether the measure has the shape of w, and so follows its reshapes, or is one for the whole parameter.
+        shape: (B, shape of w) -> shape of the measure.
+        like_weight: whether that is the shape of w, so that the measure follows the reshapes of w.
     """
 
-    name: str
-    of_factors: Callable
-    of_gradients: Callable
+    of_factors: Callable[[Factors, Callable, jax.Array, jax.Array], Measured]
+    of_gradients: Callable[[jax.Array], jax.Array]
+    shape: Callable[[int, tuple[int, ...]], tuple[int, ...]]
     like_weight: bool
 
 
 Backward = Callable[[Measure, jax.Array, jax.Array, jax.Array], Measured]
-"""(measure, w, x, g) -> Measured."""
+"""(measure, w, x [B, ...], g [B, ...]) -> Measured."""
 
 
 def wide(x: jax.Array) -> jax.Array:
@@ -53,176 +51,200 @@ def wide(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _norms_of_factors(a, g, back):
-    how = ghost_cost.cheapest(a.shape, g.shape)
-    if how == "product":
-        squares = jnp.sum(wide(a) ** 2, (2, 3)) * jnp.sum(wide(g) ** 2, (2, 3))
-        return _sum_of_products(a, g), jnp.sum(squares, 1)
-    if how == "gram":
-        inner = jnp.einsum("bkti,bksi->bkts", wide(a), wide(a)) * jnp.einsum("bkto,bkso->bkts", wide(g), wide(g))
-        # Rounding can leave a small negative number where the true norm is zero.
-        return _sum_of_products(a, g), jnp.maximum(jnp.sum(inner, (1, 2, 3)), 0)
-    if how == "all":
-        gradients = jnp.einsum("bkti,bkto->bkio", a, g)
-        return jnp.sum(gradients, 0), jnp.sum(wide(gradients) ** 2, (1, 2, 3))
-
-    def one(total, factors):
-        gradient = jnp.einsum("kti,kto->kio", *factors)
-        return total + gradient, jnp.sum(wide(gradient) ** 2)
-
-    shape = (a.shape[1], a.shape[3], g.shape[3])
-    return lax.scan(one, jnp.zeros(shape, jnp.result_type(a, g)), (a, g))
-
-
-def _sum_of_products(a, g):
-    return jnp.einsum("bkti,bkto->kio", a, g)
-
-
-def _moments_of_factors(a, g, back):
-    """Return sums of squares of every element; for T = 1 they are (a * a)' (g * g) (Dangel et al. 2020, BackPACK)."""
-    if a.shape[2] == 1:
-        return _sum_of_products(a, g), back(_sum_of_products(wide(a) ** 2, wide(g) ** 2))
-
-    def one(sums, factors):
-        gradient = jnp.einsum("kti,kto->kio", *factors)
-        return (sums[0] + gradient, sums[1] + wide(gradient) ** 2), None
-
-    shape = (a.shape[1], a.shape[3], g.shape[3])
-    zeros = jnp.zeros(shape, jnp.result_type(a, g))
-    (total, squares), _ = lax.scan(one, (zeros, wide(zeros)), (a, g))
-    return total, back(squares)
-
-
-def _gram_of_factors(a, g, back):
-    if a.shape[2] == 1:
-        a, g = (wide(x)[:, :, 0] for x in (a, g))
-        inner = jnp.einsum("bki,cki->kbc", a, a) * jnp.einsum("bko,cko->kbc", g, g)
-        return jnp.einsum("bki,bko->kio", a, g), jnp.sum(inner, 0)
-    gradients = jnp.einsum("bkti,bkto->bkio", a, g)
-    return jnp.sum(gradients, 0), _gram(gradients)
-
-
-def _norms(gradients):
+def squared_norms(gradients: jax.Array) -> jax.Array:
+    """Return |g_b|^2, [B], of gradients [B, ...]."""
     return jnp.sum(wide(gradients) ** 2, tuple(range(1, gradients.ndim)))
 
 
-def _gram(gradients):
+def inner_products(gradients: jax.Array) -> jax.Array:
+    """Return g_b . g_c, [B, B], of gradients [B, ...]."""
     flat = wide(gradients).reshape(len(gradients), -1)
     return flat @ flat.T
 
 
-NORMS = Measure("squared norms", _norms_of_factors, _norms, like_weight=False)
-MOMENTS = Measure("second moments", _moments_of_factors, lambda g: jnp.sum(wide(g) ** 2, 0), like_weight=True)
-GRAM = Measure("Gram matrix", _gram_of_factors, _gram, like_weight=False)
+def _norms_of_factors(factors: Factors, back: Callable, x: jax.Array, g: jax.Array) -> Measured:
+    """For T = 1, |a|^2 |g|^2 (Goodfellow 2015, arXiv 1510.01799); else the cheaper of the Gram form and A'G itself."""
+
+    def gram(x, g):
+        """Sum AA' * GG' (Li et al. 2022, arXiv 2110.05679)."""
+        a, g = map(wide, jax.vmap(factors)(x, g))
+        inner = jnp.einsum("bkti,bksi->bkts", a, a) * jnp.einsum("bkto,bkso->bkts", g, g)
+        # Rounding can leave a small negative number where the true norm is zero.
+        return None, jnp.maximum(jnp.sum(inner, (1, 2, 3)), 0)
+
+    def product(x, g):
+        a, g = map(wide, jax.vmap(factors)(x, g))
+        return None, jnp.sum(jnp.sum(a**2, (2, 3)) * jnp.sum(g**2, (2, 3)), 1)
+
+    def all_at_once(x, g):
+        gradients = _gradients(factors, x, g)
+        return back(jnp.sum(gradients, 0)), squared_norms(gradients)
+
+    def one_by_one(x, g):
+        """Form A'G of one example after the other: the work of the summed gradient, and no more memory than its."""
+        return _summed(factors, back, x, g, lambda gradient: jnp.sum(wide(gradient) ** 2))
+
+    ways = {"product": product, "gram": gram, "all at once": all_at_once, "one by one": one_by_one}
+    a_shape, g_shape = (f.shape for f in jax.eval_shape(jax.vmap(factors), x, g))
+    on_cpu, elsewhere = (ways[ghost_cost.cheapest(a_shape, g_shape, device)] for device in ("cpu", "accelerator"))
+    if on_cpu is elsewhere:
+        return on_cpu(x, g)
+
+    def with_total(way):
+        def run(x, g):
+            total, measured = way(x, g)
+            return back(jnp.einsum("bkti,bkto->kio", *jax.vmap(factors)(x, g))) if total is None else total, measured
+
+        return run
+
+    return lax.platform_dependent(x, g, cpu=with_total(on_cpu), default=with_total(elsewhere))
+
+
+def _moments_of_factors(factors: Factors, back: Callable, x: jax.Array, g: jax.Array) -> Measured:
+    """Sum the squares of every element; for T = 1 that is (a * a)'(g * g) (Dangel et al. 2020, arXiv 1912.10985)."""
+    if jax.eval_shape(factors, x[0], g[0])[0].shape[1] == 1:
+        a, g = map(wide, jax.vmap(factors)(x, g))
+        return None, back(jnp.einsum("bkti,bkto->kio", a**2, g**2))
+
+    def one(sums, both):
+        gradient = _gradient(*factors(*both))
+        return (sums[0] + gradient, sums[1] + wide(gradient) ** 2), None
+
+    zero = jnp.zeros_like(_gradient(*factors(x[0], g[0])))
+    (total, squares), _ = lax.scan(one, (zero, wide(zero)), (x, g))
+    return back(total), back(squares)
+
+
+def _gram_of_factors(factors: Factors, back: Callable, x: jax.Array, g: jax.Array) -> Measured:
+    """Return inner products of all pairs of gradients; for T = 1 without forming the gradients."""
+    if jax.eval_shape(factors, x[0], g[0])[0].shape[1] == 1:
+        a, g = (wide(f)[:, :, 0] for f in jax.vmap(factors)(x, g))
+        return None, jnp.sum(jnp.einsum("bki,cki->kbc", a, a) * jnp.einsum("bko,cko->kbc", g, g), 0)
+    gradients = _gradients(factors, x, g)
+    return back(jnp.sum(gradients, 0)), inner_products(gradients)
+
+
+def _gradient(a, g):
+    return jnp.einsum("kti,kto->kio", a, g)
+
+
+def _gradients(factors, x, g):
+    return jax.vmap(lambda x, g: _gradient(*factors(x, g)))(x, g)
+
+
+def _summed(factors, back, x, g, measure):
+    def one(total, both):
+        gradient = _gradient(*factors(*both))
+        return total + gradient, measure(gradient)
+
+    shape = jax.eval_shape(lambda x, g: _gradient(*factors(x, g)), x[0], g[0])
+    total, measures = lax.scan(one, jnp.zeros(shape.shape, shape.dtype), (x, g))
+    return back(total), measures
+
+
+NORMS = Measure(_norms_of_factors, squared_norms, lambda b, w: (b,), like_weight=False)
+MOMENTS = Measure(_moments_of_factors, lambda g: jnp.sum(wide(g) ** 2, 0), lambda b, w: w, like_weight=True)
+GRAM = Measure(_gram_of_factors, inner_products, lambda b, w: (b, b), like_weight=False)
+
+
+def from_factors(factors: Factors, back: Callable[[tuple[int, ...]], Callable]) -> Backward:
+    """Return the backward pass of a use with factors; `back(shape of w)` takes [K, I, O] to that shape."""
+    return lambda measure, w, x, g: measure.of_factors(factors, back(w.shape), x, g)
 
 
 def dot_general(equation: Equation, position: int) -> Backward | None:
-    """w @ x and x @ w, with any contracted, shared and free axes."""
+    """Products w @ x and x @ w, with any contracted, shared and free axes."""
     contracting, shared = equation.params["dimension_numbers"]
     w_contract, w_shared = contracting[position], shared[position]
     x_contract, x_shared = contracting[1 - position], shared[1 - position]
+    w, x = (equation.invars[i].aval for i in (position, 1 - position))
+    w_free = [i for i in range(w.ndim) if i not in (*w_contract, *w_shared)]
+    x_free = [i for i in range(x.ndim) if i not in (*x_contract, *x_shared)]
+    # The result has the shared axes first, then the free axes of the left and of the right operand.
+    first = len(x_shared)
+    first_x, first_w = (first + len(w_free), first) if position == 0 else (first, first + len(x_free))
 
-    def backward(measure, w, x, g):
-        w_free = [i for i in range(w.ndim) if i not in (*w_contract, *w_shared)]
-        x_free = [i for i in range(x.ndim - 1) if i not in (*x_contract, *x_shared)]
-        num_shared, num_x = len(x_shared), len(x_free)
-        # The result has the shared axes first, then the free axes of the left and of the right operand.
-        first_x = num_shared + (len(w_free) if position == 0 else 0)
-        first_w = num_shared + (0 if position == 0 else num_x)
+    def factors(x, g):
         a = _grouped(x, x_shared, x_free, x_contract)
-        g = _grouped(g, range(num_shared), range(first_x, first_x + num_x), range(first_w, first_w + len(w_free)))
+        return a, _grouped(
+            g, range(first), range(first_x, first_x + len(x_free)), range(first_w, first_w + len(w_free))
+        )
+
+    def back(shape):
         order = [*w_shared, *w_contract, *w_free]
+        return lambda product: product.reshape([shape[i] for i in order]).transpose(np.argsort(order))
 
-        def back(product):
-            return product.reshape([w.shape[i] for i in order]).transpose(np.argsort(order))
-
-        total, measured = measure.of_factors(a, g, back)
-        return back(total), measured
-
-    return backward
+    return from_factors(factors, back)
 
 
 def _grouped(x: jax.Array, *groups) -> jax.Array:
-    """Move the axes of each group, counted without axis 0, together and into one: [B, ...] -> [B, group, group, ...]."""
-    axes = [i + 1 for group in groups for i in group]
-    sizes = [int(np.prod([x.shape[i + 1] for i in group], dtype=int)) for group in groups]
-    return x.transpose(0, *axes).reshape(x.shape[0], *sizes)
+    """Bring the axes of each group together and into one: [...] -> [group, group, ...]."""
+    sizes = [int(np.prod([x.shape[i] for i in group], dtype=int)) for group in groups]
+    return x.transpose([i for group in groups for i in group]).reshape(sizes)
 
 
 def conv_general_dilated(equation: Equation, position: int) -> Backward | None:
-    """Convolution by a kernel w: the dot rule on patches of x, with K the groups."""
+    """Convolution by a kernel w: a product with the patches of x, K being the groups."""
     parameters = equation.params
     if position != 1 or parameters["batch_group_count"] != 1:
         return None
     lhs, rhs, out = parameters["dimension_numbers"]
-    groups = parameters["feature_group_count"]
+    groups, strides = parameters["feature_group_count"], parameters["window_strides"]
+    kernel = equation.invars[1].aval.shape
+    window, num_out, num_in = [kernel[i] for i in rhs[2:]], kernel[rhs[0]], kernel[rhs[1]]
 
-    def backward(measure, w, x, g):
-        spatial = [w.shape[i] for i in rhs[2:]]
-        num_out, num_in = w.shape[rhs[0]], w.shape[rhs[1]]
+    def factors(x, g):
+        x = x.transpose(lhs[0], *lhs[2:], lhs[1])
+        padding = zip(parameters["padding"], parameters["lhs_dilation"], strict=True)
+        inner = [(low, high, step - 1) for (low, high), step in padding]
+        x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *inner, (0, 0, 0)])
+        g = g.transpose(out[0], *out[2:], out[1])
+        patches = []
+        for offset in np.ndindex(*window):
+            start = [o * step for o, step in zip(offset, parameters["rhs_dilation"], strict=True)]
+            stop = [s + (n - 1) * step + 1 for s, n, step in zip(start, g.shape[1:-1], strides, strict=True)]
+            patches.append(lax.slice(x, [0, *start, 0], [len(x), *stop, x.shape[-1]], [1, *strides, 1]))
+        # [positions, window, channels]; the groups divide the channels.
+        a = jnp.stack(patches, -2).reshape(-1, len(patches), groups, num_in).transpose(2, 0, 1, 3)
+        return a.reshape(groups, -1, len(patches) * num_in), g.reshape(-1, groups, num_out // groups).swapaxes(0, 1)
 
-        def patches(x):
-            return lax.conv_general_dilated_patches(
-                x,
-                spatial,
-                parameters["window_strides"],
-                parameters["padding"],
-                parameters["lhs_dilation"],
-                parameters["rhs_dilation"],
-                dimension_numbers=lax.ConvDimensionNumbers(lhs, tuple(range(len(rhs))), out),
-                precision=parameters["precision"],
-            )
+    def back(shape):
+        def to_kernel(product):
+            by_axis = product.reshape(groups, *window, num_in, num_out // groups)
+            by_axis = jnp.moveaxis(by_axis, (-1, -2), (1, 2)).reshape(num_out, num_in, *window)
+            return by_axis.transpose(np.argsort(rhs))
 
-        # Features of a patch run over input channels, which the groups divide, then over the window.
-        a = jax.vmap(patches)(x)
-        positions = [out[0], *out[2:]]
-        a = _grouped(a, [out[1]], positions, []).reshape(x.shape[0], groups, num_in * int(np.prod(spatial)), -1)
-        g = _grouped(g, [out[1]], positions, []).reshape(x.shape[0], groups, num_out // groups, -1)
+        return to_kernel
 
-        def back(product):
-            kernel = product.reshape(groups, num_in, *spatial, num_out // groups)
-            kernel = jnp.moveaxis(kernel, -1, 1).reshape(num_out, num_in, *spatial)
-            return kernel.transpose(np.argsort(rhs))
-
-        total, measured = measure.of_factors(a.swapaxes(2, 3), g.swapaxes(2, 3), back)
-        return back(total), measured
-
-    return backward
+    return from_factors(factors, back)
 
 
 def gather(equation: Equation, position: int) -> Backward | None:
     """Rows of a table w: positions that read the same row add up before they are squared."""
     numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
-    mode = equation.params["mode"]
     table = equation.invars[0].aval
     whole_rows = tuple(sizes) == (1, *table.shape[1:]) and tuple(numbers.start_index_map) == (0,)
     plain = tuple(numbers.collapsed_slice_dims) == (0,) and not numbers.operand_batching_dims
     if position != 0 or not (whole_rows and plain):
         return None
 
-    def backward(measure, w, x, g):
-        index = x[..., 0]
-        _, pull = jax.vjp(lambda w: jax.vmap(lambda x: gathered(w, x))(x), w)
-        [total] = pull(g)
-        offsets = [i for i in range(g.ndim - 1) if i in numbers.offset_dims]
-        places = [i for i in range(g.ndim - 1) if i not in numbers.offset_dims]
-        rows = _grouped(g, places, offsets)
-        index = index.reshape(len(index), -1)
-        if mode == lax.GatherScatterMode.CLIP:
-            index = jnp.clip(index, 0, len(w) - 1)
-        else:
-            rows = rows * ((index >= 0) & (index < len(w)))[..., None].astype(rows.dtype)
-        if measure is not NORMS:
-            empty = jnp.zeros((len(w), rows.shape[-1]), rows.dtype)
-            gradients = jax.vmap(lambda index, rows: empty.at[index].add(rows))(index, rows)
-            gradients = gradients.reshape(len(index), *w.shape)
-            return total, measure.of_gradients(gradients)
-        same = (index[:, :, None] == index[:, None, :]).astype(wide(rows).dtype)
-        inner = jnp.einsum("btd,bsd->bts", wide(rows), wide(rows))
-        return total, jnp.maximum(jnp.sum(inner * same, (1, 2)), 0)
+    def rows_of(index, g):
+        """Return (row numbers [T], their cotangents [T, D]) of one example; a row outside the table counts zero."""
+        places = [i for i in range(g.ndim) if i not in numbers.offset_dims]
+        rows, index = _grouped(g, places, numbers.offset_dims), index.reshape(-1)
+        if equation.params["mode"] == lax.GatherScatterMode.CLIP:
+            return jnp.clip(index, 0, table.shape[0] - 1), rows
+        return index, rows * ((index >= 0) & (index < table.shape[0]))[:, None].astype(rows.dtype)
 
-    def gathered(w, x):
-        return lax.gather(w, x, numbers, tuple(sizes), mode=mode)
+    def backward(measure, w, x, g):
+        index, rows = jax.vmap(rows_of)(x, g)
+        if measure is NORMS:
+            same = (index[:, :, None] == index[:, None, :]).astype(wide(rows).dtype)
+            inner = jnp.einsum("btd,bsd->bts", wide(rows), wide(rows))
+            return None, jnp.maximum(jnp.sum(inner * same, (1, 2)), 0)
+        empty = jnp.zeros((table.shape[0], rows.shape[-1]), rows.dtype)
+        gradients = jax.vmap(lambda index, rows: empty.at[index].add(rows))(index, rows)
+        return None, measure.of_gradients(gradients.reshape(len(x), *w.shape))
 
     return backward
 

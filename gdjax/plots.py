@@ -1,5 +1,6 @@
 """Figures. matplotlib is imported when a figure is drawn, and no global state of it is touched."""
 
+import importlib.util
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gdjax import records
-from gdjax.compare import Row
+from gdjax.compare import DIVERGED, Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 
 # Okabe & Ito (2008): eight colours that the colour-blind can tell apart, less yellow, which vanishes on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-DIVERGED = 1e3  # a loss this many times the initial one is not drawn: it would press all others flat
 LINES = ("-", "--", "-.", ":")
 
 
@@ -24,9 +24,10 @@ def comparison(rows: Sequence[Row], title: str) -> "Figure":
     """Draw the training loss against examples seen, updates, and seconds; bands run from lowest to highest seed."""
     figure = _figure(width=12, height=4.2)
     axes = figure.subplots(1, 3, sharey=True)
-    ceiling = DIVERGED * max(row.losses[:, 0].max() for row in rows)
     for i, row in enumerate(rows):
-        losses = np.where(row.losses < ceiling, row.losses, np.nan)
+        # What has diverged would press everything else flat.
+        initial = row.losses[:, :1]
+        losses = np.where(row.losses - initial <= DIVERGED * np.abs(initial), row.losses, np.nan)
         updates = row.examples_seen / row.batch_size
         positions = (row.examples_seen / 1000, updates, updates * row.seconds / row.num_updates)
         label = f"{row.name}, B = {row.batch_size}" + (" (diverged)" if row.num_diverged else "")
@@ -71,11 +72,16 @@ def save(figure: "Figure", path: Path) -> None:
         figure.savefig(file, format="png", dpi=150)
 
 
+def check_installed() -> None:
+    """Raise ModuleNotFoundError, with the fix, where figures cannot be drawn."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ModuleNotFoundError("figures are drawn by matplotlib: pip install 'gdjax[experiments]'")
+
+
 def _figure(*, width: float, height: float) -> "Figure":
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("figures are drawn by matplotlib: pip install 'gdjax[experiments]'") from error
+    check_installed()
+    from matplotlib.figure import Figure
+
     return Figure(figsize=(width, height), layout="constrained")
 
 
@@ -90,6 +96,8 @@ def _band(axis: "Axes", x: np.ndarray, values: np.ndarray, label: str, i: int) -
 
 
 def _log_scales(axis: "Axes", names: str) -> None:
-    """Make these axes logarithmic, unless nothing is drawn: matplotlib refuses to scale an empty axis."""
-    if any(np.size(line.get_xydata()) for line in axis.lines):
-        axis.set(**{f"{name}scale": "log" for name in names})
+    """Make these axes logarithmic, except where a value that is drawn, or none at all, has no place on such an axis."""
+    points = np.concatenate([np.asarray(line.get_xydata()) for line in axis.lines] or [np.zeros((0, 2))])
+    for name, values in zip("xy", points.T, strict=True):
+        if name in names and len(values) and values.min() > 0:
+            axis.set(**{f"{name}scale": "log"})

@@ -37,7 +37,7 @@ Loss = Callable[[Params, Example], jax.Array]
 """The loss of one example, a floating-point scalar."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Problem:
     """What gdjax needs to know, checked when it is made.
 
@@ -71,12 +71,14 @@ class Problem:
         for name, data in (("train", self.train), ("test", self.test)):
             if data is None:
                 continue
-            if _example(data, name) != example:
+            if jax.tree.flatten(_example(data, name)) != jax.tree.flatten(example):
                 raise ValueError(f"test examples are {_example(data, name)} but training examples are {example}")
             if not self.allow_nonfinite:
                 _check_finite(data, name)
         check_loss(jax.eval_shape(self.loss, params, example))
         for name, metric in self.metrics.items():
+            if name == "loss":
+                raise ValueError("metric 'loss' must have another name: the loss is reported under that one")
             if jnp.shape(value := jax.eval_shape(metric, params, example)) != ():
                 raise ValueError(f"metric {name!r} must return one scalar for one example, but returns {value}")
 
@@ -133,10 +135,13 @@ def trainable(params: Params) -> tuple[Params, Params]:
     Raises:
         ValueError: where no leaf is floating-point, so that there is nothing to train.
     """
-    floating = jax.tree.map(lambda leaf: jnp.issubdtype(jnp.result_type(leaf), jnp.inexact), params)
+    dtypes = jax.tree.map(jnp.result_type, params)
+    if any(jnp.issubdtype(dtype, jnp.complexfloating) for dtype in jax.tree.leaves(dtypes)):
+        raise ValueError("params must be real: keep a complex leaf as its real and imaginary parts")
+    floating = jax.tree.map(lambda dtype: jnp.issubdtype(dtype, jnp.floating), dtypes)
     if not any(jax.tree.leaves(floating)):
-        dtypes = [str(jnp.result_type(leaf)) for leaf in jax.tree.leaves(params)]
-        raise ValueError(f"params must have a floating-point leaf to train, but its leaves are {dtypes}")
+        names = [str(dtype) for dtype in jax.tree.leaves(dtypes)]
+        raise ValueError(f"params must have a floating-point leaf to train, but its leaves are {names}")
     train = jax.tree.map(lambda leaf, is_floating: leaf if is_floating else None, params, floating)
     frozen = jax.tree.map(lambda leaf, is_floating: None if is_floating else leaf, params, floating)
     return train, frozen
@@ -158,23 +163,30 @@ def load(spec: str) -> Problem:
     module_name, colon, attribute = spec.partition(":")
     if not (module_name and colon and attribute):
         raise ValueError(f"problem={spec!r} is not of the form package.module:attribute")
-    sys.path.insert(0, os.getcwd())
+    here = os.getcwd()
+    sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"problem={spec!r}: no module named {error.name!r} here or in this environment (looked in {os.getcwd()})"
+            f"problem={spec!r}: no module named {error.name!r} here or in this environment (looked in {here})"
+            + (f"; a file {module_name} is named without '.py'" if module_name.endswith(".py") else "")
         ) from error
     except Exception as error:
         raise ValueError(f"problem={spec!r}: importing {module_name!r} raised {error!r}") from error
     finally:
-        sys.path.remove(os.getcwd())
+        sys.path.remove(here)
     if not hasattr(module, attribute):
-        public = [name for name in vars(module) if not name.startswith("_")]
+        public = [
+            name for name, x in vars(module).items() if name[0] != "_" and (callable(x) or isinstance(x, Problem))
+        ]
         raise ValueError(f"problem={spec!r}: module {module_name!r} has no {attribute!r}; it has {', '.join(public)}")
     found = getattr(module, attribute)
     if callable(found) and not isinstance(found, Problem):
-        found = found()
+        try:
+            found = found()
+        except Exception as error:
+            raise ValueError(f"problem={spec!r}: calling it without arguments raised {error!r}") from error
     if not isinstance(found, Problem):
         raise ValueError(f"problem={spec!r} is a {type(found).__name__}, not a gdjax.problem.Problem")
     return found

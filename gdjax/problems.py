@@ -33,8 +33,7 @@ def classification(model: models.Model, data: Split, *, num_classes: int, name: 
     Raises:
         ValueError: for labels that are not integers in [0, num_classes).
     """
-    for part, (_, labels) in zip(("train", "test"), data, strict=True):
-        _check_labels(labels, num_classes, part)
+    _check_labels(data, num_classes)
 
     def loss(params, example):
         x, label = example
@@ -69,8 +68,7 @@ def logistic(data: Split | None = None) -> Problem:
         ValueError: for labels other than the integers 0 and 1.
     """
     data = data or datasets.gaussian_classification(jax.random.key(0))
-    for part, (_, labels) in zip(("train", "test"), data, strict=True):
-        _check_labels(labels, 2, part)
+    _check_labels(data, 2)
 
     def logit(params, x):
         return x @ params["weight"] + params["bias"]
@@ -141,12 +139,16 @@ def named(spec: str) -> Problem:
     return BUILT_IN[spec]()
 
 
-def _check_labels(labels: jax.Array, num_classes: int, part: str) -> None:
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise ValueError(f"{part} labels must be integers, but are {labels.dtype}")
-    wrong = np.flatnonzero((np.asarray(labels) < 0) | (np.asarray(labels) >= num_classes))
-    if wrong.size:
-        raise ValueError(
-            f"{part} labels must be in [0, {num_classes}), but example {wrong[0]} has {int(labels[wrong[0]])} "
-            f"({wrong.size} such examples)"
-        )
+def _check_labels(data: Split, num_classes: int) -> None:
+    for part, examples in zip(("train", "test"), data, strict=True):
+        if examples is None:
+            continue
+        labels = np.asarray(examples[1])
+        if not np.issubdtype(labels.dtype, np.integer):
+            raise ValueError(f"{part} labels must be integers, but are {labels.dtype}")
+        wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
+        if wrong.size:
+            raise ValueError(
+                f"{part} labels must be in [0, {num_classes}), but example {wrong[0]} has {labels[wrong[0]]} "
+                f"({wrong.size} such examples)"
+            )

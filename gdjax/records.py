@@ -43,9 +43,10 @@ def run_folder(path: str | os.PathLike) -> Iterator[Path]:
         ValueError: where the folder cannot be created or written, with the reason.
     """
     folder = Path(path).expanduser()
-    missing = [ancestor for ancestor in (folder, *folder.parents) if not ancestor.exists()]
+    missing: list[Path] = []
     try:
         with _named_in_errors("out", path):
+            missing += [ancestor for ancestor in (folder, *folder.parents) if not ancestor.exists()]
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
                 pass
@@ -67,8 +68,8 @@ def check_writable(path: Path, name: str) -> None:
 
 
 def timestamped(command: str) -> Path:
-    """Return the default run folder of a command, 'runs/COMMAND-YYYYMMDD-HHMMSS' in UTC."""
-    return Path("runs") / f"{command}-{datetime.datetime.now(datetime.UTC):%Y%m%d-%H%M%S}"
+    """Return the default run folder of a command, 'runs/COMMAND-DATE-TIME-PROCESS', in UTC."""
+    return Path("runs") / f"{command}-{datetime.datetime.now(datetime.UTC):%Y%m%d-%H%M%S}-{os.getpid()}"
 
 
 def provenance(*, arguments: dict[str, Any], seed: int, wall_seconds: float) -> dict[str, Any]:
@@ -93,7 +94,7 @@ def provenance(*, arguments: dict[str, Any], seed: int, wall_seconds: float) -> 
         "x64": bool(jax.config.read("jax_enable_x64")),
         "seed": seed,
         "commit": _commit(Path.cwd()),
-        "gdjax_commit": _commit(Path(__file__).parent),
+        "gdjax_commit": _commit(Path(__file__).parent, tracks=Path(__file__).name),
         "command": sys.argv,
         "arguments": arguments,
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -151,19 +152,23 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, str | int | bool | None) else str(value)
 
 
-def _commit(folder: Path) -> str | None:
-    """Return the commit that `folder` is at, with '-dirty' where files differ from it; None outside a repository."""
+def _commit(folder: Path, tracks: str = "") -> str | None:
+    """Return the commit that `folder` is at, with '-dirty' where files differ from it.
+
+    None outside a repository, and where the repository does not track the file named: an installed package may lie in
+    somebody's checkout without being part of it.
+    """
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
     try:
-        described = subprocess.run(
-            ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--match="],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
+        if tracks:
+            git("ls-files", "--error-unmatch", tracks)
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--match=")
     except (OSError, subprocess.SubprocessError):
         return None
-    return described.stdout.strip()
 
 
 def _umask() -> int:

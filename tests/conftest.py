@@ -7,6 +7,8 @@ import pytest
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+# Programs here are small and run once: half of the time would go into optimising them.
+jax.config.update("jax_disable_most_optimizations", True)
 # The first example of a shape compiles; the examples are the same every time, so that a failure can be repeated.
 hypothesis.settings.register_profile("gdjax", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("gdjax")

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from jax import lax
 
-from gdjax import batching, descent, ghost, gradients, models, problem
+from gdjax import ghost, models, problem
 
 B = 5
 
@@ -242,7 +242,7 @@ def attention(p, x, heads=2):
 
 
 def transformer_params(seed, width=4, heads=2):
-    shapes = {name: (width, heads, width // heads) for name in "qkv"} | {"o": (heads, width // heads, width)}
+    shapes = dict.fromkeys("qkv", (width, heads, width // heads)) | {"o": (heads, width // heads, width)}
     shapes |= {
         "up": (width, 3 * width),
         "down": (3 * width, width),
