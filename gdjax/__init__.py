@@ -4,6 +4,7 @@ A problem supplies the loss of one example; everything else is derived.
 
     problem     the loss of one example, parameters and data
     batching    streams of examples, and where to cut them
+    ghost       norms of every example's gradient, for any function
     gradients   estimators of the mean gradient of a batch
     descent     one update, the loop, the loop ended by a rule
     datasets    data, real and drawn
@@ -28,6 +29,7 @@ __all__ = [
     "datasets",
     "descent",
     "experiment",
+    "ghost",
     "gradients",
     "models",
     "plots",
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
         datasets,
         descent,
         experiment,
+        ghost,
         gradients,
         models,
         plots,

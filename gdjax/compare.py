@@ -240,6 +240,7 @@ def _row(problem: Problem, batch_size: int, num_epochs: int, data, keys, learnin
         nonlocal sweep_seconds
         history, elapsed = timing.timed(sweep, data, *lanes, jnp.tile(rates, num_seeds))
         sweep_seconds += elapsed
+        jax.effects_barrier()  # a late call of `watch` would disturb what is timed next
         history = jax.tree.map(lambda x: np.asarray(x).reshape(num_seeds, len(rates), -1), history)
         for i, rate in enumerate(rates.tolist()):
             histories[rate] = jax.tree.map(lambda x, i=i: x[:, i], history)

@@ -5,12 +5,12 @@ example is traced and evaluated on the whole batch, and where a parameter meets 
 returns what is wanted of each example's gradient.
 
 Values are of three kinds. *Fixed* values depend on neither parameters nor example. A `Weight` depends on parameters
-alone and is computed once for the batch. A `Batched` value depends on the example and has axis 0 of length B. A *use* is
-an equation where a weight meets a batched value. A parameter with one use, reached by reshapes and transposes alone, is
-measured there by a rule: `ghost_rules` holds them, and is where a new one goes. Any other parameter has a *twin*, a zero
-of shape [B, *w.shape] that follows it to first order through every equation, so that the gradient with respect to the
-twin is the gradient of every example, whatever happens on the way: exact, at the price of holding it. `ghost_flow`
-decides which, from the traced program alone; `ghost_eval` runs it; `ghost_cost` chooses between equal ways of a rule.
+alone and is computed once for the batch. A `Batched` value depends on the example and has axis 0 of length B. A *use*
+is an equation where a weight meets a batched value. A parameter with one use, reached by reshapes and transposes
+alone, is measured there by a rule: `ghost_rules` holds them, and is where a new one goes. Any other parameter has a
+*twin*, a zero of shape [B, *w.shape] that follows it to first order through every equation, so that the gradient with
+respect to the twin is the gradient of every example, whatever happens on the way: exact, at the price of holding it.
+`ghost_flow` decides which, from the traced program alone; `ghost_eval` runs it; `ghost_cost` chooses among ways.
 
 >>> import jax.numpy as jnp
 >>> def loss(params, example):

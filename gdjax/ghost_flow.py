@@ -63,9 +63,8 @@ def plan(jaxpr: core.Jaxpr, num_leaves: int) -> list[Plan]:
 def _leaf_plan(uses: list[Use]) -> Plan:
     if not uses:
         return Plan("unused", "")
-    described = ", ".join(
-        dict.fromkeys(f"{use.primitive}: {use.obstacle}" if use.obstacle else use.primitive for use in uses)
-    )
+    texts = [f"{use.primitive}: {use.obstacle}" if use.obstacle else use.primitive for use in uses]
+    described = ", ".join(dict.fromkeys(texts))
     if len(uses) > 1:
         return Plan("materialised", f"{len(uses)} uses ({described})")
     return Plan("materialised" if uses[0].obstacle else uses[0].primitive, described)
@@ -161,7 +160,7 @@ def read(env: dict[Any, Any], variable) -> Any:
 
 
 def function_of(jaxpr: core.Jaxpr, equation, ins: Sequence[Any]) -> tuple[list[Any], Callable]:
-    """Return the operands of an equation of `jaxpr`, each once and without literals, and its outputs as a function of them.
+    """Return the operands of an equation, each once and without literals, and its outputs as a function of them.
 
     The function keeps whatever derivative rule the equation has.
     """

@@ -1,12 +1,12 @@
 """Rules: how the gradients of the examples are measured at one use of a parameter, without keeping them.
 
 A rule speaks for one primitive in which a parameter w meets an activation x. Most uses have *factors*: the gradient
-of one example is A'G with A [K, T, I], made of x, and G [K, T, O], made of the cotangent of the result; T runs over the
-positions that share the weight (tokens, pixels), K over axes that w, x and the result share (heads, groups).
+of one example is A'G with A [K, T, I], made of x, and G [K, T, O], made of the cotangent of the result; T runs over
+the positions that share the weight (tokens, pixels), K over axes that w, x and the result share (heads, groups).
 
-To add a rule: write `(equation, position of w) -> Backward or None`, None where the equation is not of the kind that the
-rule can do, and add it to `RULES` under the name of its primitive; with factors, `from_factors` does the rest. Uses
-without a rule are materialised.
+To add a rule: write `(equation, position of w) -> Backward or None`, None where the equation is not of the kind that
+the rule can do, and add it to `RULES` under the name of its primitive; with factors, `from_factors` does the rest.
+Uses without a rule are materialised.
 """
 
 from collections.abc import Callable
@@ -48,7 +48,7 @@ Backward = Callable[[Measure, jax.Array, jax.Array, jax.Array], Measured]
 
 def wide(x: jax.Array) -> jax.Array:
     """Return x in float32 at least: squares of bfloat16 do not add up."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x if jnp.finfo(x.dtype).bits >= 32 else x.astype(jnp.float32)
 
 
 def squared_norms(gradients: jax.Array) -> jax.Array:

@@ -13,15 +13,20 @@ gradient; they differ in memory, and in what they return beside it.
 -4.0
 >>> per_example(loss)(params, batch).aux.grads
 Array([-1., -2., -6., -7.], dtype=float32, weak_type=True)
+>>> with_sq_norms(loss)(params, batch).aux.sq_norms
+Array([ 1.,  4., 36., 49.], dtype=float32)
+>>> float(clipped(loss, max_norm=2.0)(params, batch).grad)  # -(1 + 2 + 2 + 2) / 4
+-1.75
 """
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from gdjax import problem
+from gdjax import ghost, problem
 from gdjax.problem import Batch, Loss, Params
 
 
@@ -44,6 +49,20 @@ class PerExample(NamedTuple):
 
     losses: jax.Array
     grads: Params
+
+
+class SquaredNorms(NamedTuple):
+    """Losses [B] and squared gradient norms of the examples of a batch: a pytree like the gradient, each leaf [B]."""
+
+    losses: jax.Array
+    sq_norms: Params
+
+
+class Clipped(NamedTuple):
+    """Losses [B] and gradient norms [B], over all parameters and before clipping, of the examples of a batch."""
+
+    losses: jax.Array
+    norms: jax.Array
 
 
 Gradient = Callable[[Params, Batch], Estimate]
@@ -110,5 +129,68 @@ def per_example(loss: Loss) -> Gradient:
 
         losses, grads = jax.vmap(jax.value_and_grad(one), (None, 0))(train, batch)
         return Estimate(losses.mean(), jax.tree.map(lambda g: g.mean(0), grads), PerExample(losses, grads))
+
+    return gradient
+
+
+def with_sq_norms(loss: Loss) -> Gradient:
+    """Return `(params, batch) -> Estimate` whose `aux` is `SquaredNorms`, for the price of a gradient (see `ghost`)."""
+    measured = ghost.sq_norms(loss)
+
+    def gradient(params: Params, batch: Batch) -> Estimate:
+        losses, grad, sq_norms = measured(params, batch)
+        return Estimate(losses.mean(), grad, SquaredNorms(losses, sq_norms))
+
+    return gradient
+
+
+def clipped(
+    loss: Loss,
+    max_norm: float,
+    *,
+    noise_multiplier: float = 0.0,
+    noise_key: Callable[[Batch], jax.Array] | None = None,
+    expected_batch_size: int | None = None,
+) -> Gradient:
+    """Return `(params, batch) -> Estimate` with every example's gradient clipped, `aux` being `Clipped`.
+
+    The gradient is (1 / L) (sum_i g_i / max(1, |g_i| / C) + N(0, (sigma C)^2 I)), the norm taken over all parameters
+    (Abadi et al. 2016, arXiv 1607.00133, algorithm 1): norms first, then one backward pass of the weighted losses, so
+    that no example's gradient is held. The loss reported is not clipped.
+
+    Args:
+        loss: (params, example) -> scalar.
+        max_norm: C, positive; infinity clips nothing.
+        noise_multiplier: sigma.
+        noise_key: batch -> PRNG key of this batch's noise; needed where sigma > 0. The batch carries its randomness, so
+            that a replayed stream replays the run.
+        expected_batch_size: L, examples; default the size of the batch.
+
+    Raises:
+        ValueError: for max_norm <= 0, a negative noise_multiplier, or noise without a key or with infinite max_norm.
+    """
+    if not max_norm > 0:
+        raise ValueError(f"max_norm={max_norm} must be positive")
+    if not noise_multiplier >= 0:
+        raise ValueError(f"noise_multiplier={noise_multiplier} must be at least 0")
+    if noise_multiplier and (noise_key is None or max_norm == float("inf")):
+        raise ValueError(f"noise_multiplier={noise_multiplier} needs a noise_key and a finite max_norm={max_norm}")
+    measured = ghost.sq_norms(loss)
+
+    def gradient(params: Params, batch: Batch) -> Estimate:
+        losses, _, sq_norms = measured(params, batch)
+        norms = jnp.sqrt(jnp.sum(jnp.stack(jax.tree.leaves(sq_norms)), 0))
+        size = expected_batch_size or len(losses)
+        weights = (1 / jnp.maximum(1, norms / max_norm)).astype(losses.dtype) / size
+        train, frozen = problem.trainable(params)
+
+        def weighted(train):
+            return jnp.sum(weights * jax.vmap(loss, (None, 0))(problem.merge(train, frozen), batch))
+
+        grad = jax.grad(weighted)(train)
+        if noise_multiplier and noise_key is not None:
+            noise = optax.tree.random_like(noise_key(batch), grad, jax.random.normal)
+            grad = jax.tree.map(lambda g, n: g + (noise_multiplier * max_norm / size) * n, grad, noise)
+        return Estimate(losses.mean(), grad, Clipped(losses, norms))
 
     return gradient

@@ -4,6 +4,7 @@ import hypothesis
 import jax
 import pytest
 
+jax.config.update("jax_num_cpu_devices", 2)  # for the tests of sharding; all else runs on the first
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -9,10 +9,13 @@ import time
 import pytest
 
 SMALL = """
-import jax
+import jax, jax.numpy as jnp
 from gdjax import datasets, problems
+from gdjax.problem import Problem
 data = datasets.gaussian_classification(jax.random.key(0), num_examples=40, dimension=3)
 problem = problems.logistic(data)
+# It has no minimum: the larger the learning rate, the lower the loss.
+unbounded = Problem(lambda key: jnp.zeros(()), lambda w, x: -w * x, jnp.ones(4))
 """
 
 
@@ -51,6 +54,8 @@ def test_compare_runs_a_problem_beside_the_caller_and_keeps_what_it_found(folder
     promised |= {"microseconds_per_update", "compile_seconds"}
     assert all(row[name] is not None for row in result["rows"] for name in promised)
     assert result["provenance"]["arguments"]["problem"] == "my_module:problem"
+    [accuracies] = [line.split() for line in done.stdout.splitlines() if line.startswith("test accuracy")]
+    assert accuracies[2::3] == [f"{row['test_accuracy']:.3g}" for row in result["rows"]]  # each is mean ± deviation
     for claim in result["claims"]:
         assert claim["claim"] in done.stdout.replace("\n             ", " ")
 
@@ -66,6 +71,13 @@ def test_json_to_standard_output_is_alone_there(folder):
     assert "final train loss" in done.stderr
     [run] = (folder / "runs").iterdir()
     assert sorted(os.listdir(run)) == ["figure.png", "result.json"]
+
+
+def test_a_best_rate_at_the_edge_is_marked_in_the_table(folder):
+    done = gdjax("compare", "--problem", "my_module:unbounded", "--batch-sizes", "4", "--num-epochs", "1", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    [rate] = [line for line in done.stdout.splitlines() if line.startswith("learning rate")]
+    assert rate.endswith("(edge)")
 
 
 def test_a_diverging_run_is_reported_and_the_command_finishes(folder):
@@ -130,5 +142,5 @@ def test_ctrl_c_exits_with_130_and_leaves_nothing(folder):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors.strip() == "gdjax: interrupted; nothing was saved"
+    assert errors.strip() == "gdjax: interrupted"
     assert not (folder / "runs").exists()

@@ -1,10 +1,12 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gdjax import claims, compare, datasets, plots, problems, records
+from gdjax import batching, claims, compare, datasets, models, plots, problems, records
+from gdjax.problem import Problem
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +26,71 @@ def test_every_batch_size_sees_the_same_stream_less_a_last_incomplete_batch(rows
     assert all(row.losses.shape == (2, len(row.examples_seen)) for row in rows)
 
 
-def test_every_batch_size_starts_from_the_same_parameters(rows):
-    np.testing.assert_allclose([row.losses[:, 0] for row in rows], np.log(2), rtol=1e-12)
+@pytest.fixture(scope="module")
+def drawn():
+    """A problem whose parameters are drawn, so that seeds and keys make a difference."""
+    data = datasets.gaussian_classification(jax.random.key(0), num_examples=24, dimension=3)
+    return problems.classification(models.mlp((3, 4, 2)), data, num_classes=2)
+
+
+@pytest.fixture(scope="module")
+def drawn_rows(drawn):
+    return compare.compare(drawn, batch_sizes=(1, 7), learning_rate=0.1, num_epochs=3, num_seeds=2, seed=5)
+
+
+def test_every_batch_size_starts_from_the_same_parameters_one_draw_for_each_seed(drawn_rows):
+    stochastic, mini = (row.losses[:, 0] for row in drawn_rows)
+    np.testing.assert_allclose(mini, stochastic, rtol=1e-12)
+    assert stochastic[0] != stochastic[1]
+
+
+def test_every_run_is_that_of_a_loop_over_the_stream_of_its_seed(drawn, drawn_rows):
+    """The keys are those that `compare` documents, whatever B is; evaluation is every N // B updates and at the end."""
+    mean_loss = jax.jit(lambda params, data: jax.vmap(drawn.loss, (None, 0))(params, data).mean())
+    gradient = jax.jit(jax.grad(mean_loss))
+    init_keys, stream_keys = (jax.random.split(key, 2) for key in jax.random.split(jax.random.key(5)))
+    evaluated = {1: [0, 24, 48, 72], 7: [0, 21, 42, 63, 70]}
+    for row in drawn_rows:
+        np.testing.assert_array_equal(row.examples_seen, evaluated[row.batch_size])
+        for seed, (init_key, stream_key) in enumerate(zip(init_keys, stream_keys, strict=True)):
+            params = drawn.init(init_key)
+            stream = batching.reshuffled(stream_key, 24, num_epochs=3)
+            losses = {0: mean_loss(params, drawn.train)}
+            for end in range(row.batch_size, 73, row.batch_size):
+                grad = gradient(params, batching.take(drawn.train, stream[end - row.batch_size : end]))
+                params = jax.tree.map(lambda weight, g: weight - 0.1 * g, params, grad)
+                losses[end] = mean_loss(params, drawn.train)
+            np.testing.assert_allclose(row.losses[seed], [losses[i] for i in row.examples_seen.tolist()], rtol=1e-9)
+
+
+def test_without_test_examples_metrics_are_of_the_training_examples_and_named_so():
+    data = datasets.gaussian_classification(jax.random.key(0), num_examples=16, dimension=3)
+    [row] = compare.compare(
+        problems.logistic(data._replace(test=None)), batch_sizes=(16,), learning_rate=0.1, num_epochs=1
+    )
+    x, y = map(np.asarray, data.train)
+    # From zero, the first update goes along the mean of x (y - 1/2), and only the sign of the logit matters.
+    weight, bias = (y - 0.5) @ x, (y - 0.5).sum()
+    accuracy = np.mean((x @ weight + bias > 0) == (y == 1))
+    assert row.summary()["train_accuracy"] == pytest.approx(accuracy)
+    assert row.summary()["test_accuracy"] is None
+
+
+def test_a_best_rate_at_the_edge_is_reported_as_such(rows):
+    assert not any(row.at_edge for row in rows)
+    # The mean of -w x has no minimum: the larger the rate, the lower the loss.
+    unbounded = Problem(lambda key: jnp.zeros(()), lambda w, x: -w * x, jnp.ones(4))
+    [tuned] = compare.compare(unbounded, batch_sizes=(4,), num_epochs=1, num_seeds=1)
+    assert (tuned.learning_rate, tuned.at_edge) == (max(tuned.learning_rates), True)
+    [given] = compare.compare(unbounded, batch_sizes=(4,), num_epochs=1, num_seeds=1, learning_rate=0.5)
+    assert not given.at_edge
+
+
+def test_a_row_reports_the_time_of_the_compiled_run(problem, monkeypatch):
+    monkeypatch.setattr(compare.timing, "seconds", lambda run, *args, **limits: 1e6)
+    [row] = compare.compare(problem, batch_sizes=(48,), learning_rate=0.1, num_epochs=1, num_seeds=1)
+    assert row.seconds == 1e6
+    assert 0 < row.compile_seconds < 1e4
 
 
 def test_the_final_loss_is_that_of_a_run_written_by_hand(problem, rows):
@@ -124,7 +189,7 @@ def test_a_diverged_run_is_reported_as_diverged():
 def test_bad_arguments_are_refused_before_anything_compiles(problem, arguments, message):
     stages = []
     with pytest.raises(ValueError, match=message):
-        compare.compare(problem, progress=stages.append, **arguments)
+        compare.compare(problem, progress=lambda *stage: stages.append(stage), **arguments)
     assert stages == []
 
 
@@ -161,6 +226,32 @@ def row(name, batch_size, **changes):
     return compare.Row(name=name, batch_size=batch_size, **(values | changes))
 
 
+def test_a_summary_adds_final_values_over_seeds_and_rates():
+    summary = row("mini-batch", 8, seconds=0.5).summary()
+    assert summary["num_updates"] == 12
+    assert summary["microseconds_per_update"] == pytest.approx(1e6 * 0.5 / 12)
+    assert summary["examples_per_second"] == pytest.approx(96 / 0.5)
+    assert (summary["train_loss"], summary["test_accuracy"]) == pytest.approx((0.1, 0.9))
+    # deviations -0.001, 0 and 0.001 over three seeds: sqrt(2e-6 / 2)
+    assert (summary["train_loss_std"], summary["test_accuracy_std"]) == pytest.approx((0, 0.001))
+
+
+def test_the_figure_shows_the_median_loss_against_examples_updates_and_seconds():
+    losses = np.asarray([[1.0, 0.5, 0.1], [1.0, 0.6, 0.2], [1.0, 0.9, 0.9]])
+    figure = plots.comparison([row("batch", 48), row("mini-batch", 8, seconds=3.0, losses=losses)], "title")
+    median = [1.0, 0.6, 0.2]
+    expected = {
+        "examples seen (thousands)": [(0, 0.048, 0.096), median],
+        "updates": [(6, 12), median[1:]],  # zero has no place on a logarithmic axis
+        "seconds on this device": [(1.5, 3.0), median[1:]],
+    }
+    assert [axis.get_xlabel() for axis in figure.axes] == list(expected)
+    for axis, points in zip(figure.axes, expected.values(), strict=True):
+        line = axis.lines[1]
+        assert line.get_label() == "mini-batch, B = 8"
+        np.testing.assert_allclose(line.get_xydata(), np.transpose(points), rtol=1e-12)
+
+
 ROWS = {"stochastic": 1, "mini-batch": 8, "batch": 48}
 
 
@@ -176,7 +267,17 @@ def test_every_claim_can_be_agreed_with():
     assert set(verdicts.values()) == {"agrees"}
 
 
+def test_the_predicted_ratio_of_noise_is_that_of_sampling_from_a_finite_set():
+    """tr Sigma (N - B) / (N - 1) / B at N = 48: the ratio of B = 1 to B = 8 is 8 * 47 / 40."""
+    evidence = {claim.claim: claim.evidence for claim in claims.judge([row("stochastic", 1), row("mini-batch", 8)])}
+    assert "sampling theory says 9.4" in evidence["Stochastic: updates are noisier"]
+
+
 LOWER = np.asarray([[0.1, 0.5, 0.80]] * 3)
+HIGHER = np.asarray([[0.1, 0.5, 0.99]] * 3)
+# Paired differences of 0.009, 0.007 and 0.008, whose interval is 0.008 ± 4.303 * 0.001 / sqrt(3): it ends above 0.01,
+# and below it with the quantile of a one-sided interval, 2.920.
+BORDERLINE = np.asarray([[0.1, 0.5, 0.909], [0.1, 0.5, 0.908], [0.1, 0.5, 0.907]])
 NOISY = np.asarray([[0.1, 0.5, 0.95], [0.1, 0.5, 0.85], [0.1, 0.5, 0.9]])
 
 
@@ -185,8 +286,12 @@ NOISY = np.asarray([[0.1, 0.5, 0.95], [0.1, 0.5, 0.85], [0.1, 0.5, 0.9]])
     [
         ({"mini_batch": {"num_updates": 96}}, "fewer updates", "disagrees"),
         ({"mini_batch": {"flops_per_gradient": 800.0}}, "less calculation", "disagrees"),
+        # 760 * 6 against 100 * 48 operations: 5 % less is not less
+        ({"mini_batch": {"flops_per_gradient": 760.0}}, "less calculation", "disagrees"),
         ({"mini_batch": {"flops_per_gradient": None}}, "less calculation", "cannot tell"),
         ({"mini_batch": {"metrics": {"accuracy": LOWER}}}, "end performance", "disagrees"),
+        ({"mini_batch": {"metrics": {"accuracy": HIGHER}}}, "end performance", "disagrees"),
+        ({"mini_batch": {"metrics": {"accuracy": BORDERLINE}}}, "end performance", "cannot tell"),
         ({"mini_batch": {"metrics": {"accuracy": NOISY}}}, "end performance", "cannot tell"),
         ({"stochastic": {"gradient_noise": 1.0}}, "noisier", "disagrees"),
         ({"stochastic": {"seconds": 1e-3}}, "takes longer", "disagrees"),

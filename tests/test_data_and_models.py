@@ -41,6 +41,16 @@ def test_gaussian_features_have_the_spectrum_asked_for(key):
     np.testing.assert_allclose(residual.std(), 0.5, rtol=5 / np.sqrt(2 * len(x)))
 
 
+def test_labels_have_the_probabilities_of_the_logistic_model(key):
+    """At the true weights and for any feature f, sum_i f_i (y_i - p_i) is 0 ± sqrt(sum_i f_i^2 p_i (1 - p_i))."""
+    (x, y), _ = jax.tree.map(np.asarray, datasets.gaussian_classification(key, num_examples=20_000, dimension=4))
+    _, weights_key, _ = jax.random.split(key, 3)  # features, weights, labels
+    logits = x @ np.asarray(jax.random.normal(weights_key, (4,)))
+    p = 1 / (1 + np.exp(-logits))
+    features = np.column_stack([x, logits, np.ones(len(x))])
+    np.testing.assert_array_less(np.abs(features.T @ (y - p)), 4 * np.sqrt((features**2).T @ (p * (1 - p))))
+
+
 @pytest.mark.parametrize(("scale", "deviation"), [("he", np.sqrt(2 / 300)), ("xavier", np.sqrt(2 / 500)), (0.3, 0.3)])
 def test_weights_are_gaussian_at_the_named_scale(scale, deviation, key):
     [layer] = models.mlp((300, 200), scale=scale).init(key)
@@ -100,6 +110,27 @@ def test_logistic_has_the_optimum_of_scikit_learn(key):
     assert all(np.abs(leaf).max() < 1e-6 for leaf in jax.tree.leaves(gradient))
     accuracy = jax.vmap(problem.metrics["accuracy"], (None, 0))(params, problem.train).mean()
     assert float(accuracy) == pytest.approx(fitted.score(*map(np.asarray, data.train)))
+
+
+def test_least_squares_has_half_the_squared_error_as_its_loss(key):
+    problem = problems.least_squares(datasets.gaussian_regression(key, num_examples=8, dimension=2))
+    weights = np.asarray([1.0, -2.0])
+    for x, y in zip(*map(np.asarray, problem.train), strict=True):
+        squared_error = (x @ weights - y) ** 2
+        assert float(problem.loss(weights, (x, y))) == pytest.approx(squared_error / 2, rel=1e-12)
+        assert float(problem.metrics["squared_error"](weights, (x, y))) == pytest.approx(squared_error, rel=1e-12)
+
+
+@pytest.mark.parametrize("label", [0, 1, 2])
+def test_classification_is_right_where_the_largest_logit_is_the_label_s(label):
+    logits = np.asarray([0.5, 3.0, -1.0])
+    data = datasets.Split((logits[None], np.asarray([label])), None)
+    problem = problems.classification(models.mlp((3, 3)), data, num_classes=3)
+    params = [{"weight": jnp.eye(3), "bias": jnp.zeros(3)}]  # the features are the logits
+    example = jax.tree.map(lambda x: jnp.asarray(x)[0], data.train)
+    expected = np.log(np.exp(logits).sum()) - logits[label]
+    assert float(problem.loss(params, example)) == pytest.approx(expected, rel=1e-12)
+    assert float(problem.metrics["accuracy"](params, example)) == (label == 1)
 
 
 def test_the_noisy_quadratic_has_exactly_the_noise_it_promises(key):

@@ -271,6 +271,28 @@ def test_until_ends_by_the_rule_that_holds_first(names, learning_rate, expected,
     np.testing.assert_allclose(state.params, np.asarray([0.6, 0.8]) * (1 - learning_rate) ** num_updates, rtol=1e-12)
 
 
+def test_the_gradient_rule_looks_at_the_gradient_it_is_given():
+    """After update t that of all data has norm 0.5^t: 0.125 at t = 3, one update before the batch's own."""
+    _, ending = descend_until(
+        0.5, {"full gradient": descent.gradient_norm_at_most(0.2, lambda state, info: state.params)}
+    )
+    assert int(ending.num_updates) == 3
+
+
+@pytest.mark.parametrize(
+    ("values", "num_updates"),
+    [
+        ([2.0, 1.0, 1.0, 1.0, 1.0], 5),  # staying level is no improvement
+        ([2.0, np.nan, 1.0, 1.5, 1.5, 1.5], 6),  # NaN is none either, but 1 after it is
+    ],
+)
+def test_no_improvement_counts_the_values_in_a_row_that_are_not_below_the_best(values, num_updates):
+    values = jnp.asarray(values)
+    rule = descent.no_improvement(3, lambda state, info: values[state.num_examples - 1])
+    _, ending = descend_until(0.5, {"no improvement": rule})
+    assert int(ending.num_updates) == num_updates
+
+
 def test_until_looks_only_every_so_many_updates():
     _, ending = descend_until(0.5, {"loss": RULES["loss"]}, every=2)
     assert int(ending.num_updates) == 4

@@ -72,12 +72,3 @@ def test_run_averaged_over_every_sequence_of_batches_obeys_the_exact_recursion(d
     z = np.column_stack([np.asarray(train(sequences)) - optimum, np.ones(len(sequences))])
     expected = exact(data, start, optimum, batch_size, num_updates, replace=replace)
     np.testing.assert_allclose(z.T @ z / len(z), expected, rtol=1e-11)
-
-
-def test_sampling_without_replacement_has_less_variance(data):
-    start, optimum = np.array([1.0, -2.0]), np.array([0.3, 0.7])
-    with_it, without = (
-        np.trace(exact(data, start, optimum, 2, 1, replace=replace)[:DIMENSION, :DIMENSION])
-        for replace in (True, False)
-    )
-    assert without < with_it

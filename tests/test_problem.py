@@ -1,4 +1,5 @@
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ def test_a_valid_problem_counts_its_examples():
         ({"train": (jnp.ones((5, 2)), jnp.ones(4))}, r"every leaf of train .* train\[0\]: 5, train\[1\]: 4"),
         ({"train": (jnp.ones((5, 2)), 1.0)}, r"train\[1\]: scalar"),
         ({"test": (jnp.ones((5, 3)), jnp.ones(5))}, "test examples are .* but training examples are"),
+        ({"test": (jnp.ones((5, 2)), jnp.ones(5, int))}, r"test examples are .*int64.* but training .*float64"),
         ({"test": (jnp.ones((2, 2)), jnp.ones(3))}, r"every leaf of test .* test\[0\]: 2, test\[1\]: 3"),
         (
             {"train": (jnp.ones((5, 2)).at[3, 1].set(jnp.nan), jnp.ones(5))},
@@ -86,8 +88,22 @@ def beside(tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("beside")
 @pytest.mark.parametrize("spec", ["my_module:problem", "my_module:make"])
-def test_load_finds_a_problem_beside_the_caller(spec):
+def test_load_finds_a_problem_beside_the_caller_and_leaves_the_path_as_it_was(spec):
+    path = list(sys.path)
     assert problems.named(spec).name == "least-squares"
+    assert sys.path == path
+
+
+def test_load_searches_the_current_folder_first(tmp_path, monkeypatch):
+    for folder in ("installed", "here"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "found_twice.py").write_text(
+            f"import dataclasses\nfrom gdjax import problems\n"
+            f"problem = dataclasses.replace(problems.least_squares(), name={folder!r})\n"
+        )
+    monkeypatch.syspath_prepend(tmp_path / "installed")
+    monkeypatch.chdir(tmp_path / "here")
+    assert problems.named("found_twice:problem").name == "here"
 
 
 @pytest.mark.usefixtures("beside")
@@ -97,7 +113,7 @@ def test_load_finds_a_problem_beside_the_caller(spec):
         ("absent:problem", "no module named 'absent' here or in this environment"),
         ("needy:problem", "no module named 'a_package_that_is_not_there'"),
         ("broken:problem", "importing 'broken' raised ZeroDivisionError"),
-        ("my_module:absent", "module 'my_module' has no 'absent'; it has problems, problem, make, other"),
+        ("my_module:absent", "module 'my_module' has no 'absent'; it has problem, make"),
         ("my_module:other", "is a int, not a gdjax.problem.Problem"),
         ("my_module:", "is not of the form package.module:attribute"),
         (":problem", "is not of the form package.module:attribute"),
@@ -105,8 +121,10 @@ def test_load_finds_a_problem_beside_the_caller(spec):
     ],
 )
 def test_load_says_which_part_of_a_spec_is_wrong(spec, message):
+    path = list(sys.path)
     with pytest.raises(ValueError, match=message):
         problems.named(spec)
+    assert sys.path == path
 
 
 @pytest.mark.parametrize(

@@ -81,12 +81,16 @@ def test_provenance_names_versions_device_seed_and_commit(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     outside = records.provenance(arguments={"a": 1}, seed=3, wall_seconds=0.5)
     assert outside["commit"] is None
+    tracked = tmp_path / "tracked.txt"
+    tracked.write_text("as committed")
     identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
-    for command in (["init", "-q"], [*identity, "commit", "-q", "--allow-empty", "-m", "a"]):
+    for command in (["init", "-q"], ["add", "."], [*identity, "commit", "-q", "-m", "a"]):
         subprocess.run(["git", *command], check=True)
     head = subprocess.run(["git", "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
     inside = records.provenance(arguments={}, seed=3, wall_seconds=0.5)
     assert inside["commit"] == head
+    tracked.write_text("changed since")
+    assert records.provenance(arguments={}, seed=3, wall_seconds=0.5)["commit"] == f"{head}-dirty"
     assert inside["versions"]["jax"] == jax.__version__
     assert inside["versions"]["gdjax"] == gdjax.__version__
     assert (inside["device"]["platform"], inside["seed"], inside["x64"]) == (jax.default_backend(), 3, True)
