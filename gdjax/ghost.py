@@ -47,7 +47,7 @@ def sq_norms(loss: Loss) -> Callable[[Params, Batch], tuple[jax.Array, Params, P
     up to rounding: what no rule covers is materialised, see `coverage`.
 
     Raises:
-        ValueError: as `gradients.mean`.
+        ValueError: as `gradients.mean`; and where the result is differentiated.
     """
     return _measured(loss, NORMS)
 
@@ -140,9 +140,20 @@ def _measured(loss: Loss, measure: Measure):
         grads = [s if is_ruled else m.sum(0) for s, m, is_ruled in zip(sums, measures, ruled, strict=True)]
         measures = [m if is_ruled else measure.of_gradients(m) for m, is_ruled in zip(measures, ruled, strict=True)]
         grads = [(grad / batch_size).astype(leaf.dtype) for grad, leaf in zip(grads, leaves, strict=True)]
-        return losses, jax.tree.unflatten(structure, grads), jax.tree.unflatten(structure, measures)
+        return _final((losses, jax.tree.unflatten(structure, grads), jax.tree.unflatten(structure, measures)))
 
     return measured
+
+
+@jax.custom_jvp
+def _final(outputs):
+    return outputs
+
+
+@_final.defjvp
+def _refuse(primals, tangents):
+    # Twins are constants to an outer derivative, which would silently come out wrong.
+    raise ValueError("the results of ghost cannot be differentiated: use jax.vmap(jax.grad(loss), (None, 0)) for that")
 
 
 def _hook(leaf: jax.Array, batch_size: int, measure: Measure) -> jax.Array:

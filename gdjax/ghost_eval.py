@@ -137,7 +137,8 @@ class Evaluator:
             if rule is not None:
                 total, measured = rule(self.measure, values[0], batched[0], cotangents[0])
                 plain = _pull(lambda both: whole(both[0], both[1], fixed), (values, batched), cotangents)
-                return plain[0] if total is None else [total], [measured], plain[1], [None for _ in fixed]
+                value_grads = plain[0] if total is None else [total.astype(values[0].dtype)]
+                return value_grads, [measured.astype(weights[0].hook.dtype)], plain[1], [None for _ in fixed]
 
             def pull_one(batched, cotangents):
                 return _pull(lambda both: one(both[0], both[1], fixed), (values, batched), cotangents)

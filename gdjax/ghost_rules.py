@@ -64,40 +64,54 @@ def inner_products(gradients: jax.Array) -> jax.Array:
 
 def _norms_of_factors(factors: Factors, back: Callable, x: jax.Array, g: jax.Array) -> Measured:
     """For T = 1, |a|^2 |g|^2 (Goodfellow 2015, arXiv 1510.01799); else the cheaper of the Gram form and A'G itself."""
-
-    def gram(x, g):
-        """Sum AA' * GG' (Li et al. 2022, arXiv 2110.05679)."""
-        a, g = map(wide, jax.vmap(factors)(x, g))
-        inner = jnp.einsum("bkti,bksi->bkts", a, a) * jnp.einsum("bkto,bkso->bkts", g, g)
-        # Rounding can leave a small negative number where the true norm is zero.
-        return None, jnp.maximum(jnp.sum(inner, (1, 2, 3)), 0)
-
-    def product(x, g):
-        a, g = map(wide, jax.vmap(factors)(x, g))
-        return None, jnp.sum(jnp.sum(a**2, (2, 3)) * jnp.sum(g**2, (2, 3)), 1)
-
-    def all_at_once(x, g):
-        gradients = _gradients(factors, x, g)
-        return back(jnp.sum(gradients, 0)), squared_norms(gradients)
-
-    def one_by_one(x, g):
-        """Form A'G of one example after the other: the work of the summed gradient, and no more memory than its."""
-        return _summed(factors, back, x, g, lambda gradient: jnp.sum(wide(gradient) ** 2))
-
-    ways = {"product": product, "gram": gram, "all at once": all_at_once, "one by one": one_by_one}
     a_shape, g_shape = (f.shape for f in jax.eval_shape(jax.vmap(factors), x, g))
-    on_cpu, elsewhere = (ways[ghost_cost.cheapest(a_shape, g_shape, device)] for device in ("cpu", "accelerator"))
-    if on_cpu is elsewhere:
-        return on_cpu(x, g)
+    on_cpu, elsewhere = (ghost_cost.cheapest(a_shape, g_shape, device) for device in ("cpu", "accelerator"))
+    if on_cpu == elsewhere:
+        total, norms = NORM_WAYS[on_cpu](factors, x, g)
+        return None if total is None else back(total), norms
 
     def with_total(way):
         def run(x, g):
-            total, measured = way(x, g)
-            return back(jnp.einsum("bkti,bkto->kio", *jax.vmap(factors)(x, g))) if total is None else total, measured
+            total, norms = NORM_WAYS[way](factors, x, g)
+            return jnp.einsum("bkti,bkto->kio", *jax.vmap(factors)(x, g)) if total is None else total, norms
 
         return run
 
-    return lax.platform_dependent(x, g, cpu=with_total(on_cpu), default=with_total(elsewhere))
+    total, norms = lax.platform_dependent(x, g, cpu=with_total(on_cpu), default=with_total(elsewhere))
+    return back(total), norms
+
+
+def _product(factors, x, g):
+    a, g = map(wide, jax.vmap(factors)(x, g))
+    return None, jnp.sum(jnp.sum(a**2, (2, 3)) * jnp.sum(g**2, (2, 3)), 1)
+
+
+def _gram_norms(factors, x, g):
+    """Sum AA' * GG' (Li et al. 2022, arXiv 2110.05679)."""
+    a, g = map(wide, jax.vmap(factors)(x, g))
+    inner = jnp.einsum("bkti,bksi->bkts", a, a) * jnp.einsum("bkto,bkso->bkts", g, g)
+    # Rounding can leave a small negative number where the true norm is zero.
+    return None, jnp.maximum(jnp.sum(inner, (1, 2, 3)), 0)
+
+
+def _all_at_once(factors, x, g):
+    gradients = _gradients(factors, x, g)
+    return jnp.sum(gradients, 0), squared_norms(gradients)
+
+
+def _one_by_one(factors, x, g):
+    """Form A'G of one example after the other: the work of the summed gradient, and no more memory than its."""
+
+    def one(total, both):
+        gradient = _gradient(*factors(*both))
+        return total + gradient, jnp.sum(wide(gradient) ** 2)
+
+    shape = jax.eval_shape(lambda x, g: _gradient(*factors(x, g)), x[0], g[0])
+    return lax.scan(one, jnp.zeros(shape.shape, shape.dtype), (x, g))
+
+
+NORM_WAYS = {"product": _product, "gram": _gram_norms, "all at once": _all_at_once, "one by one": _one_by_one}
+"""(factors, x, g) -> (summed gradient [K, I, O] or None, squared norms [B]), by the names in `ghost_cost`."""
 
 
 def _moments_of_factors(factors: Factors, back: Callable, x: jax.Array, g: jax.Array) -> Measured:
@@ -125,21 +139,13 @@ def _gram_of_factors(factors: Factors, back: Callable, x: jax.Array, g: jax.Arra
 
 
 def _gradient(a, g):
+    if a.dtype != g.dtype:
+        a, g = wide(a), wide(g)
     return jnp.einsum("kti,kto->kio", a, g)
 
 
 def _gradients(factors, x, g):
     return jax.vmap(lambda x, g: _gradient(*factors(x, g)))(x, g)
-
-
-def _summed(factors, back, x, g, measure):
-    def one(total, both):
-        gradient = _gradient(*factors(*both))
-        return total + gradient, measure(gradient)
-
-    shape = jax.eval_shape(lambda x, g: _gradient(*factors(x, g)), x[0], g[0])
-    total, measures = lax.scan(one, jnp.zeros(shape.shape, shape.dtype), (x, g))
-    return back(total), measures
 
 
 NORMS = Measure(_norms_of_factors, squared_norms, lambda b, w: (b,), like_weight=False)

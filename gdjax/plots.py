@@ -66,6 +66,23 @@ def curves(x: Any, values: Mapping[str, Any], *, xlabel: str, ylabel: str, title
     return figure
 
 
+def agreement(
+    points: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, xlabel: str, ylabel: str, title: str
+) -> "Figure":
+    """Draw measured against predicted values, {label: (predicted, measured)}, on logarithmic axes."""
+    figure = _figure(width=6, height=5)
+    axis = figure.subplots()
+    for i, (label, (predicted, measured)) in enumerate(points.items()):
+        axis.plot(predicted, measured, "os^Dvx"[i % 6], color=COLOURS[i % len(COLOURS)], label=label)
+    low, high = np.min(list(points.values())), np.max(list(points.values()))
+    axis.plot([low, high], [low, high], color="gray", linewidth=1, label="equal")
+    axis.set(xlabel=xlabel, ylabel=ylabel, xscale="log", yscale="log")
+    axis.set_title("\n".join(textwrap.wrap(title, 80)), fontsize="small")
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False)
+    return figure
+
+
 def save(figure: "Figure", path: Path) -> None:
     """Write a figure as PNG, whole or not at all."""
     with records.atomic(path) as file:

@@ -226,6 +226,40 @@ def test_what_cannot_be_measured_is_refused(its_loss, params, batch, message):
         ghost.sq_norms(its_loss)(params, batch)
 
 
+def test_results_are_not_differentiated_wrongly_but_refused(params, batch):
+    def penalty(params, batch):
+        return ghost.sq_norms(loss)(params, batch)[2][0]["weight"].sum()
+
+    for argument in (0, 1):
+        with pytest.raises(ValueError, match="cannot be differentiated"):
+            jax.grad(penalty, argument)(params, batch)
+
+
+@pytest.mark.parametrize("measure", [ghost.sq_norms, ghost.second_moments, ghost.gram])
+def test_parameters_may_be_wider_or_narrower_than_the_computation(measure):
+    """Float64 parameters, float32 activations, a product kept in float32 from bfloat16 factors."""
+
+    def its_loss(p, x):
+        hidden = jnp.tanh(x.astype(jnp.float32) @ p["w"].astype(jnp.float32))
+        out = lax.dot(hidden.astype(jnp.bfloat16), p["v"], preferred_element_type=jnp.float32)
+        return square(out)
+
+    params = {"w": normal(0, 16, 16), "v": normal(1, 16, 16).astype(jnp.bfloat16)}
+    batch = normal(2, B, 9, 16)
+    with jax.numpy_dtype_promotion("standard"):
+        _, grad, found = jax.jit(measure(its_loss))(params, batch)
+        _, grads = oracle(its_loss, params, batch)
+    assert jax.tree.map(lambda x: x.dtype, grad) == jax.tree.map(lambda x: x.dtype, params)
+    expected = {
+        ghost.sq_norms: lambda g: (g**2).sum((1, 2)),
+        ghost.second_moments: lambda g: (g**2).mean(0),
+        ghost.gram: lambda g: jnp.einsum("bio,cio->bc", g, g),
+    }[measure]
+    for name, tolerance in (("w", 2**-6), ("v", 2**-6)):
+        wanted = expected(grads[name].astype(float))
+        np.testing.assert_allclose(found[name], wanted, rtol=tolerance, atol=tolerance * np.abs(wanted).max())
+
+
 def test_a_loss_that_mixes_examples_is_refused():
     with pytest.raises(NameError, match="unbound axis name: batch"):
         ghost.sq_norms(lambda w, x: w * (x - lax.pmean(x, "batch")))(jnp.asarray(1.0), jnp.ones(3))
