@@ -95,7 +95,7 @@ def provenance(*, arguments: dict[str, Any], seed: int, wall_seconds: float) -> 
         "seed": seed,
         "commit": _commit(Path.cwd()),
         "gdjax_commit": _commit(Path(__file__).parent, tracks=Path(__file__).name),
-        "command": sys.argv,
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "arguments": arguments,
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "wall_seconds": wall_seconds,

@@ -158,8 +158,8 @@ for _name, _options in {
     "depthwise": {"groups": 4, "channels": 4} | {"groups": 2, "stride": 2},
     "transposed": {"input_dilation": 2, "padding": [(1, 1), (1, 1)]},
 }.items():
-    for _layout in ("first", "last"):
-        for _dimension in (1, 2):
+    for _dimension, _layouts in {1: ("first",), 2: ("first", "last")}.items():
+        for _layout in _layouts:
             _chosen = dict(_options)
             if isinstance(_chosen.get("padding"), list):
                 _chosen["padding"] = _chosen["padding"][:_dimension]
