@@ -29,15 +29,21 @@ def oracle(loss, params, batch):
     )(batch)
 
 
-def check(loss, params, batch, rtol=1e-12, wrap=jax.jit):
-    """Compare norms, second moments and Gram matrices, leaf by leaf."""
-    losses, grads = oracle(loss, params, batch)
+def check(loss, params, batch, rtol=1e-12):
+    """Compare norms, second moments and Gram matrices, leaf by leaf, in one program, which compiles faster."""
+    measures = (ghost.sq_norms, ghost.second_moments, ghost.gram)
+
+    @jax.jit
+    def everything(params, batch):
+        return oracle(loss, params, batch), [measure(loss)(params, batch) for measure in measures]
+
+    (losses, grads), found = everything(params, batch)
     size = len(losses)
-    expected = {
-        ghost.sq_norms: jax.tree.map(lambda g: (g.reshape(size, -1) ** 2).sum(1), grads),
-        ghost.second_moments: jax.tree.map(lambda g: (g**2).mean(0), grads),
-        ghost.gram: jax.tree.map(lambda g: g.reshape(size, -1) @ g.reshape(size, -1).T, grads),
-    }
+    expected = [
+        jax.tree.map(lambda g: (g.reshape(size, -1) ** 2).sum(1), grads),
+        jax.tree.map(lambda g: (g**2).mean(0), grads),
+        jax.tree.map(lambda g: g.reshape(size, -1) @ g.reshape(size, -1).T, grads),
+    ]
     mean = jax.tree.map(lambda g: g.mean(0), grads)
 
     def close(found, expected):
@@ -45,11 +51,10 @@ def check(loss, params, batch, rtol=1e-12, wrap=jax.jit):
         scale = np.abs(expected).max(initial=0)
         np.testing.assert_allclose(found, expected, rtol=rtol, atol=rtol * scale + 1e-300)
 
-    for measure, wanted in expected.items():
-        found_losses, found_mean, found = wrap(measure(loss))(params, batch)
+    for (found_losses, found_mean, measured), wanted in zip(found, expected, strict=True):
         close(found_losses, losses)
         jax.tree.map(close, found_mean, mean)
-        jax.tree.map(close, found, wanted)
+        jax.tree.map(close, measured, wanted)
 
 
 def square(x):

@@ -16,8 +16,10 @@ NUM_UPDATES = 4000
 
 @pytest.fixture(scope="module")
 def problem():
+    jax.config.update("jax_disable_most_optimizations", False)  # what is compared is what a user runs
     with jax.enable_x64(False):
         yield problems.digits_mlp()
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 def median_ratio(f, g, repeats=7):
