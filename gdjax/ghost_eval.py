@@ -169,7 +169,8 @@ class Evaluator:
     def scan(self, equation, ins: list[Value]) -> list[Value]:
         """Scan a body in which weights and batched values meet; stacked values keep their batch axis in front."""
         parameters = equation.params
-        first, last = parameters["num_consts"], parameters["num_consts"] + parameters["num_carry"]
+        first, num_carry = ghost_flow.scan_sizes(equation)
+        last = first + num_carry
         _, outer = ghost_flow.scan_kinds(equation, [_kind(x) for x in ins], [])
         carry_kinds, y_kinds = outer[: last - first], outer[last - first :]
         body = parameters["jaxpr"]

@@ -122,7 +122,7 @@ def scan_kinds(equation, ins: Sequence[Kind], uses: list[Use]) -> tuple[list[Kin
     value that is carried stays fixed unless the body makes it batched.
     """
     parameters = equation.params
-    num_consts, num_carry = parameters["num_consts"], parameters["num_carry"]
+    num_consts, num_carry = scan_sizes(equation)
     consts = [
         kind._replace(repeats=kind.repeats * parameters["length"]) if isinstance(kind, Chain) else kind
         for kind in ins[:num_consts]
@@ -143,6 +143,14 @@ def scan_kinds(equation, ins: Sequence[Kind], uses: list[Use]) -> tuple[list[Kin
             uses.append(Use(kind.leaves, "scan", "output of a loop"))
     ys = [BATCHED if isinstance(kind, Chain) else kind for kind in outs[num_carry:]]
     return [*consts, *carry, *xs], [*carry, *ys]
+
+
+def scan_sizes(equation) -> tuple[int, int]:
+    """Return how many of a scan's operands are constants, and how many are carried; the rest are scanned."""
+    if "num_consts" in equation.params:
+        return equation.params["num_consts"], equation.params["num_carry"]
+    consts, carry, _ = equation.params["ft_in"].unpack()  # jax 0.12
+    return len(list(consts.vals)), len(list(carry.vals))
 
 
 def differentiable(aval) -> bool:
