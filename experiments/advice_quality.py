@@ -13,12 +13,13 @@ measured at the end, for all batch sizes in turn.
 """
 
 import time
+from functools import partial
 
 import jax
 import numpy as np
 
 from experiments.steps_to_target import tuned_at_every_size
-from gdjax import advise, choices, experiment, pilots, plots, problems
+from gdjax import advise, choices, experiment, lanes, pilots, plots, problems, targets
 
 # (problem, target, optimiser, largest batch size of the search)
 CASES = [("digits-mlp", "loss<=0.05", "sgd", None), ("logistic", "loss<=0.45", "sgd", None)]
@@ -29,7 +30,7 @@ NUM_SEEDS, NUM_FRESH = 3, 10
 def judge_one(name, target, optimizer, largest, *, budget, seed, sizes=None):
     """Return a row for one problem: the advice, the search, and their times at speeds measured in turn."""
     problem = problems.named(name)
-    target = pilots.parse_target(target, problem)
+    target = targets.parse_target(target, problem)
     sizes = sizes or [b for b in choices.default_batch_sizes(problem.num_examples) if b <= (largest or np.inf)]
     found = advise.advise(problem, target, optimizer=optimizer, batch_sizes=sizes, budget=budget, seed=seed)
 
@@ -50,11 +51,15 @@ def judge_one(name, target, optimizer, largest, *, budget, seed, sizes=None):
     optima = {size: pilot.optimum() for size, pilot in searched.items()}
     times = {size: float(updates.mean()) * speeds[size] for size, (_, updates) in optima.items()}
 
+    search = partial(
+        pilots.search(lanes.runs(problem, make, metric=target.metric, on=target.on), target),
+        num_seeds=NUM_FRESH,
+        key=jax.random.key(seed + 2),
+        max_examples=advise.MAX_EPOCHS * problem.num_examples,
+    )
+
     def fresh_seconds(size, rate):
-        search = pilots.search(
-            problem, make, target, batch_size=size, num_seeds=NUM_FRESH, key=jax.random.key(seed + 2)
-        )
-        pilot = search(np.asarray([rate]), max_examples=advise.MAX_EPOCHS * problem.num_examples)
+        pilot = search(np.asarray([rate]), batch_size=size)
         return float(pilot.updates.mean()) * speeds[size]
 
     fresh = {size: fresh_seconds(size, optima[size][0]) for size in sorted(times, key=times.__getitem__)[:3]}

@@ -9,11 +9,12 @@ Cost        200 s on two CPU cores.
 """
 
 import math
+from functools import partial
 
 import jax
 import numpy as np
 
-from gdjax import advise, choices, experiment, pilots, plots, problems, scaling
+from gdjax import advise, choices, experiment, lanes, pilots, plots, problems, scaling, targets
 
 TARGET = "loss<=0.05"
 FACTOR, NUM_RATES, MAX_EPOCHS = 2.0, 6, 200
@@ -22,10 +23,11 @@ FACTOR, NUM_RATES, MAX_EPOCHS = 2.0, 6, 200
 def tuned_at_every_size(problem, optimizer, first_rate, target, sizes, num_seeds, key):
     """Return {B: Pilot}, each over a grid around the best rate of the size before, moved where that is at its edge."""
     found, rate = {}, first_rate
+    runs = lanes.runs(problem, optimizer, metric=target.metric, on=target.on)
+    search = partial(pilots.search(runs, target), num_seeds=num_seeds, key=key)
     for size in sizes:
-        run = pilots.search(problem, optimizer, target, batch_size=size, num_seeds=num_seeds, key=key)
         grid = rate * FACTOR ** (np.arange(NUM_RATES) - (NUM_RATES - 1) / 2)
-        pilot = pilots.tune(run, grid, max_examples=MAX_EPOCHS * problem.num_examples)
+        pilot = pilots.tune(partial(search, batch_size=size), grid, max_examples=MAX_EPOCHS * problem.num_examples)
         if pilot.found:
             found[size] = pilot
             rate = pilot.optimum()[0] * math.sqrt(FACTOR)  # the next size will want a larger one
@@ -34,7 +36,7 @@ def tuned_at_every_size(problem, optimizer, first_rate, target, sizes, num_seeds
 
 def main(options: experiment.Options) -> experiment.Result:
     problem = problems.digits_mlp()
-    target = pilots.parse_target(TARGET, problem)
+    target = targets.parse_target(TARGET, problem)
     sizes = [32, 128] if options.smoke else choices.default_batch_sizes(problem.num_examples)
     names = ["sgd"] if options.smoke else list(advise.OPTIMIZERS)
     rows, curves, laws = [], {}, {}

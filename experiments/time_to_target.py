@@ -9,14 +9,14 @@ Cost        60 s on two CPU cores.
 
 import numpy as np
 
-from gdjax import advise, choices, experiment, pilots, plots, problems
+from gdjax import advise, choices, experiment, plots, problems, targets
 
 TARGET = "loss<=0.05"
 
 
 def main(options: experiment.Options) -> experiment.Result:
     problem = problems.digits_mlp()
-    target = pilots.parse_target("loss<=0.3" if options.smoke else TARGET, problem)
+    target = targets.parse_target("loss<=0.3" if options.smoke else TARGET, problem)
     found = advise.advise(
         problem,
         target,

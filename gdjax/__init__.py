@@ -37,6 +37,8 @@ A problem supplies the loss of one example; everything else is derived.
     variants       ways to run the same updates
     bench          those ways timed against one another and the device
     bench_report   the command that shows it
+    targets        what a run is to reach, and what it is judged on
+    lanes          runs of every rate and seed, advanced together
     pilots         updates to a target, over rates and seeds
     scaling        laws fitted to pilots, and what they predict
     choices        what is known of each batch size
@@ -69,6 +71,7 @@ __all__ = [
     "gradients",
     "hosts",
     "intervals",
+    "lanes",
     "least_squares",
     "models",
     "noise",
@@ -84,6 +87,7 @@ __all__ = [
     "store",
     "stream_order",
     "sweep",
+    "targets",
     "theory",
     "timing",
     "tracking",
@@ -111,6 +115,7 @@ if TYPE_CHECKING:
         gradients,
         hosts,
         intervals,
+        lanes,
         least_squares,
         models,
         noise,
@@ -126,6 +131,7 @@ if TYPE_CHECKING:
         store,
         stream_order,
         sweep,
+        targets,
         theory,
         timing,
         tracking,

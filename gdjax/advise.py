@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import optax
 
-from gdjax import batching, descent, gradients, noise, pilots, scaling
+from gdjax import lanes, noise, pilots, scaling
 from gdjax.choices import (
     NUM_FRESH,
     NUM_SEEDS,
@@ -32,8 +32,10 @@ from gdjax.choices import (
     throughput,
     to_verify,
 )
-from gdjax.pilots import Optimizer, Pilot, Target
+from gdjax.lanes import Optimizer
+from gdjax.pilots import Pilot
 from gdjax.problem import Problem, imported
+from gdjax.targets import Target
 
 # With the learning rate that the first grid has in its middle.
 OPTIMIZERS: dict[str, tuple[Optimizer, float]] = {
@@ -67,7 +69,7 @@ def advise(
 
     Args:
         problem: what to train.
-        target: what to reach, from `pilots.parse_target`.
+        target: what to reach, from `targets.parse_target`.
         optimizer: 'sgd', 'momentum', 'adam', or a function learning_rate -> optax transformation.
         batch_sizes: default the powers of two below N, and N.
         budget: seconds that all of it may take; what it does not allow is in `Advice.unknown`.
@@ -82,12 +84,13 @@ def advise(
     make, first_rate = _optimizer(optimizer)
     clock = _Clock(time.perf_counter(), budget, MAX_EPOCHS * problem.num_examples, progress)
     pilot_key, fresh_key, noise_key = jax.random.split(jax.random.key(seed), 3)
-    search = partial(pilots.search, problem, make, target)
+    runs = lanes.runs(problem, make, metric=target.metric, on=target.on, num_lanes=NUM_SEEDS * NUM_COARSE)
+    search = pilots.search(runs, target)
     unknown: list[str] = []
 
     found, known = _pilots(search, sizes, first_rate, target, pilot_key, clock, unknown, partial(
         throughput, problem, make, sizes, progress=clock.show))  # fmt: skip
-    scales = _noise_scales(problem, make, next(iter(found.values())), noise_key, clock, unknown)
+    scales = _noise_scales(problem, runs, next(iter(found.values())), noise_key, clock, unknown)
     law, rates = fit(found)
     known = predict(known, law, rates)
     _verify(known, search, fresh_key, clock, unknown)
@@ -196,7 +199,7 @@ def _pilot(search, size: int, grid, key, clock: _Clock, share: float) -> Pilot:
         clock.show(f"pilot at batch size {size}: {updates} updates, best {value:.3g}")
 
     watch(0, math.nan)
-    run = search(batch_size=size, num_seeds=NUM_SEEDS, key=key)
+    run = partial(search, batch_size=size, num_seeds=NUM_SEEDS, key=key)
     limits = {"max_examples": clock.max_examples, "deadline": clock.until(share), "progress": watch}
     return pilots.tune(run, grid, **limits)
 
@@ -228,7 +231,7 @@ def _check_reached(pilot: Pilot, target: Target, clock: _Clock) -> None:
     if pilot.found:
         return
     rates = f"learning rates from {pilot.learning_rates[0]:.2g} to {pilot.learning_rates[-1]:.2g}"
-    if pilot.diverged.all():
+    if pilot.diverged.any(1).all():
         raise ValueError(f"the loss diverges at all {rates}: scale the data, the initial parameters or the loss")
     easier = dataclasses.replace(target, value=_easier(pilot.best_metric, target.relation))
     if clock.late(FIRST_SHARE):
@@ -251,7 +254,7 @@ def _easier(value: float, relation: str) -> float:
 
 
 def _noise_scales(
-    problem: Problem, optimizer: Optimizer, pilot: Pilot, key, clock: _Clock, unknown: list[str]
+    problem: Problem, runs: lanes.Runs, pilot: Pilot, key, clock: _Clock, unknown: list[str]
 ) -> list[tuple[int, noise.NoiseScale]]:
     """Measure the noise scale before, half way through and at the end of a run to the target."""
     if clock.late(PILOT_SHARE):
@@ -260,22 +263,17 @@ def _noise_scales(
     clock.show("noise scale")
     rate, updates = pilot.optimum()
     every = max(1, round(float(updates.mean()) / 2))
-    init_key, stream_key, measure_key = jax.random.split(key, 3)
+    run_key, measure_key = jax.random.split(key)
     sample = min(problem.num_examples, 512)
-
-    @jax.jit
-    def run():
-        method = descent.method(gradients.mean(problem.loss), optimizer(rate))
-        stream = batching.reshuffled(stream_key, problem.num_examples, length=2 * every * pilot.batch_size)
-        state = method.init(problem.init(init_key))
-        batches = batching.cut(stream, pilot.batch_size)
-        _, later = descent.run(method, state, problem.train, batches, lambda state, info: state.params, every=every)
-        points = jax.tree.map(lambda first, rest: jax.numpy.concatenate([first[None], rest]), state.params, later)
-        measure = partial(noise.measure, problem.loss, data=problem.train, key=measure_key, num_examples=sample)
-        return jax.lax.map(lambda params: measure(params=params), points)
-
-    scales = run()._replace(per_leaf=None)
-    return [(i * every, jax.tree.map(lambda leaf, i=i: leaf[i], scales)) for i in range(3)]
+    measure = jax.jit(partial(noise.measure, problem.loss, num_examples=sample))
+    run, scales = runs.start(np.asarray([rate]), num_seeds=1, key=run_key), []
+    for end in (0, every, 2 * every):
+        while run.num_updates < end:
+            only = np.arange(len(run.values)) == 0
+            run = runs.advance(run, end - run.num_updates, only, batch_size=pilot.batch_size)
+        scale = measure(jax.tree.map(lambda leaf: leaf[0], run.states.params), problem.train, measure_key)
+        scales.append((end, scale._replace(per_leaf=None)))
+    return scales
 
 
 def _verify(known: Sequence[Choice], search, key, clock: _Clock, unknown: list[str]) -> None:
@@ -286,12 +284,14 @@ def _verify(known: Sequence[Choice], search, key, clock: _Clock, unknown: list[s
             unknown.append(f"batch size {choice.batch_size}, unverified: its runs did not fit into the budget")
             continue
         clock.show(f"verifying batch size {choice.batch_size}")
-        run = search(batch_size=choice.batch_size, num_seeds=NUM_FRESH, key=key)
-        limits = {
-            "max_examples": math.ceil(3 * choice.updates[2]) * choice.batch_size,
-            "deadline": clock.until(1.0),
-        }
-        pilot = run(np.asarray([choice.learning_rate]), **limits)
+        pilot = search(
+            np.asarray([choice.learning_rate]),
+            batch_size=choice.batch_size,
+            num_seeds=NUM_FRESH,
+            key=key,
+            max_examples=math.ceil(3 * choice.updates[2]) * choice.batch_size,
+            deadline=clock.until(1.0),
+        )
         if not pilot.found and clock.late(1.0):
             unknown.append(f"batch size {choice.batch_size}, unverified: the budget ended in its runs")
             continue

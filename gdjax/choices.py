@@ -8,11 +8,14 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from gdjax import batching, descent, gradients, noise, scaling, timing
-from gdjax.pilots import Optimizer, Pilot, Target
+from gdjax import descent, gradients, noise, scaling, timing
+from gdjax.lanes import Optimizer
+from gdjax.pilots import Pilot
 from gdjax.problem import Problem
+from gdjax.targets import Target
 
 NUM_SEEDS, NUM_FRESH = 3, 5  # runs of a pilot at each rate, and runs that verify
 STEP = 8  # factor between the batch sizes of pilots
@@ -180,9 +183,9 @@ def throughput(
     fit does not either.
     """
     choices: list[Choice] = []
-    key = jax.random.key(0)
+    draw = np.random.default_rng(0)
     method = descent.method(gradients.mean(problem.loss), optimizer(learning_rate))
-    state = method.init(problem.init(key))
+    state = method.init(jax.jit(problem.init)(jax.random.key(0)))
     for size in sizes:
         progress(f"timing batch size {size}")
         if choices and (not choices[-1].fits or time.perf_counter() > deadline):
@@ -191,8 +194,8 @@ def throughput(
             choices.append(Choice(size, choices[-1].seconds_per_update * scale, fits=fits, extrapolated=fits))
             continue
         num_updates = int(np.clip(TIMED_EXAMPLES // size, 4, 1024))
-        stream = batching.with_replacement(key, problem.num_examples, length=num_updates * size)
-        arguments = state, problem.train, batching.cut(stream, size)
+        batches = draw.integers(problem.num_examples, size=(num_updates, size), dtype=np.int32)
+        arguments = state, problem.train, jnp.asarray(batches)
         try:
             program = timing.compiled(partial(descent.run, method, every=num_updates), *arguments)
             again = partial(_per_update, program, arguments, num_updates)

@@ -135,7 +135,7 @@ class Advise:
     """Show the traceback of an error."""
 
     def run(self) -> None:
-        from gdjax import advise, pilots, plots, problems, records
+        from gdjax import advise, plots, problems, records, targets
 
         start = time.perf_counter()
         plots.check_installed()
@@ -148,7 +148,7 @@ class Advise:
             with _progress() as progress:
                 found = advise.advise(
                     problem,
-                    pilots.parse_target(self.target, problem),
+                    targets.parse_target(self.target, problem),
                     optimizer=advise.load_optimizer(self.optimizer),
                     batch_sizes=sizes or None,
                     budget=self.budget,

@@ -10,9 +10,10 @@ import numpy as np
 import optax
 import pytest
 
-from gdjax import advise, choices, cli, datasets, pilots, problems, scaling, timing
+from gdjax import advise, choices, cli, datasets, lanes, pilots, problems, scaling, timing
 from gdjax.choices import Choice
-from gdjax.pilots import Pilot, Target
+from gdjax.pilots import Pilot
+from gdjax.targets import Target
 
 TARGET = Target("loss", "train", "<=", 0.1)
 
@@ -228,10 +229,9 @@ def test_the_command_predicts_verifies_and_advises(command, monkeypatch, capsys,
     # What was measured is what `search` measures, at the rate predicted, with seeds that no pilot had.
     fresh = jax.random.split(jax.random.key(0), 3)[1]
     problem = sys.modules["advised_module"].problem
-    run = pilots.search(
-        problem, sys.modules["advised_module"].heavy_ball, found.target, batch_size=16, num_seeds=5, key=fresh
-    )
-    again = run(np.asarray([found[16].learning_rate]), max_examples=10**5)
+    search = pilots.search(lanes.runs(problem, sys.modules["advised_module"].heavy_ball), found.target)
+    rate = np.asarray([found[16].learning_rate])
+    again = search(rate, batch_size=16, num_seeds=5, key=fresh, max_examples=10**5)
     np.testing.assert_allclose(found[16].measured, again.updates[0], rtol=1e-9)
 
     table = printed.err.splitlines()

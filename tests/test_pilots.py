@@ -9,9 +9,10 @@ import numpy as np
 import optax
 import pytest
 
-from gdjax import batching, datasets, descent, gradients, pilots, problems
-from gdjax.pilots import Pilot, Target
+from gdjax import batching, datasets, descent, gradients, lanes, pilots, problems, targets
+from gdjax.pilots import Pilot
 from gdjax.problem import Problem
+from gdjax.targets import Target
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +27,11 @@ def same(metrics):
     return Problem(lambda key: jnp.ones(()), lambda w, x: 0.5 * x * w**2, jnp.ones(16), metrics=metrics)
 
 
+def search(problem, optimizer, target, *, num_lanes=0, **options):
+    runs = lanes.runs(problem, optimizer, metric=target.metric, on=target.on, num_lanes=num_lanes)
+    return partial(pilots.search(runs, target), **options)
+
+
 @pytest.mark.parametrize(
     ("text", "target"),
     [
@@ -36,9 +42,9 @@ def same(metrics):
     ],
 )
 def test_a_target_is_read_and_written(classes, text, target):
-    read = pilots.parse_target(text, classes)
+    read = targets.parse_target(text, classes)
     assert read == Target(*target)
-    assert pilots.parse_target(f"{read}", classes) == read
+    assert targets.parse_target(f"{read}", classes) == read
 
 
 @pytest.mark.parametrize(
@@ -53,21 +59,21 @@ def test_a_target_is_read_and_written(classes, text, target):
 )
 def test_what_is_no_target_is_refused_by_name(classes, text, message):
     with pytest.raises(ValueError, match=message):
-        pilots.parse_target(text, classes)
+        targets.parse_target(text, classes)
 
 
 def test_without_test_examples_metrics_are_of_the_training_examples():
     problem = same({"size": lambda w, x: w})
-    assert pilots.parse_target("size<=1", problem).on == "train"
+    assert targets.parse_target("size<=1", problem).on == "train"
     with pytest.raises(ValueError, match="it has train_loss, train_size"):
-        pilots.parse_target("test_size<=1", problem)
+        targets.parse_target("test_size<=1", problem)
 
 
 def test_updates_to_a_target_are_those_of_the_closed_form(key):
     """w_t = (1 - eta)^t, so the loss reaches v where (1 - eta)^2t = v / (1 / 2)."""
     target = Target("loss", "train", "<=", 1e-4)
-    run = pilots.search(same({}), optax.sgd, target, batch_size=5, num_seeds=2, key=key)
-    rates = np.asarray([0.01, 0.03, 0.045, 0.06, 3.0])
+    run = search(same({}), optax.sgd, target, batch_size=5, num_seeds=2, key=key)
+    rates = np.asarray([0.01, 0.035, 0.045, 0.06, 3.0])
     found = run(rates, max_examples=100_000)
     exact = math.log(2e-4) / (2 * np.log(1 - rates[:4]))
     np.testing.assert_allclose(found.updates[1:4], np.repeat(exact[1:, None], 2, axis=1), rtol=pilots.GROWTH / 2)
@@ -82,7 +88,7 @@ def test_updates_to_a_target_are_those_of_the_closed_form(key):
 
 
 def test_a_target_that_is_met_at_the_start_is_refused(key):
-    run = pilots.search(same({}), optax.sgd, Target("loss", "train", "<=", 0.5), batch_size=4, num_seeds=1, key=key)
+    run = search(same({}), optax.sgd, Target("loss", "train", "<=", 0.5), batch_size=4, num_seeds=1, key=key)
     with pytest.raises(ValueError, match=r"target=train_loss<=0.5 is met before any update, at 0.5: ask for more"):
         run(np.asarray([0.1]), max_examples=100)
 
@@ -97,8 +103,7 @@ def test_every_lane_is_the_run_of_its_seed_and_rate(monkeypatch, key):
     )  # fmt: skip
     target, rates, evaluated = Target("loss", "test", "<=", 0.5), np.asarray([0.05, 0.1]), [0]
     momentum = partial(optax.sgd, momentum=0.9)
-    search = [problem, momentum, target]
-    found = pilots.search(*search, batch_size=3, num_seeds=2, key=key)(
+    found = search(problem, momentum, target, batch_size=3, num_seeds=2, key=key)(
         rates, max_examples=900, progress=lambda updates, metric: evaluated.append(updates)
     )
 
@@ -122,21 +127,23 @@ def test_every_lane_is_the_run_of_its_seed_and_rate(monkeypatch, key):
             before, after = evaluated[end - 1], evaluated[end]
             expected = np.exp((1 - part) * np.log(before) + part * np.log(after)) if before else part * after
             assert found.updates[i, seed] == pytest.approx(expected, rel=1e-6)
-    monkeypatch.setattr(pilots, "IN_FLIGHT", 6)
-    monkeypatch.setattr(pilots, "CHUNK", 7)
-    grouped = pilots.search(*search, batch_size=3, num_seeds=2, key=key)(rates, max_examples=900)
+    monkeypatch.setattr(lanes, "IN_FLIGHT", {"cpu": 6})
+    monkeypatch.setattr(targets, "CHUNK", 7)
+    grouped = search(problem, momentum, target, num_lanes=8, batch_size=3, num_seeds=2, key=key)(
+        rates, max_examples=900
+    )
     np.testing.assert_allclose(grouped.updates, found.updates, rtol=1e-9)
 
 
 def test_lanes_are_run_in_equal_groups_that_fit():
-    assert [pilots._largest_divisor(24, limit) for limit in (0, 1, 5, 7, 23, 100)] == [1, 1, 4, 6, 12, 24]
+    assert [lanes._largest_divisor(24, limit) for limit in (0, 1, 5, 7, 23, 100)] == [1, 1, 4, 6, 12, 24]
 
 
 def test_an_accuracy_does_not_hide_a_divergence(key):
     """Parameters that are infinite are on the right side of the target, and not there."""
     problem = same({"far": lambda w, x: (jnp.abs(w) > 1e300).astype(float)})
     target = Target("far", "train", ">=", 0.5)
-    run = pilots.search(problem, lambda rate: optax.sgd(1e250 * rate), target, batch_size=16, num_seeds=1, key=key)
+    run = search(problem, lambda rate: optax.sgd(1e250 * rate), target, batch_size=16, num_seeds=1, key=key)
     found = run(np.asarray([1.0, 2.0]), max_examples=16 * 50)
     assert found.diverged.all()
     assert not found.found
@@ -144,12 +151,11 @@ def test_an_accuracy_does_not_hide_a_divergence(key):
 
 def test_evaluated_examples_are_all_or_a_draw_that_does_not_change():
     few, many = (Problem(lambda key: 0.0, lambda w, x: w * x, jnp.arange(float(n)), jnp.ones(3)) for n in (9, 5000))
-    target = Target("loss", "train", "<=", 0.0)
-    np.testing.assert_array_equal(pilots.evaluation_examples(few, target), few.train)
-    some = np.asarray(pilots.evaluation_examples(many, target))
-    assert len(set(some.tolist())) == pilots.NUM_EVALUATED
-    np.testing.assert_array_equal(pilots.evaluation_examples(many, target), some)
-    np.testing.assert_array_equal(pilots.evaluation_examples(many, Target("loss", "test", "<=", 0.0)), np.ones(3))
+    np.testing.assert_array_equal(targets.evaluation_examples(few, "train"), few.train)
+    some = np.asarray(targets.evaluation_examples(many, "train"))
+    assert len(set(some.tolist())) == targets.NUM_EVALUATED
+    np.testing.assert_array_equal(targets.evaluation_examples(many, "train"), some)
+    np.testing.assert_array_equal(targets.evaluation_examples(many, "test"), np.ones(3))
 
 
 def test_a_crossing_lies_between_two_evaluations():
@@ -256,6 +262,6 @@ def test_the_search_ends_with_the_clock_and_keeps_what_arrived_before():
 def test_the_nearest_value_is_that_of_all_grids():
     calls = iter([pilot(GRID, np.full((4, 1), np.inf), None, 0.3), pilot(10 * GRID, [[1], [2], [1], [3]], None, 0.4)])
     assert pilots.tune(lambda rates, **limits: next(calls), GRID).best_metric == 0.3
-    assert pilots.best_value(np.asarray([np.nan, 0.2, 0.7]), TARGET) == 0.2
-    assert pilots.best_value(np.asarray([np.nan, 0.2, 0.7]), Target("accuracy", "test", ">=", 1.0)) == 0.7
-    assert math.isnan(pilots.best_value(np.asarray([np.nan, np.inf]), TARGET))
+    assert targets.best_value(np.asarray([np.nan, 0.2, 0.7]), TARGET) == 0.2
+    assert targets.best_value(np.asarray([np.nan, 0.2, 0.7]), Target("accuracy", "test", ">=", 1.0)) == 0.7
+    assert math.isnan(targets.best_value(np.asarray([np.nan, np.inf]), TARGET))
