@@ -125,6 +125,7 @@ def _permutation(key, num_examples: int) -> jax.Array:
 
 def _window(order: Callable, num_examples: int, num_epochs: int | None, start, length: int | None) -> jax.Array:
     """Return entries start ... start + length - 1 of the concatenation of order(0), order(1), ..."""
+    num_examples = operator.index(num_examples)
     if num_examples < 1:
         raise ValueError(f"num_examples={num_examples} must be at least 1")
     if (num_epochs is None) == (length is None):

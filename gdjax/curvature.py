@@ -18,6 +18,7 @@ gradient: None where a leaf of the parameters is not floating-point. H is the He
 '4.6667 +- 2.3333'
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ import optax
 from jax import lax
 
 from gdjax import batching, gradients, problem
+from gdjax.ghost_rules import wide
 from gdjax.problem import Batch, Loss, Params
 
 
@@ -143,10 +145,11 @@ def batch_sharpness(loss: Loss, *, microbatch_size: int | None = None) -> Callab
         def along_gradient(indices):
             batch = batching.take(data, indices)
             gradient = grad(params, batch)
-            norm = optax.tree.norm(gradient)
+            norm = jnp.sqrt(inner(gradient, gradient))
             zero = norm == 0
-            direction = jax.tree.map(lambda g: g / jnp.where(zero, 1, norm).astype(g.dtype), gradient)
-            return optax.tree.vdot(direction, product(params, batch, direction)), ~zero
+            length = jnp.where(zero, 1, norm)
+            direction = jax.tree.map(lambda g: (wide(g) / length.astype(wide(g).dtype)).astype(g.dtype), gradient)
+            return inner(direction, product(params, batch, direction)), ~zero
 
         return _mean(*lax.map(along_gradient, batches))
 
@@ -172,12 +175,17 @@ def trace(
 
         def sample(key):
             signs = optax.tree.random_like(key, train, jax.random.rademacher)
-            return optax.tree.vdot(signs, product(params, batch, signs))
+            return inner(signs, product(params, batch, signs))
 
         samples = lax.map(sample, jax.random.split(key, num_samples))
         return _mean(samples, jnp.ones(num_samples, bool))
 
     return estimate
+
+
+def inner(x: Params, y: Params) -> jax.Array:
+    """Return the inner product of two vectors, added up in float32 at least, whatever the dtypes of their leaves."""
+    return sum((jnp.vdot(wide(a), wide(b)).astype(float) for a, b in zip(*map(jax.tree.leaves, (x, y)), strict=True)))
 
 
 def _gradient(loss: Loss, microbatch_size: int | None) -> Callable[[Params, Batch], Params]:
@@ -255,11 +263,12 @@ def _flatten(vectors: Params, train: Params) -> tuple[jax.Array, Callable[[jax.A
         parts, offset = [], 0
         for target in targets:
             part = rows[:, offset : offset + target.size]
-            parts.append(part.reshape(-1, *target.shape).astype(target.dtype))
+            parts.append(part.reshape(len(rows), *target.shape).astype(target.dtype))
             offset += target.size
         return jax.tree.unflatten(structure, parts)
 
-    return jnp.concatenate([leaf.reshape(k, -1).astype(dtype) for leaf in leaves], axis=1), unflatten
+    rows = [leaf.reshape(k, math.prod(leaf.shape[1:])).astype(dtype) for leaf in leaves]
+    return jnp.concatenate(rows, axis=1), unflatten
 
 
 def _check_vector(vector: Params, train: Params) -> None:

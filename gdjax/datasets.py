@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gdjax import formats, records, sources
+from gdjax import formats, problem, records, sources
 from gdjax.problem import Batch
 
 Folder = str | os.PathLike | None
@@ -194,7 +194,8 @@ def memory_mapped(folder: str | os.PathLike, data: Batch | None = None) -> Batch
             as a tuple, in the order of the tree.
 
     Raises:
-        ValueError: with `data`, for a folder that has such files; without, for one that has none.
+        ValueError: with `data`, for a folder that has such files, and for what NumPy's files cannot hold (bfloat16,
+            keys, objects); without, for a folder that has none, or not all, or where one is cut short.
     """
     place = Path(folder).expanduser()
     there = len(list(place.glob("*.npy")))
@@ -202,13 +203,21 @@ def memory_mapped(folder: str | os.PathLike, data: Batch | None = None) -> Batch
         advice = "leave data out to open them" if there else "give data to be written there"
         raise ValueError(f"folder={str(folder)!r} holds {there} .npy files: {advice}, or name another folder")
     if data is not None:
+        problem.num_examples(data)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(data):
+            if getattr(leaf.dtype, "isbuiltin", 0) != 1:
+                name = jax.tree_util.keystr(path)
+                raise ValueError(f"data{name} is {leaf.dtype}, which NumPy's files cannot hold: convert it first")
         place.mkdir(parents=True, exist_ok=True)
         leaves = jax.tree.leaves(data)
         for i in reversed(range(len(leaves))):
             with records.atomic(place / f"{i}.npy") as file:
-                np.save(file, leaves[i])
+                np.save(file, leaves[i], allow_pickle=False)
         there = len(leaves)
-    arrays = tuple(np.load(place / f"{i}.npy", mmap_mode="r") for i in range(there))
+    try:
+        arrays = tuple(np.load(place / f"{i}.npy", mmap_mode="r", allow_pickle=False) for i in range(there))
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"folder={str(folder)!r} cannot be opened ({error}): write it again") from error
     return arrays if data is None else jax.tree.unflatten(jax.tree.structure(data), arrays)
 
 

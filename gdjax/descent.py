@@ -141,7 +141,7 @@ def run(
     """
     if every < 1:
         raise ValueError(f"every={every} must be at least 1 update")
-    block = _block(method, data, batches)
+    block, batches = _block(method, data, batches)
 
     def recorded_block(state, batches):
         state, info = block(state, batches)
@@ -194,10 +194,10 @@ def until(
     Raises:
         ValueError: where `every` does not divide T.
     """
+    block, batches = _block(method, data, batches)
     num_updates = len(batches)
     if every < 1 or not num_updates or num_updates % every:
         raise ValueError(f"every={every} must divide the budget of {num_updates} updates, at least one")
-    block = _block(method, data, batches)
 
     def proceed(carry):
         _, _, ending = carry
@@ -250,8 +250,8 @@ def _first(stops: jax.Array) -> jax.Array:
     return jnp.argmax(stops).astype(jnp.int32)
 
 
-def _block(method: Method, data: Batch, batches: jax.Array) -> Callable[[State, jax.Array], tuple[State, Info]]:
-    """Return `(state, batches [K, B]) -> (state, info of the last update)`."""
+def _block(method: Method, data: Batch, batches: jax.Array) -> tuple[Callable, jax.Array]:
+    """Return `(state, batches [K, B]) -> (state, info of the last update)`, and all batches as an array."""
     problem.num_examples(data)
     batches = jnp.asarray(batches)
     if batches.ndim != 2 or not jnp.issubdtype(batches.dtype, jnp.integer):
@@ -273,4 +273,4 @@ def _block(method: Method, data: Batch, batches: jax.Array) -> Callable[[State, 
         (state, info), _ = lax.scan(lambda carry, indices: (update(carry[0], indices), None), (state, blank), batches)
         return state, info
 
-    return block
+    return block, batches

@@ -170,7 +170,8 @@ def clipped(
         expected_batch_size: L, examples; default the size of the batch.
 
     Raises:
-        ValueError: for max_norm <= 0, a negative noise_multiplier, or noise without a key or with infinite max_norm.
+        ValueError: for max_norm <= 0, a negative noise_multiplier, noise without a key or with infinite max_norm, and
+            expected_batch_size < 1.
     """
     if not max_norm > 0:
         raise ValueError(f"max_norm={max_norm} must be positive")
@@ -178,11 +179,14 @@ def clipped(
         raise ValueError(f"noise_multiplier={noise_multiplier} must be at least 0")
     if noise_multiplier and (noise_key is None or max_norm == float("inf")):
         raise ValueError(f"noise_multiplier={noise_multiplier} needs a noise_key and a finite max_norm={max_norm}")
+    if expected_batch_size is not None and expected_batch_size < 1:
+        raise ValueError(f"expected_batch_size={expected_batch_size} must be at least 1")
     measured = ghost.sq_norms(loss)
 
     def gradient(params: Params, batch: Batch) -> Estimate:
         losses, _, sq_norms = measured(params, batch)
-        norms = jnp.sqrt(jnp.sum(jnp.stack(jax.tree.leaves(sq_norms)), 0))
+        # Leaves may differ in their dtypes.
+        norms = jnp.sqrt(sum(jnp.asarray(leaf, float) for leaf in jax.tree.leaves(sq_norms)))
         size = expected_batch_size or len(losses)
         weights = (1 / jnp.maximum(1, norms / max_norm)).astype(losses.dtype) / size
         train, frozen = problem.trainable(params)

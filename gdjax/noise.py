@@ -97,7 +97,15 @@ def unbiased(small, large, *, batch_sizes: tuple[Any, Any], num_examples: int | 
         batch_sizes: (b, B), b < B.
         num_examples: N, where the examples of a batch are distinct, drawn without replacement out of N. None: with
             replacement, or fresh from a distribution.
+
+    Raises:
+        ValueError: for sizes that are numbers and not 1 <= b < B <= N.
     """
+    if not any(isinstance(x, jax.Array) for x in batch_sizes) and not (
+        1 <= batch_sizes[0] < batch_sizes[1] <= (num_examples or batch_sizes[1])
+    ):
+        limit = "" if num_examples is None else f" and at most num_examples={num_examples}"
+        raise ValueError(f"batch_sizes={batch_sizes} must be (b, B) with b < B, at least 1{limit}")
     f, g = (
         (1.0 if num_examples is None else theory.finite_population(size, num_examples)) / size for size in batch_sizes
     )
@@ -197,7 +205,7 @@ def measure_hessian(
         batch = batching.take(data, indices[2])
         image_a, image_b = product(params, batch, a), product(params, batch, b)
         difference = jax.tree.map(jnp.subtract, a, b), jax.tree.map(jnp.subtract, image_a, image_b)
-        return _dot(a, image_b), _dot(*difference) * batch_size / 2
+        return curvature.inner(a, image_b), curvature.inner(*difference) * batch_size / 2
 
     values = jnp.stack(lax.map(pair, stream.reshape(num_pairs, 3, batch_size)))  # [2, pairs]
     signal, noise = values.mean(1)
@@ -221,7 +229,7 @@ def _group_sums(loss: Loss, params: Params, data: Batch, indices, weights, preco
     These are the sums of g'g over the group's examples, and with s the sum of the group's gradients and t the sum of
     all, s't and s's.
     """
-    train, _ = problem.trainable(params)
+    train, _ = problem.trainable(jax.tree.map(jnp.asarray, params))
     size = indices.shape[1]
 
     def weighted(params, example):
@@ -235,7 +243,7 @@ def _group_sums(loss: Loss, params: Params, data: Batch, indices, weights, preco
     else:
         if jax.tree.map(jnp.shape, preconditioner) != jax.tree.map(jnp.shape, train):
             raise ValueError("preconditioner must have the structure and the shapes of the trainable parameters")
-        scales = jax.tree.leaves(preconditioner)
+        scales = jax.tree.leaves(jax.tree.map(lambda p, leaf: jnp.asarray(p, wide(leaf).dtype), preconditioner, train))
         measured, of_squares = ghost.second_moments(weighted), lambda means, scale: size * (scale * means).sum()
 
     def inner(x, y):
@@ -285,10 +293,6 @@ def _check_confidence(confidence: float) -> None:
 
 def _stack(scalars) -> jax.Array:
     return jnp.stack([jnp.asarray(x, float) for x in scalars])  # leaves may differ in their dtypes
-
-
-def _dot(x: Params, y: Params) -> jax.Array:
-    return _stack(jnp.vdot(wide(a), wide(b)) for a, b in zip(*map(jax.tree.leaves, (x, y)), strict=True)).sum()
 
 
 def _verdict(low, high) -> Any:

@@ -112,11 +112,13 @@ def numbers(leaf: Any, name: str) -> np.ndarray:
     Raises:
         ValueError: calling the leaf by `name`, where it is no array of numbers.
     """
-    array = np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf)
+    found = ""
     try:
+        array = np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf)
+        found = f", but is {array.dtype}"
         return np.asarray(array, jnp.result_type(array))
-    except TypeError as error:
-        raise ValueError(f"{name} must be an array of numbers or typed keys, but is {array.dtype}") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be an array of numbers or typed keys{found or f': {error}'}") from error
 
 
 def is_key(leaf: Any) -> bool:

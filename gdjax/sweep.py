@@ -50,7 +50,7 @@ def grid(**axes: Any) -> dict[str, Any]:
     if not axes:
         raise ValueError("grid needs an axis, for instance grid(learning_rate=[0.1, 0.3])")
     arrays = {
-        name: programs.numbers(axis, name) if isinstance(axis, list | tuple | range) else axis
+        name: programs.numbers(axis, name) if isinstance(axis, list | tuple | range | np.ndarray) else axis
         for name, axis in axes.items()
     }
     rows = np.indices([_num_lanes(array, name) for name, array in arrays.items()]).reshape(len(arrays), -1)
