@@ -41,6 +41,8 @@ class Bench:
     Default: all."""
     batch_sizes: tuple[int, ...] = (1, 32, 256)
     """Examples per update."""
+    data: Path | None = None
+    """Folder of the data sets that built-in problems read. Default: the environment variable GDJAX_DATA."""
     compare: Path | None = None
     """An earlier result.json: print ratios to it, and mark changes beyond the noise of both."""
     profile: Path | None = None

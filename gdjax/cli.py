@@ -35,10 +35,9 @@ class Compare:
     """
 
     problem: str = "digits-mlp"
-    """A built-in name (digits-mlp, least-squares, logistic, noisy-quadratic; with the folder of their data in
-    GDJAX_DATA, mnist-mlp, fashion-mnist-cnn, cifar10-cnn, a9a-logistic, power-plant, tiny-shakespeare), or
-    package.module:attribute naming a gdjax Problem or a function that returns one; the current folder is searched
-    first."""
+    """A built-in name (digits-mlp, least-squares, logistic, noisy-quadratic; with --data, mnist-mlp,
+    fashion-mnist-cnn, cifar10-cnn, a9a-logistic, power-plant, tiny-shakespeare), or package.module:attribute naming a
+    gdjax Problem or a function that returns one; the current folder is searched first."""
     batch_sizes: tuple[int | Literal["full"], ...] | None = None
     """Examples per update, 'full' for all of them. Default: 1 32 full."""
     learning_rate: float | None = None
@@ -49,6 +48,8 @@ class Compare:
     """Initial parameters and streams drawn; each is used at every batch size and learning rate."""
     seed: int = 0
     """Seed that they are drawn from."""
+    data: Path | None = None
+    """Folder of the data sets that built-in problems read. Default: the environment variable GDJAX_DATA."""
     cache: Path | None = None
     """Folder of compiled programs to read and to add to, so that a second run compiles less."""
     out: Path | None = None
@@ -126,6 +127,8 @@ class Advise:
     """Seconds that all of it may take."""
     seed: int = 0
     """Seed of parameters and streams."""
+    data: Path | None = None
+    """Folder of the data sets that built-in problems read. Default: the environment variable GDJAX_DATA."""
     out: Path | None = None
     """Folder for result.json and figure.png. Default: runs/advise-DATE-TIME."""
     json: str | None = None
@@ -180,6 +183,10 @@ def main() -> None:
         config=(tyro.conf.HelptextFromCommentsOff, tyro.conf.OmitArgPrefixes),
     )
     try:
+        if command.data:
+            from gdjax import sources
+
+            sources.read_from(command.data)
         with joined(command.hosts) as aside:
             (dataclasses.replace(command, out=aside, json=None) if aside else command).run()
     except (ValueError, ModuleNotFoundError) as error:

@@ -2,7 +2,10 @@
 
 An experiment is `main(options) -> Result`. A script ends with `experiment.run(main)` and is then called as
 
-    python -m experiments.NAME [--smoke] [--seed SEED] [--out DIR]
+    python -m experiments.NAME [--smoke] [--full] [--seed SEED] [--data DIR] [--out DIR]
+
+>>> verdict({"the loss falls": True, "to half": False}, "It falls by a third.")
+'1 of 2 predictions held. Failed: to half. It falls by a third.'
 """
 
 import dataclasses
@@ -16,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
-from gdjax import plots, records
+from gdjax import plots, records, sources
 from gdjax.hosts import Hosts, joined
 
 if TYPE_CHECKING:
@@ -30,9 +33,11 @@ class Options:
     smoke: bool = False
     """Run a version that takes seconds and shows only that everything works; its verdict means nothing."""
     full: bool = False
-    """Take longer, for experiments that say so: more problems or larger ones, some with data from GDJAX_DATA."""
+    """Take longer, for experiments whose Cost says so: larger problems, or more, on real data."""
     seed: int = 0
     """Seed of the key that everything random is drawn from."""
+    data: Path | None = None
+    """Folder of the data sets that --full reads (see gdjax.sources). Default: the environment variable GDJAX_DATA."""
     hosts: Hosts = Hosts()
     out: Path | None = None
     """Folder for result.json and figure.png. Default: runs/NAME-DATE-TIME."""
@@ -45,6 +50,15 @@ class Result(NamedTuple):
     verdict: str
     figure: "Figure"
     files: Mapping[str, bytes] = MappingProxyType({})
+
+
+def verdict(checks: Mapping[str, bool], numbers: str) -> str:
+    """Return in words how many predictions held and which did not, {prediction: whether it held}, then the numbers."""
+    failed = [prediction for prediction, holds in checks.items() if not holds]
+    if not failed:
+        return f"All {len(checks)} predictions held. {numbers}"
+    held = len(checks) - len(failed)
+    return f"{held or 'None'} of {len(checks)} predictions held. Failed: {'; '.join(failed)}. {numbers}"
 
 
 def run(main: Callable[[Options], Result]) -> None:
@@ -62,6 +76,8 @@ def run(main: Callable[[Options], Result]) -> None:
         config=(tyro.conf.OmitArgPrefixes,),
     )
     try:
+        if options.data:
+            sources.read_from(options.data)
         with joined(options.hosts) as aside:
             _run(main, name, dataclasses.replace(options, out=aside) if aside else options)
     except (ValueError, ModuleNotFoundError) as error:

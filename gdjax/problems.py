@@ -9,7 +9,8 @@ ValueError: problem='least-square' is not one of digits-mlp, least-squares, logi
 fashion-mnist-cnn, cifar10-cnn, a9a-logistic, power-plant, tiny-shakespeare; a problem of your own is \
 package.module:attribute
 
-Those from mnist-mlp on read their data from the folder in the environment variable GDJAX_DATA, see `sources`.
+Those from mnist-mlp on read published files from the folder named by `--data` or the environment variable GDJAX_DATA,
+see `sources`.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,8 @@
 """Published data files: where each lies below a folder, what it must hold to the bit, and where to get it.
 
-The folder is an argument or the environment variable GDJAX_DATA. A file counts as the published one when the SHA-256
-of its content, after gunzip, is the one below, whether it lies there as `name` or as `name.gz`.
+The folder is an argument (`--data` on the command line) or the environment variable GDJAX_DATA. A file counts as the
+published one when the SHA-256 of its content, after gunzip, is the one below, whether it lies there as `name` or as
+`name.gz`.
 
 >>> contents("mnist", "/nowhere")
 Traceback (most recent call last):
@@ -115,8 +116,8 @@ def contents(name: str, folder: str | os.PathLike | None = None, *, download: bo
     folder = folder or os.environ.get(ENVIRONMENT_VARIABLE)
     if not folder:
         raise ValueError(
-            f"{name} is read from a folder: set the environment variable {ENVIRONMENT_VARIABLE} to one, or pass "
-            f"folder=...; gdjax.sources.contents({name!r}, 'data', download=True) fetches the files into one"
+            f"{name} is read from a folder: name it by --data or the environment variable {ENVIRONMENT_VARIABLE}, or "
+            f"pass folder=...; gdjax.sources.contents({name!r}, 'data', download=True) fetches the files into one"
         )
     root = Path(folder).expanduser()
     found = []
@@ -134,6 +135,17 @@ def contents(name: str, folder: str | os.PathLike | None = None, *, download: bo
                 f"gdjax.sources.contents({name!r}, {str(folder)!r}, download=True)"
             )
     return found
+
+
+def read_from(folder: str | os.PathLike) -> None:
+    """Make `folder` the default of this process and of those that it starts: set GDJAX_DATA.
+
+    Raises:
+        ValueError: where there is no such folder.
+    """
+    if not Path(folder).expanduser().is_dir():
+        raise ValueError(f"data={str(folder)!r} is not a folder: make it, or name the one that holds the data sets")
+    os.environ[ENVIRONMENT_VARIABLE] = str(folder)
 
 
 def fetch(url: str, *, limit: int) -> bytes:

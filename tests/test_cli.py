@@ -97,6 +97,7 @@ def test_a_diverging_run_is_reported_and_the_command_finishes(folder):
     [
         (["--problem", "absent:problem"], "no module named 'absent'"),
         (["--problem", "digits"], "problem='digits' is not one of digits-mlp"),
+        (["--problem", "a9a-logistic", "--data", "."], "libsvm/a9a[.gz] is missing: get it from https://"),
         (["--problem", "my_module:problem", "--batch-sizes", "0"], "batch_size=0 must be between 1 and N=40"),
         (["--problem", "my_module:problem", "--batch-sizes", "41"], "batch_size=41 must be between 1 and N=40"),
         (["--out", "my_module.py"], "out='my_module.py' cannot be written: File exists"),

@@ -237,7 +237,7 @@ def test_the_loss_of_every_built_in_problem_falls(name, key):
 @pytest.mark.parametrize("name", DATA_OF)
 def test_a_problem_whose_data_is_not_there_says_what_to_do(name, monkeypatch, tmp_path):
     monkeypatch.delenv("GDJAX_DATA", raising=False)
-    with pytest.raises(ValueError, match=f"{DATA_OF[name]} is read from a folder: set .* GDJAX_DATA"):
+    with pytest.raises(ValueError, match=f"{DATA_OF[name]} is read from a folder: name it by --data or .* GDJAX_DATA"):
         problems.named(name)
     monkeypatch.setenv("GDJAX_DATA", str(tmp_path))
     with pytest.raises(ValueError, match=r"is missing: get it from https://"):

@@ -245,13 +245,16 @@ def test_files_are_found_zipped_or_not_by_argument_or_environment(known, tmp_pat
         (tmp_path / "some" / name).unlink()
     (tmp_path / "some" / "zipped").write_bytes(CONTENT)
     (tmp_path / "some" / "plain.gz").write_bytes(gzip.compress(CONTENT))
-    monkeypatch.setenv("GDJAX_DATA", str(tmp_path))
+    monkeypatch.setenv("GDJAX_DATA", "/nowhere")  # and restores it at the end
+    with pytest.raises(ValueError, match=r"data='.*absent' is not a folder"):
+        sources.read_from(tmp_path / "absent")
+    sources.read_from(tmp_path)
     assert sources.contents("known") == [CONTENT, CONTENT]
 
 
 def test_a_folder_that_is_not_given_and_a_file_that_is_missing_are_named(known, tmp_path, monkeypatch):
     monkeypatch.delenv("GDJAX_DATA", raising=False)
-    with pytest.raises(ValueError, match=r"known is read from a folder: set the environment variable GDJAX_DATA"):
+    with pytest.raises(ValueError, match=r"known is read from a folder: name it by --data or .* GDJAX_DATA"):
         sources.contents("known")
     write(tmp_path, gzip.compress(CONTENT))
     with pytest.raises(ValueError, match=r"some/plain\[.gz\] is missing: get it from https://example.invalid/plain"):
