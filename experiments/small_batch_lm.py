@@ -22,13 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gdjax import batching, datasets, descent, experiment, gradients, models, plots, problems, theory
+from gdjax import batching, compare, datasets, descent, experiment, gradients, models, plots, problems, theory
 
 NUM_EXAMPLES, NUM_HELD_OUT = 16384, 1024
 BATCH_SIZES = (1, 8, 32, 128)
 REFERENCE, B2 = 32, 0.95  # the batch size at which both Adams are the same
 RATE_FACTORS = 2.0 ** np.arange(-2, 3)  # as many as seeds are reported, so that one program does both
-WIDENED = 4  # times that rates may move on to where the best one was at the edge
 WARM_UP = 0.05  # of the updates
 FAMILIES = {
     "SGD": lambda rate, memory: optax.sgd(rate, momentum=memory),
@@ -96,18 +95,13 @@ def train(problem, family, batch_size, num_examples, memory, params, stream, pea
 
 
 def tuned(run, starts, middle):
-    """Return the losses of the seeds to report [S] at the best rate, that rate, and whether it is inside its grid."""
+    """Return the losses of the seeds to report [S] at the best rate, that rate, and whether it is inside the grid."""
     one = jax.tree.map(lambda x: jnp.broadcast_to(x[:1], x[1:].shape), starts)
     others = jax.tree.map(lambda x: x[1:], starts)
-    best, rates = 0, middle * RATE_FACTORS
-    for _ in range(WIDENED):
-        choose, _ = run(*one, jnp.asarray(rates))
-        best = int(np.argmin(np.where(np.isfinite(choose), choose, np.inf)))
-        if inside := 0 < best < len(rates) - 1:
-            break
-        rates = rates[best] * RATE_FACTORS
-    _, report = run(*others, jnp.full(len(rates), rates[best]))
-    return np.asarray(report), float(rates[best]), inside
+    found = compare.tune(lambda rates: np.asarray(run(*one, jnp.asarray(rates))[0]), middle * RATE_FACTORS)
+    rate = compare.best_rate(found)
+    _, report = run(*others, jnp.full(len(RATE_FACTORS), rate))
+    return np.asarray(report), rate, min(found) < rate < max(found)
 
 
 def judge(rows, name):
