@@ -44,10 +44,9 @@ def splits(setting, keys):
     if setting.name == "digits":
         each = [datasets.digits(key) for key in keys]
     else:
-        (images, labels), test = datasets.fashion_mnist()
-        flat, test = images.reshape(len(images), -1), (test[0].reshape(len(test[0]), -1), test[1])
+        (pixels, labels), test = jax.tree.map(lambda x: x.reshape(len(x), -1).squeeze(), datasets.fashion_mnist())
         chosen = [jax.random.permutation(key, len(labels))[: setting.batch_sizes[-1]] for key in keys]
-        each = [datasets.Split((flat[rows], labels[rows]), test) for rows in chosen]
+        each = [datasets.Split((pixels[rows], labels[rows]), test) for rows in chosen]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *[(split.train, split.test) for split in each])
 
 
