@@ -115,24 +115,23 @@ def judge(rows):
     small = gaussian[16, 0.5]["loss"] / CHANCE
     learned = [row for row in rows if row["loss"] < UNTRAINED * CHANCE]
     checks = {
-        "signal as expected": score < STANDARD_ERRORS,
-        "gradients of first and last alike": apart < 2,
+        "the signal is as expected": score < STANDARD_ERRORS,
+        "gradients of first and last weights differ less than twofold": apart < 2,
         "two layers train at any gain": len(shallow) == len(GAINS),
-        "sixteen at He's alone": deep == [HE],
-        "not at all at 1/2": small > UNTRAINED,
-        "uniform as Gaussian": shape < 0.2,
-        "best rates inside the grid, where anything is learned": all(row["inside_grid"] for row in learned),
+        "sixteen layers train at He's gain alone": deep == [HE],
+        "sixteen layers do not train at gain 1/2": small > UNTRAINED,
+        "uniform weights are within a fifth of Gaussian ones": shape < 0.2,
+        "best rates are inside the grid, where anything is learned": all(row["inside_grid"] for row in learned),
     }
-    failed = [claim for claim, holds in checks.items() if not holds]
     losses = ", ".join(f"{gaussian[16, gain]['loss']:.3g} at {gain:.2g}" for gain in GAINS)
     spread = max(np.ptp(gaussian[depth, HE]["losses"]) / gaussian[depth, HE]["loss"] for depth in even)
-    return (
-        f"{'Not as predicted (no: ' + '; '.join(failed) + ')' if failed else 'As predicted'}. The signal is within "
-        f"{score:.1f} standard errors of its expectation; gradients of first and last hidden weights differ up to "
-        f"{apart:.1f}-fold. Within 5 times the least loss: {len(shallow)} of {len(GAINS)} gains with 2 layers, "
-        f"{', '.join(f'{gain:.2g}' for gain in deep)} with 16, where gain 1/2 ends at {small:.2f} of guessing's loss. "
-        f"The loss with 16: {losses} ({CHANCE:.3g} by guessing). Uniform weights: within {shape:.0%} of the Gaussian's "
-        f"loss, whose own seeds spread over up to {spread:.0%} of it."
+    return experiment.verdict(
+        checks,
+        f"The signal is within {score:.1f} standard errors of its expectation; gradients of first and last hidden "
+        f"weights differ up to {apart:.1f}-fold. Within 5 times the least loss: {len(shallow)} of {len(GAINS)} gains "
+        f"with 2 layers, {', '.join(f'{gain:.2g}' for gain in deep)} with 16, where gain 1/2 ends at {small:.2f} of "
+        f"guessing's loss. The loss with 16: {losses} ({CHANCE:.3g} by guessing). Uniform weights: within {shape:.0%} "
+        f"of the Gaussian's loss, whose own seeds spread over up to {spread:.0%} of it.",
     )
 
 
@@ -141,10 +140,11 @@ def main(options: experiment.Options) -> experiment.Result:
     key = jax.random.key(options.seed)
     rows = [row for depth in depths for row in measure(depth, num_draws, num_epochs, jax.random.fold_in(key, depth))]
     verdict = judge(rows)
-    return experiment.Result(rows, verdict, draw(rows, verdict))
+    return experiment.Result(rows, verdict, draw(rows))
 
 
-def draw(rows, title):
+def draw(rows):
+    title = "ReLU networks of width 32 on digits: signal, gradient and training against depth and the scale of weights"
     figure, (left, middle, right) = plots.panels(3, title=title, width=4.2, height=4)
     for i, gain in enumerate(GAINS):
         shown = [row for row in rows if row["shape"] == "Gaussian" and row["gain"] == gain]
@@ -159,9 +159,9 @@ def draw(rows, title):
         [row["layers"] for row in shown], [row["loss"] for row in shown], "ks", fillstyle="none", label="uniform"
     )
     right.axhline(CHANCE, color="gray", linewidth=1)
-    left.set(ylabel="mean square, logits over inputs (line: expected)", yscale="log")
-    middle.set(ylabel="gradient norm of hidden weights: first o, last x", yscale="log")
-    right.set(ylabel="training loss after 5 epochs (gray: guessing)", yscale="log")
+    left.set(ylabel="signal: mean square of logits over inputs", yscale="log")
+    middle.set(ylabel="gradient norm, first (o) and last (x)", yscale="log")
+    right.set(ylabel="training loss (gray: guessing)", yscale="log")
     for axis in (left, middle, right):
         axis.set(xlabel="layers", xscale="log")
         axis.set_xticks(DEPTHS, list(map(str, DEPTHS)))

@@ -131,23 +131,22 @@ def judge(rows, parts):
     medians = [float(np.median(part)) for part in parts.values()]
     least = min(min(part) for part in parts.values())
     checks = {
-        "mean paths as expected": score < 4,
+        "mean paths are as expected": score < 4,
         "the loss falls at every update of batch descent": whole["falls"] == 1,
-        "at less than 65 % of stochastic updates": one["falls"] < 0.65,
-        "stochastic path ten times its way": one["length"] > 10,
+        "the loss falls at less than 65 % of stochastic updates": one["falls"] < 0.65,
+        "the stochastic path is ten times as long as its way": one["length"] > 10,
         "two directions hold more than of a random walk": least > RANDOM_WALK,
-        "the more the larger the batch": bool(np.all(np.diff(medians) > 0)),
+        "they hold the more the larger the batch": bool(np.all(np.diff(medians) > 0)),
     }
-    failed = [claim for claim, holds in checks.items() if not holds]
-    return (
-        f"{'Not as predicted (no: ' + '; '.join(failed) + ')' if failed else 'As predicted'}. Mean paths are within "
-        f"{score:.1f} standard errors of their expectation. The loss falls at "
+    return experiment.verdict(
+        checks,
+        f"Mean paths are within {score:.1f} standard errors of their expectation. The loss falls at "
         + ", ".join(f"{row['falls']:.0%} of the updates at B = {row['batch_size']}" for row in rows)
         + "; paths are "
         + ", ".join(f"{row['length']:.1f}" for row in rows)
         + " times as long as the way. Two directions hold "
         + ", ".join(f"{m:.1%} at B = {size}" for size, m in zip(parts, medians, strict=True))
-        + f" of the network's paths ({RANDOM_WALK:.0%} of a random walk)."
+        + f" of the network's paths ({RANDOM_WALK:.0%} of a random walk).",
     )
 
 
