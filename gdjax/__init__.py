@@ -7,6 +7,7 @@ A problem supplies the loss of one example; everything else is derived.
     ghost          norms of every example's gradient, for any function
     gradients      estimators of the mean gradient of a batch
     descent        one update, the loop, the loop ended by a rule
+    kernels        a loop of small operations as one kernel of a CPU
 
     theory         laws of batch sizes and learning rates, in closed form
     quadratics     SGD on a noisy quadratic, exactly
@@ -71,6 +72,7 @@ __all__ = [
     "gradients",
     "hosts",
     "intervals",
+    "kernels",
     "lanes",
     "least_squares",
     "models",
@@ -115,6 +117,7 @@ if TYPE_CHECKING:
         gradients,
         hosts,
         intervals,
+        kernels,
         lanes,
         least_squares,
         models,

@@ -105,8 +105,8 @@ def bench(
         row = {"model": model, "variant": variant, "batch_size": size, "num_runs": num_runs}
         try:
             rows.append(row | measure(loaded[model], build, size, num_runs=num_runs, budget=budget, ceilings=ceilings))
-        except ValueError as error:
-            rows.append(row | {"skipped": str(error)})
+        except (ValueError, jax.errors.JaxRuntimeError) as error:
+            rows.append(row | {"skipped": str(error).splitlines()[0]})
     scans = {(row["model"], row["batch_size"]): row.get("seconds") for row in rows if row["variant"] == "scan"}
     return [row | {"over_scan": _over(row, scans.get((row["model"], row["batch_size"])))} for row in rows], ceilings
 

@@ -121,7 +121,14 @@ def batch_loss(state: State, info: Info) -> jax.Array:
 
 
 def run(
-    method: Method, state: State, data: Batch, batches: jax.Array, record: Record = batch_loss, *, every: int = 1
+    method: Method,
+    state: State,
+    data: Batch,
+    batches: jax.Array,
+    record: Record = batch_loss,
+    *,
+    every: int = 1,
+    unroll: int = 1,
 ) -> tuple[State, Any]:
     """Make one update for each batch, as one compiled loop.
 
@@ -132,16 +139,19 @@ def run(
         batches: int32[T, B], indices in [0, N), from `batching.cut`. They are not checked against N.
         record: (state after the update, info of the update) -> pytree.
         every: updates between records. The last update is always recorded, whether or not `every` divides T.
+        unroll: updates in one iteration of the compiled loop: more take longer to compile, and may run faster where
+            an update is small.
 
     Returns:
         (state after T updates, records stacked along a new axis 0 of length ceil(T / every)).
 
     Raises:
-        ValueError: for `every` < 1 and for data with no or unequal numbers of examples.
+        ValueError: for `every` or `unroll` < 1 and for data with no or unequal numbers of examples.
     """
-    if every < 1:
-        raise ValueError(f"every={every} must be at least 1 update")
-    block, batches = _block(method, data, batches)
+    for name, number in (("every", every), ("unroll", unroll)):
+        if number < 1:
+            raise ValueError(f"{name}={number} must be at least 1 update")
+    block, batches = _block(method, data, batches, unroll=min(unroll, every))
 
     def recorded_block(state, batches):
         state, info = block(state, batches)
@@ -150,7 +160,7 @@ def run(
     num_updates, batch_size = batches.shape
     num_blocks, tail = divmod(num_updates, every)
     whole = batches[: num_blocks * every].reshape(num_blocks, every, batch_size)
-    state, history = lax.scan(recorded_block, state, whole)
+    state, history = lax.scan(recorded_block, state, whole, unroll=max(1, unroll // every))
     if not tail:
         return state, history
     state, last = recorded_block(state, batches[num_blocks * every :])
@@ -250,7 +260,7 @@ def _first(stops: jax.Array) -> jax.Array:
     return jnp.argmax(stops).astype(jnp.int32)
 
 
-def _block(method: Method, data: Batch, batches: jax.Array) -> tuple[Callable, jax.Array]:
+def _block(method: Method, data: Batch, batches: jax.Array, *, unroll: int = 1) -> tuple[Callable, jax.Array]:
     """Return `(state, batches [K, B]) -> (state, info of the last update)`, and all batches as an array."""
     problem.num_examples(data)
     batches = jnp.asarray(batches)
@@ -270,7 +280,10 @@ def _block(method: Method, data: Batch, batches: jax.Array) -> tuple[Callable, j
         # nobody records of it is removed by the compiler.
         shape = jax.eval_shape(update, state, batches[0])[1]
         blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shape)
-        (state, info), _ = lax.scan(lambda carry, indices: (update(carry[0], indices), None), (state, blank), batches)
-        return state, info
+
+        def advance(carry, indices):
+            return update(carry[0], indices), None
+
+        return lax.scan(advance, (state, blank), batches, unroll=unroll)[0]
 
     return block, batches

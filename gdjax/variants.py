@@ -28,7 +28,7 @@ import optax
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from gdjax import batching, descent, gradients
+from gdjax import batching, descent, gradients, kernels
 from gdjax.descent import Method
 from gdjax.gradients import Gradient
 from gdjax.problem import Batch, Params, Problem
@@ -65,15 +65,18 @@ def scan(problem: Problem, learning_rate: float) -> Run:
 
 def unrolled(problem: Problem, learning_rate: float) -> Run:
     """Make UNROLL updates in one iteration of the loop."""
-    method = plain_method(problem, learning_rate)
+    return _descend(gradients.mean(problem.loss), learning_rate, unroll=UNROLL)
 
-    def run(params, data, batches):
-        def update(state, indices):
-            return method.step(state, batching.take(data, indices))[0], None
 
-        return lax.scan(update, method.init(params), batches, unroll=UNROLL)[0].params, ()
+def one_kernel(problem: Problem, learning_rate: float) -> Run:
+    """Run the unrolled loop as one kernel of a CPU, where the compiler can: see `kernels.one_kernel`.
 
-    return run
+    Raises:
+        ValueError: on another device.
+    """
+    if jax.default_backend() != "cpu":
+        raise ValueError("for a CPU only")
+    return kernels.one_kernel(unrolled(problem, learning_rate))
 
 
 def vmapped_seeds(problem: Problem, learning_rate: float) -> Run:
@@ -198,6 +201,7 @@ VARIANTS: dict[str, Variant] = {
     "python-loop": python_loop,
     "scan": scan,
     "scan-unrolled": unrolled,
+    "one-kernel": one_kernel,
     "vmapped-seeds": vmapped_seeds,
     "sharded": sharded,
     "microbatched": microbatched,
@@ -244,12 +248,14 @@ def _sgd(gradient: Gradient, learning_rate: float) -> Method:
     return descent.method(gradient, optax.sgd(learning_rate))
 
 
-def _descend(gradient: Gradient, learning_rate: float, record=None) -> Run:
+def _descend(gradient: Gradient, learning_rate: float, record=None, *, unroll: int = 1) -> Run:
     method = _sgd(gradient, learning_rate)
-    return lambda params, data, batches: _run(method, params, data, batches, record)
+    return lambda params, data, batches: _run(method, params, data, batches, record, unroll=unroll)
 
 
-def _run(method: Method, params: Params, data: Batch, batches: jax.Array, record=None) -> tuple[Params, Any]:
+def _run(
+    method: Method, params: Params, data: Batch, batches: jax.Array, record=None, *, unroll: int = 1
+) -> tuple[Params, Any]:
     every, record = (len(batches), lambda state, info: ()) if record is None else (1, record)
-    state, records = descent.run(method, method.init(params), data, batches, record, every=every)
+    state, records = descent.run(method, method.init(params), data, batches, record, every=every, unroll=unroll)
     return state.params, records

@@ -1,3 +1,4 @@
+import re
 from functools import partial
 
 import chex
@@ -175,6 +176,19 @@ def test_records_are_taken_every_so_many_updates_and_at_the_end(every, examples,
     assert_close(tuple(state), tuple(end))
 
 
+@pytest.mark.parametrize(
+    ("every", "unroll", "expected"), [(1, 2, ["2", "1"]), (4, 3, ["1", "3", "3"]), (3, 9, ["3", "3"])]
+)
+def test_unrolling_changes_neither_updates_nor_records(every, unroll, expected, examples, key):
+    method = descent.method(gradients.mean(mlp_loss), optax.sgd(0.1))
+    batches = batching.cut(batching.reshuffled(key, 12, num_epochs=3), 4)
+    start = method.init(MODEL.init(key))
+    run = partial(descent.run, method, start, examples, batches, lambda state, info: (state, info), every=every)
+    assert_close(jax.tree.map(lambda x: x, run(unroll=unroll)), jax.tree.map(lambda x: x, run()))
+    loops = re.findall(r" unroll=(\d+)", str(jax.make_jaxpr(partial(run, unroll=unroll))()))
+    assert sorted(loops) == sorted(expected)
+
+
 def test_the_step_is_traced_once_for_any_number_of_updates_rates_and_seeds(examples, key):
     @chex.assert_max_traces(n=1)
     def loss(params, example):
@@ -215,6 +229,7 @@ def test_a_diverging_lane_leaves_its_neighbours_as_they_are(examples, key):
         ),
         ((jnp.ones((0, 3)), jnp.ones(0)), jnp.zeros((2, 1), int), {}, "data is empty"),
         ((jnp.ones((4, 3)), jnp.ones(4)), jnp.zeros((2, 1), int), {"every": 0}, "every=0 must be at least 1"),
+        ((jnp.ones((4, 3)), jnp.ones(4)), jnp.zeros((2, 1), int), {"unroll": 0}, "unroll=0 must be at least 1"),
         ((jnp.ones((4, 3)), jnp.ones(4)), jnp.zeros(2, int), {}, r"batches must be int\[T, B\].*\(2,\)"),
         ((jnp.ones((4, 3)), jnp.ones(4)), jnp.zeros((2, 1)), {}, r"batches must be int\[T, B\].*float64"),
     ],
