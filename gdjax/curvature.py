@@ -185,7 +185,8 @@ def trace(
 
 def inner(x: Params, y: Params) -> jax.Array:
     """Return the inner product of two vectors, added up in float32 at least, whatever the dtypes of their leaves."""
-    return sum((jnp.vdot(wide(a), wide(b)).astype(float) for a, b in zip(*map(jax.tree.leaves, (x, y)), strict=True)))
+    products = (jnp.vdot(wide(a), wide(b)).astype(float) for a, b in zip(*map(jax.tree.leaves, (x, y)), strict=True))
+    return sum(products, jnp.zeros((), float))
 
 
 def _gradient(loss: Loss, microbatch_size: int | None) -> Callable[[Params, Batch], Params]:
