@@ -32,22 +32,25 @@ def run_all(arguments: list[str]) -> int:
 
 
 def gallery() -> str:
-    """Return the page: for every experiment with a committed result its question, answer, figure and command."""
+    """Return the page: for every experiment with a committed result its question, and answer, figure and command.
+
+    `results/NAME` holds a run at the default size, `results/NAME-full` one with --full.
+    """
     parts = [
         "# What the experiments found",
         "Every answer is the verdict in the `result.json` beside its figure, computed from the numbers there; a "
         "prediction that failed is reported as it failed. `python -m experiments gallery` writes this page.",
     ]
     for name, text in experiments().items():
-        result = FOLDER / "results" / name / "result.json"
-        if not result.exists():
-            continue
         question = re.sub(r"\s+", " ", text.split("\n\n")[0])
-        answer = json.loads(result.read_text())["verdict"]
-        parts.append(
-            f"## [{name}]({name}.py)\n\n**{question}**\n\n{answer}\n\n![{question}](results/{name}/figure.png)\n\n"
-            f"```sh\npython -m experiments.{name}\n```"
-        )
+        section = [f"## [{name}]({name}.py)\n\n**{question}**"]
+        for folder, option in ((name, ""), (f"{name}-full", " --full")):
+            result = FOLDER / "results" / folder / "result.json"
+            if result.exists():
+                answer = json.loads(result.read_text())["verdict"]
+                figure = f"![{question}](results/{folder}/figure.png)"
+                section.append(f"{answer}\n\n{figure}\n\n```sh\npython -m experiments.{name}{option}\n```")
+        parts += section if len(section) > 1 else []
     return "\n\n".join(parts) + "\n"
 
 

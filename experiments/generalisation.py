@@ -88,12 +88,10 @@ def judge(rows, name):
         difference = last - first
         change[rule] = float(difference.mean()), float(difference.std(ddof=1) / np.sqrt(len(difference)))
     limits = dict(zip(rules, ((5, np.inf), (1, np.inf), (-1, 1), (-1, 1)), strict=True))
-    checks = {
-        f"{f'within {high} point' if high < np.inf else f'worse by {low} points'} at {rule}": low
-        < change[rule][0]
-        < high
-        for rule, (low, high) in limits.items()
-    }
+    checks = {}
+    for rule, (low, high) in limits.items():
+        claim = f"within {high} point" if high < np.inf else f"worse by {low} points"
+        checks[f"{claim} at {rule}"] = low < change[rule][0] < high
     tuned = [row for row in rows if row["rule"].endswith("tuned")]
     checks["all best rates are inside the grid"] = all(row["inside_grid"] for row in tuned)
     numbers = ", ".join(f"{mean:+.1f} ({error:.1f}) at {rule}" for rule, (mean, error) in change.items())
