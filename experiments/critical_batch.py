@@ -242,7 +242,7 @@ def draw(setting, examples, ratios, found):
     for i, (middle_value, low, high) in enumerate(found.values()):
         error = [[middle_value - low], [high - middle_value]]
         right.errorbar([middle_value], [i], xerr=error, fmt="o", capsize=4, color=plots.COLOURS[i])
-    right.set(xscale="log", xlabel="critical batch size (examples), 90 % interval", xlim=(10, 1000), ylim=(-0.5, 4.5))
+    right.set(xscale="log", xlabel="critical batch size (examples), 90 % interval", xlim=(2, 1000), ylim=(-0.5, 4.5))
     right.set_yticks(range(len(found)), list(found))
     return figure
 
