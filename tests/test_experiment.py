@@ -4,7 +4,7 @@ import sys
 import pytest
 from matplotlib.figure import Figure
 
-from gdjax import experiment
+from gdjax import datasets, experiment
 
 
 def main(options):
@@ -45,3 +45,16 @@ def test_an_experiment_need_not_have_files_and_a_mistake_leaves_no_folder(tmp_pa
     assert failure.value.code == 2
     assert not (tmp_path / "wrong").exists()
     assert "rates=[] must hold a rate" in capsys.readouterr().err
+
+
+def test_the_folder_of_data_is_where_data_sets_are_read_from(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("GDJAX_DATA", "/nowhere")  # and restores it at the end
+
+    def reads(options):
+        datasets.power_plant()
+
+    for folder, message in {"absent": "data='absent' is not a folder", str(tmp_path): f"{tmp_path}/uci-reg"}.items():
+        with pytest.raises(SystemExit) as failure:
+            call(monkeypatch, reads, "--data", folder, "--out", str(tmp_path / "run"))
+        assert failure.value.code == 2
+        assert message in capsys.readouterr().err
