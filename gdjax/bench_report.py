@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
+TITLES = ("B", "us/update", "+-%", "examples/s", "x scan", "product", "roofline", "temp MB", "compile s")
+WIDTHS = (6, 11, 5, 12, 20, 9, 10, 9, 11)
+
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
@@ -43,6 +46,8 @@ class Bench:
     """Examples per update."""
     data: Path | None = None
     """Folder of the data sets that built-in problems read. Default: the environment variable GDJAX_DATA."""
+    devices: int | None = None
+    """Split a CPU into so many devices, for `sharded`; the other variants may be slower then."""
     compare: Path | None = None
     """An earlier result.json: print ratios to it, and mark changes beyond the noise of both."""
     profile: Path | None = None
@@ -62,6 +67,8 @@ class Bench:
 
         start = time.perf_counter()
         plots.check_installed()
+        if self.devices is not None:
+            split_cpu(self.devices)
         earlier = None if self.compare is None else _earlier(self.compare)
         messages = sys.stderr if self.json == "-" else sys.stdout
         with records.run_folder(self.out or records.timestamped("bench")) as folder, contextlib.ExitStack() as stack:
@@ -75,7 +82,7 @@ class Bench:
                     stack.enter_context(timing.profiled(self.profile))
                 rows, ceilings = bench.bench(self.models, chosen, self.batch_sizes, progress=progress)
                 stack.close()
-            changes = [] if earlier is None else bench.compared(rows, earlier)
+            changes = [] if earlier is None else bench.compared(rows, earlier["rows"])
             provenance = records.provenance(
                 arguments=dataclasses.asdict(self), seed=0, wall_seconds=time.perf_counter() - start
             )
@@ -87,34 +94,55 @@ class Bench:
                 records.write_json(Path(self.json), result)
             print(table(rows, result["ceilings"]), end="\n\n", file=messages)
             if earlier is not None:
-                print(comparison_table(changes), end="\n\n", file=messages)
+                print(comparison_table(changes, provenance, earlier["provenance"]), end="\n\n", file=messages)
             device = provenance["device"]
             title = f"Ways to run gradient descent on {device['count']} x {device['kind']}; bars are 95% intervals"
             plots.save(figure(rows, result["ceilings"], title), folder / "figure.png")
         print(f"Saved {folder / 'result.json'} and figure.png", file=messages)
 
 
+def split_cpu(num_devices: int) -> None:
+    """Make jax show a CPU as several devices.
+
+    Raises:
+        ValueError: for a number below 1, and where jax has begun to use the devices as they are.
+    """
+    import jax
+
+    if num_devices < 1:
+        raise ValueError(f"devices={num_devices} must be at least 1")
+    try:
+        jax.config.update("jax_num_cpu_devices", num_devices)
+    except RuntimeError as error:
+        raise ValueError(f"devices={num_devices} comes too late: {error}") from error
+
+
 def table(rows: Sequence[Row], ceilings: dict[str, float]) -> str:
     """Return the rows as text, the ceilings above."""
     width = max(len(row["variant"]) for row in rows)
-    titles = ("B", "us/update", "+-%", "examples/s", "x scan", "product", "roofline", "temp MB", "compile s")
     lines = [
         f"ceilings: matrix product {ceilings['flops_per_second'] / 1e9:.3g} Gflop/s, copy "
-        f"{ceilings['bytes_per_second'] / 1e9:.3g} GB/s"
+        f"{ceilings['bytes_per_second'] / 1e9:.3g} GB/s. +-%: half the 95% interval of the median. x scan: median of",
+        "ratios in turn, and its interval. product, roofline: of the time that these ceilings allow; cached: above it,",
+        "for the bytes come from a cache. lanes: B is the microbatch of a tick, x scan the scans one after another.",
     ]
-    lines += ["roofline: bytes are counted as if no cache kept any, so that what fits a cache can be above 100%"]
     for model in dict.fromkeys(row["model"] for row in rows):
-        lines += ["", f"{model:{width}}" + "".join(f"{title:>11}" for title in titles)]
-        lines += [f"{row['variant']:{width}}" + _cells(row) for row in rows if row["model"] == model]
+        titles = "".join(f"{title:>{column}}" for title, column in zip(TITLES, WIDTHS, strict=True))
+        lines += ["", f"{model:{width}}{titles}"]
+        lines += [f"{row['variant']:{width}}{_cells(row)}" for row in rows if row["model"] == model]
     return "\n".join(lines)
 
 
-def comparison_table(changes: Sequence[Row]) -> str:
-    """Return the ratios of `compared` as text."""
+def comparison_table(changes: Sequence[Row], now: dict[str, Any], then: dict[str, Any]) -> str:
+    """Return the ratios of `compared` as text, and what differs between the provenance of both results."""
     lines = [f"{'time over the earlier one':50}{'ratio':>8}"]
     for change in changes:
         name = f"{change['model']}, {change['variant']}, B = {change['batch_size']}"
         lines.append(f"{name:50}{change['ratio']:>8.2f}  {change['changed']}".rstrip())
+    for part in ("versions", "device"):
+        for name, value in now[part].items():
+            if value != then[part].get(name):
+                lines.append(f"not the same: {name} {value} (was {then[part].get(name)})")
     return "\n".join(lines)
 
 
@@ -158,38 +186,44 @@ def _curve(speed: "Axes", memory: "Axes", points: Sequence[Row], label: str, i: 
     memory.plot([row["batch_size"] for row in counted], [row["temporary_bytes"] / 1e6 for row in counted], **style)
 
 
-def _earlier(path: Path) -> list[Row]:
-    """Read the rows of an earlier result.
+def _earlier(path: Path) -> dict[str, Any]:
+    """Read an earlier result.
 
     Raises:
         ValueError: where the file cannot be read or is none of `gdjax bench`.
     """
     try:
-        rows = json.loads(path.read_text())["rows"]
-        if all({"model", "variant", "batch_size"} <= row.keys() for row in rows):
-            return rows
+        result = json.loads(path.read_text())
+        parts = result["provenance"]["versions"], result["provenance"]["device"]
+        if all({"model", "variant", "batch_size"} <= row.keys() for row in result["rows"]) and all(parts):
+            return result
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"compare={str(path)!r} cannot be read as a result of gdjax bench: {error!r}") from error
     raise ValueError(f"compare={str(path)!r} is no result of gdjax bench: its rows name no model and variant")
 
 
 def _cells(row: Row) -> str:
+    """Return the cells of a row; fewer than MIN_RUNS repeats give no interval."""
     if "skipped" in row:
-        return f"{row['batch_size']:>11}  skipped: {row['skipped']}"
+        return f"{row['batch_size']:>{WIDTHS[0]}}  skipped: {row['skipped']}"
 
     def number(value: float | None, form: str, scale: float = 1.0) -> str:
         return "n/a" if value is None or not math.isfinite(value) else format(value * scale, form)
 
-    half = (row["high"] - row["low"]) / 2 / row["seconds"]
+    from gdjax import timing
+
+    few, over, roofline = row["num_repeats"] < timing.MIN_RUNS, row["over_scan"], row["fraction_of_roofline"]
+    half = None if few else (row["high"] - row["low"]) / 2 / row["seconds"]
+    between = "" if few or not over or row["variant"] == "scan" else f" ({over['low']:.2f}-{over['high']:.2f})"
     cells = (
         str(row["batch_size"]),
         number(row["seconds"], ".3g", 1e6),
         number(half, ".0f", 100),
         number(row["examples_per_second"], ".3g"),
-        number(row["over_scan"], ".2f"),
+        number(over and over["median"], ".2f") + between,
         number(row["fraction_of_product"], ".1%"),
-        number(row["fraction_of_roofline"], ".1%"),
+        "cached" if roofline and roofline > 1 else number(roofline, ".1%"),
         number(row["temporary_bytes"], ".3g", 1e-6),
         number(row["compile_seconds"], ".2f"),
     )
-    return "".join(f"{cell:>11}" for cell in cells)
+    return "".join(f"{cell:>{width}}" for cell, width in zip(cells, WIDTHS, strict=True))

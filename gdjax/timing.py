@@ -5,7 +5,8 @@
 >>> program = compiled(lambda x: x @ x, x)
 >>> program.flops
 1024.0
->>> measured(program, [(x,), (2 * x,)], budget=0.01).num_runs >= MIN_RUNS
+>>> [times] = measured_in_turn([program], [[(x,), (2 * x,)]], budget=0.01)
+>>> len(times) >= MIN_RUNS
 True
 >>> spread([5.0, 1.0, 2.0, 4.0, 3.0, 3.0, 3.0, 9.0])
 Spread(median=3.0, low=1.0, high=9.0, num_runs=8)
@@ -14,7 +15,6 @@ Spread(median=3.0, low=1.0, high=9.0, num_runs=8)
 """
 
 import contextlib
-import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +27,7 @@ from scipy import special
 
 CONFIDENCE = 0.95
 MIN_RUNS = 6  # the least for which the range covers the median with 95 %: 1 - 2^(1 - 6)
+PATIENCE = 10  # budgets that so many runs may take
 PRODUCT_SIZE = {"cpu": 2048}  # rows of the square matrices that a ceiling is measured by
 COPY_SIZE = {"cpu": 2**26}  # numbers, more than any cache holds
 ACCELERATOR_PRODUCT_SIZE, ACCELERATOR_COPY_SIZE = 8192, 2**28
@@ -121,36 +122,45 @@ def seconds(function: Callable, *args, budget: float = 1.0, repeats: int = 3) ->
     return statistics.median(times)
 
 
-def measured(function: Callable, inputs: Sequence[tuple], *, budget: float = 1.0, within: float = 0.02) -> Spread:
-    """Return the run time of `function` in seconds, repeated until the median is known or the budget ends.
+def measured_in_turn(
+    functions: Sequence[Callable], inputs: Sequence[Sequence[tuple]], *, budget: float = 1.0, within: float = 0.02
+) -> list[list[float]]:
+    """Return the run times of each function in seconds, all run in turn, each until its median is known.
+
+    The turns go forwards and backwards, as in `in_turn`, and a first one warms up. The first function is what the
+    others are compared with: it runs in every turn, and series[i][t] and series[0][t] are of the same turn t.
 
     Args:
-        function: what is timed; each run is waited for.
-        inputs: tuples of arguments, taken in turn, so that no run finds the results of the one before. Each warms up
-            once.
-        budget: seconds of runs that are counted, at least one.
-        within: the relative half-width of the median's interval at which to stop, from MIN_RUNS runs on.
+        functions: what is timed; each run is waited for.
+        inputs: for each function tuples of arguments, taken in turn, so that no run finds the results of the one
+            before.
+        budget: seconds of counted runs for each function; MIN_RUNS runs may take up to PATIENCE times as long, and one
+            is always made. All end when the first has used up the budgets of all.
+        within: the relative half-width of the median's interval at which a function is known, from MIN_RUNS runs on.
 
     Raises:
-        ValueError: for no inputs.
+        ValueError: for no functions, or one without inputs.
     """
-    if not inputs:
-        raise ValueError("inputs is empty: it must hold at least one tuple of arguments")
-    for args in inputs:
-        jax.block_until_ready(function(*args))
-    times: list[float] = []
-    total, next_look = 0.0, MIN_RUNS
-    for args in itertools.cycle(inputs):
-        times.append(timed(function, *args)[1])
-        total += times[-1]
-        if total >= budget:
-            break
-        if len(times) == next_look:
-            median, low, high, _ = spread(times)
-            if high - low <= 2 * within * median:
+    if not functions or not all(inputs):
+        raise ValueError("functions and inputs must hold at least one function, and for each at least one tuple")
+    times: list[list[float]] = [[] for _ in functions]
+    running, warm, turn = list(range(len(functions))), False, 0
+    while running:
+        for i in sorted({0, *running}, reverse=bool(turn % 2)):
+            elapsed = timed(functions[i], *inputs[i][turn % len(inputs[i])])[1]
+            if warm:
+                times[i].append(elapsed)
+        if warm:
+            running = [i for i in running if not _known(times[i], budget, within)]
+            if sum(times[0]) >= budget * len(functions) and len(times[0]) >= MIN_RUNS:
                 break
-            next_look += 1 + len(times) // 8  # short runs are many: looking at all of them costs more than they do
-    return spread(times)
+        warm, turn = True, turn + 1
+    return times
+
+
+def ratio(times: Sequence[float], reference: Sequence[float]) -> Spread:
+    """Return the median of the ratios within turns; those of the reference go on at least as long."""
+    return spread([a / b for a, b in zip(times, reference, strict=False)])
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -182,7 +192,7 @@ def in_turn(functions: Sequence[Callable[[], Any]], *, repeats: int = 7) -> list
 def ratios_in_turn(functions: Sequence[Callable[[], Any]], *, repeats: int = 7) -> list[Spread]:
     """Return the time of each function but the last over that of the last, by the ratios in each turn of `in_turn`."""
     *series, last = _turns(functions, repeats)
-    return [spread([a / b for a, b in zip(times, last, strict=True)]) for times in series]
+    return [ratio(times, last) for times in series]
 
 
 def ceilings(*, product_size: int | None = None, copy_size: int | None = None, budget: float = 1.0) -> Ceilings:
@@ -226,6 +236,19 @@ def profiled(folder: Path) -> Iterator[None]:
         raise ValueError(f"profile={str(folder)!r} cannot be made: {error.strerror}") from error
     with jax.profiler.trace(str(folder), create_perfetto_trace=True):
         yield
+
+
+def _known(times: Sequence[float], budget: float, within: float) -> bool:
+    """Return whether a function has been timed long enough, looking at its interval ever more rarely."""
+    count, total = len(times), sum(times)
+    if count < MIN_RUNS:
+        return total >= PATIENCE * budget
+    if total >= budget:
+        return True
+    if count % (1 + count // 8):  # short runs are many: looking at all of them costs more than they do
+        return False
+    median, low, high, _ = spread(times)
+    return high - low <= 2 * within * median
 
 
 def _turns(functions: Sequence[Callable[[], Any]], repeats: int) -> list[list[float]]:

@@ -105,7 +105,7 @@ def sharded(problem: Problem, learning_rate: float) -> Run:
     """
     num_devices = jax.device_count()
     if num_devices == 1:
-        raise ValueError("one device only")
+        raise ValueError("one device only (a CPU is split by --devices 2)")
     mesh = jax.make_mesh((num_devices,), ("examples",), axis_types=(AxisType.Auto,))
     rows = NamedSharding(mesh, PartitionSpec("examples"))
     method = plain_method(problem, learning_rate)
@@ -193,6 +193,20 @@ def lanes(problem: Problem, learning_rate: float, batch_sizes: Sequence[int]) ->
             raise ValueError(f"a microbatch of {microbatch_size} must divide every batch size of {tuple(batch_sizes)}")
         periods = jnp.asarray([size // microbatch_size for size in batch_sizes], jnp.int32)
         return jax.vmap(lane, (None, None, None, 0))(params, data, batches, periods), ()
+
+    return run
+
+
+def scans(problem: Problem, learning_rate: float, batch_sizes: Sequence[int]) -> Run:
+    """Run every batch size as `scan` does, one after another: what `lanes` is compared with.
+
+    Each cuts the examples of `batches` at its own size; returns a tuple of the parameters of each.
+    """
+    run_one = scan(problem, learning_rate)
+
+    def run(params, data, batches):
+        cuts = [batching.cut(batches.reshape(-1), size, drop_remainder=True) for size in batch_sizes]
+        return tuple(run_one(params, data, cut)[0] for cut in cuts), ()
 
     return run
 

@@ -87,49 +87,112 @@ def test_lanes_refuse_a_microbatch_that_does_not_divide():
         variants.lanes(bench.mlp(4, 2), RATE, (3, 4))(None, None, jnp.zeros((2, 3), jnp.int32))
 
 
-def test_a_row_follows_from_what_was_measured(monkeypatch):
-    """The clock says 6 s, and 3 to 12: over T updates of 2 runs each."""
-    monkeypatch.setattr(timing, "measured", lambda *args, **limits: timing.Spread(6.0, 3.0, 12.0, 7))
+def test_scans_make_the_updates_of_every_batch_size(problem):
+    params, data, ticks = inputs(problem, 2, 12)
+    found = jax.jit(variants.scans(problem, RATE, (2, 10)))(params, data, ticks)[0]
+    for size, one in zip((2, 10), found, strict=True):
+        assert_equal(one, by_hand(problem, params, batching.cut(ticks.reshape(-1), size, drop_remainder=True)))
+
+
+TURNS = {"scan": [6.0, 4.0, 4.0, 4.0, 4.0, 3.0, 4.0], "lanes": [9.0, 8.0, 8.0, 8.0, 8.0, 9.0], "other": [1.0, 2.0]}
+
+
+def clocked(monkeypatch, names):
+    """Let the clock say what TURNS says, and return the functions and inputs that were to be timed."""
+    seen = []
+
+    def measured_in_turn(functions, inputs, *, budget):
+        seen.extend(zip(functions, inputs, strict=True))
+        return [TURNS[name] for name in names]
+
+    monkeypatch.setattr(timing, "measured_in_turn", measured_in_turn)
+    return seen
+
+
+def test_rows_follow_from_what_was_measured(monkeypatch):
+    """The first way is a run twice as long in updates, the second is scan: it leads, and ratios are of an update."""
+    seen = clocked(monkeypatch, ["scan", "other"])
     linear = Problem(
         lambda key: jnp.zeros(1000), lambda w, x: (x @ w) ** 2, jax.random.normal(jax.random.key(0), (16, 1000))
     )
     ceilings = timing.Ceilings(flops_per_second=1e6, bytes_per_second=1e4)
-    row = bench.measure(linear, variants.scan, 8, num_runs=2, budget=0.0, ceilings=ceilings)
-    updates = row["num_updates"]
-    assert updates == bench.MAX_UPDATES  # the work of one is small
-    assert (row["seconds"], row["low"], row["high"]) == tuple(x / (2 * updates) for x in (6.0, 3.0, 12.0))
-    assert row["num_repeats"] == 7
-    assert row["examples_per_second"] == pytest.approx(8 / row["seconds"])
+
+    def refused(problem, learning_rate):
+        raise ValueError("not today")
+
+    chosen = {"other": variants.unrolled, "scan": variants.scan, "refused": refused}
+    other, scan, skipped = bench.measure(
+        linear, chosen, 8, budget=0.0, ceilings=ceilings, num_runs={"other": 5}, min_examples=10_000
+    )
+    updates = scan["num_updates"]
+    assert updates == other["num_updates"] == 10_000 / 8  # more than the 1024 that work so small would get
+    assert skipped == {"variant": "refused", "batch_size": 8, "num_runs": 1, "skipped": "not today"}
+    for (_, given), run in zip(seen, (scan, other), strict=True):
+        assert len(given) == bench.NUM_INPUTS
+        assert not np.array_equal(given[0][2], given[1][2])
+        assert given[0][2].shape == (run["num_updates"], 8)
+    assert (scan["seconds"], scan["low"], scan["high"]) == (4.0 / updates, 3.0 / updates, 6.0 / updates)
+    each = 5 * updates
+    assert [other[name] for name in ("seconds", "low", "high")] == pytest.approx([1.5 / each, 1 / each, 2 / each])
+    assert (scan["num_repeats"], other["num_repeats"]) == (7, 2)
+    assert other["over_scan"] == pytest.approx(
+        {"median": (1 / 6 + 2 / 4) / 2 / 5, "low": 1 / 30, "high": 0.1, "num_runs": 2}
+    )
+    assert other["examples_per_second"] == pytest.approx(8 / other["seconds"])
     # A product for the losses and one for the gradient: 2 x 2 x 8 x 1000 operations, then 2 x 1000 for the update.
-    assert row["flops"] == pytest.approx(34_000, rel=0.02)
-    assert row["fraction_of_product"] == pytest.approx(row["flops"] / 1e6 / row["seconds"])
-    assert row["bytes_accessed"] >= 8 * 10_000  # the batch, the old and the new parameters
-    assert row["fraction_of_roofline"] == pytest.approx(row["bytes_accessed"] / 1e4 / row["seconds"])
-    assert row["compile_seconds"] > 0
+    assert scan["flops"] == pytest.approx(34_000, rel=0.02)
+    assert scan["fraction_of_product"] == pytest.approx(scan["flops"] / 1e6 / scan["seconds"])
+    assert scan["bytes_accessed"] >= 8 * 10_000  # the batch, the old and the new parameters
+    assert scan["fraction_of_roofline"] == pytest.approx(scan["bytes_accessed"] / 1e4 / scan["seconds"])
+    assert scan["compile_seconds"] > 0
 
 
-def test_where_nothing_is_counted_the_row_says_so(monkeypatch):
+def test_lanes_are_compared_with_the_scans_one_after_another(monkeypatch):
+    """Both run 2 batch sizes over the same examples, at least one batch of the largest, by a microbatch of 2."""
+    seen = clocked(monkeypatch, ["scan", "lanes"])
+    [lanes], _ = bench.bench(["mlp-small"], ["lanes"], [2, 600], ceilings=timing.Ceilings(1.0, 1.0))
+    assert (lanes["variant"], lanes["batch_size"], lanes["num_runs"]) == ("lanes", 2, 2)
+    assert lanes["num_updates"] >= 300
+    assert lanes["over_scan"]["median"] == 2.0
+    (scans, its_inputs), (_, same) = seen
+    assert_equal(its_inputs, same)
+    two, six_hundred = scans(*same[0])[0]
+    batches = same[0][2]
+    for found, size in ((two, 2), (six_hundred, 600)):
+        run = variants.scan(bench.mlp(64, 128, 10), bench.LEARNING_RATE)
+        cut = batching.cut(batches.reshape(-1), size, drop_remainder=True)
+        assert_equal(found, jax.jit(run)(*same[0][:2], cut)[0])
+
+
+def test_where_nothing_is_known_the_table_says_so(monkeypatch):
+    """No analysis; fewer repeats than an interval needs; no scan to compare with; faster than memory is: cached."""
     monkeypatch.setattr(timing, "_counted", lambda program, name: None)
-    monkeypatch.setattr(timing, "measured", lambda *args, **limits: timing.Spread(6.0, 3.0, 12.0, 7))
-    rows, ceilings = bench.bench(["mlp-small"], ["scan"], [1], ceilings=timing.Ceilings(1.0, 1.0))
+    clocked(monkeypatch, ["other"])
+    rows, ceilings = bench.bench(["mlp-small"], ["scan-unrolled"], [1], ceilings=timing.Ceilings(1.0, 1.0))
     assert (rows[0]["flops"], rows[0]["fraction_of_product"], rows[0]["fraction_of_roofline"]) == (None, None, None)
-    assert bench_report.table(rows, ceilings._asdict()).splitlines()[-1].split()[6:8] == ["n/a", "n/a"]
+    cells = bench_report.table(rows, ceilings._asdict()).splitlines()[-1].split()
+    assert [cells[i] for i in (3, 5, 6, 7)] == ["n/a"] * 4
+    fast = rows[0] | {"fraction_of_roofline": 1.5, "num_repeats": 6, "over_scan": {"median": 2, "low": 1, "high": 3}}
+    cells = bench_report.table([fast], ceilings._asdict()).splitlines()[-1].split()
+    assert cells[3:8] == ["33", cells[4], "2.00", "(1.00-3.00)", "n/a"]
+    assert cells[8] == "cached"
 
 
-def row(variant, median, low, high, batch_size=1):
-    return {
-        "model": "m", "variant": variant, "batch_size": batch_size, "seconds": median, "low": low, "high": high
-    }  # fmt: skip
+def row(variant, median, low, high, batch_size=1, num_repeats=6):
+    times = {"seconds": median, "low": low, "high": high, "num_repeats": num_repeats}
+    return {"model": "m", "variant": variant, "batch_size": batch_size} | times
 
 
 def test_a_change_is_flagged_beyond_the_noise_of_both():
-    earlier = [row("a", 2.0, 1.8, 2.2), row("b", 2.0, 1.8, 2.2), row("c", 2.0, 1.8, 2.2), row("d", 2.0, 1.8, 2.2, 8)]
+    earlier = [row(name, 2.0, 1.8, 2.2) for name in "abce"] + [row("d", 2.0, 1.8, 2.2, 8)]
     now = [row("a", 3.0, 2.1, 3.1), row("b", 3.0, 2.3, 3.1), row("c", 1.0, 0.9, 1.7), row("d", 9.0, 9.0, 9.0, 1)]
+    now += [row("e", 3.0, 3.0, 3.0, num_repeats=5)]  # five have no interval of 95 %
     changes = bench.compared([*now, {"model": "m", "variant": "a", "batch_size": 2, "skipped": "why"}], earlier)
     assert [(c["variant"], c["ratio"], c["changed"]) for c in changes] == [
         ("a", 1.5, ""),
         ("b", 1.5, "slower"),
         ("c", 0.5, "faster"),
+        ("e", 1.5, "too few runs"),
     ]
 
 
@@ -167,14 +230,15 @@ def test_the_command_keeps_its_result_and_compares_it_with_an_earlier_one(monkey
     (tmp_path / "my_bench.py").write_text(MINE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(timing, "ceilings", lambda: timing.Ceilings(1e11, 1e10))
+    monkeypatch.setattr(bench, "BUDGET", 0.0)
     command = ["gdjax", "bench", "--models", "my_bench:problem", "--variants", "scan", "microbatched", "my_bench:mine"]
     command += ["--batch-sizes", "1", "4", "--json", "-"]
     monkeypatch.setattr(sys, "argv", [*command, "--out", "first"])
     cli.main()
     first = json.loads(capsys.readouterr().out)
     assert [(row["variant"], row["batch_size"], "skipped" in row) for row in first["rows"]] == [
-        *(("scan", 1, False), ("scan", 4, False), ("microbatched", 1, True), ("microbatched", 4, False)),
-        *(("my_bench:mine", 1, False), ("my_bench:mine", 4, False)),
+        *(("scan", 1, False), ("microbatched", 1, True), ("my_bench:mine", 1, False)),
+        *(("scan", 4, False), ("microbatched", 4, False), ("my_bench:mine", 4, False)),
     ]
     assert first["provenance"]["arguments"]["batch_sizes"] == [1, 4]
     assert (tmp_path / "first" / "figure.png").stat().st_size > 10_000
@@ -186,7 +250,15 @@ def test_the_command_keeps_its_result_and_compares_it_with_an_earlier_one(monkey
         (row["variant"], row["batch_size"]) for row in first["rows"] if "skipped" not in row
     ]
     assert f"{changes[0]['ratio']:>8.2f}" in shown.err
+    assert "not the same" not in shown.err
     assert "skipped: one example has no pieces" in shown.err
+
+
+def test_what_else_changed_is_said():
+    then = {"versions": {"jax": "0.10.0", "numpy": "2"}, "device": {"kind": "cpu"}}
+    now = {"versions": {"jax": "0.10.2", "numpy": "2"}, "device": {"kind": "gpu"}}
+    lines = bench_report.comparison_table([], now, then).splitlines()
+    assert lines[1:] == ["not the same: jax 0.10.2 (was 0.10.0)", "not the same: kind gpu (was cpu)"]
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"rows": [{"name": "stochastic"}]}'])

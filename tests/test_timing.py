@@ -91,19 +91,45 @@ def wait_for(clock, durations):
 @pytest.mark.parametrize(
     ("durations", "limits", "expected"),
     [
-        # Two inputs warm up; six equal runs are enough.
-        ((9.0, 9.0, *[2.0] * 6), {"budget": 100.0}, (2.0, 2.0, 2.0, 6)),
-        # 3 % on either side of the median is not within 2 %, so it goes on to the end of the budget: 12.4 s.
-        ((9.0, 9.0, 2.0, 2.06, 2.06, 2.0, 1.94, 2.0, 2.0, 2.0), {"budget": 16.0}, (2.0, 1.94, 2.06, 8)),
-        ((9.0, 9.0, 2.0, 2.06, 2.06, 2.0, 1.94, 2.0), {"budget": 100.0, "within": 0.04}, (2.0, 1.94, 2.06, 6)),
-        ((9.0, 9.0, 5.0), {"budget": 0.0}, (5.0, 5.0, 5.0, 1)),  # at least one run
+        # One turn warms up; six equal runs are enough.
+        ((9.0, *[2.0] * 6), {"budget": 100.0}, (2.0, 2.0, 2.0, 6)),
+        # 3 % on either side of the median is not within 2 %, so it goes on to the end of the budget: 16.06 s.
+        ((9.0, 2.0, 2.06, 2.06, 2.0, 1.94, 2.0, 2.0, 2.0), {"budget": 16.0}, (2.0, 1.94, 2.06, 8)),
+        ((9.0, 2.0, 2.06, 2.06, 2.0, 1.94, 2.0), {"budget": 100.0, "within": 0.04}, (2.0, 1.94, 2.06, 6)),
+        ((9.0, *[2.0] * 6), {"budget": 1.1}, (2.0, 2.0, 2.0, 6)),  # ten budgets for the six that give an interval
+        ((9.0, *[2.0] * 4), {"budget": 0.8}, (2.0, 2.0, 2.0, 4)),
+        ((9.0, 5.0), {"budget": 0.0}, (5.0, 5.0, 5.0, 1)),  # at least one run
     ],
 )
-def test_measured_repeats_until_the_median_is_known_or_the_budget_ends(clock, durations, limits, expected):
+def test_a_function_runs_until_its_median_is_known_or_the_budget_ends(clock, durations, limits, expected):
     function, seen = wait_for(clock, durations)
-    found = timing.measured(function, [("a",), ("b",)], **limits)
-    np.testing.assert_allclose(found, expected, rtol=1e-12)
-    assert seen == (["a", "b"] * len(seen))[: len(durations)]  # warmed up by each, then in turn
+    [times] = timing.measured_in_turn([function], [[("a",), ("b",)]], **limits)
+    np.testing.assert_allclose(timing.spread(times), expected, rtol=1e-12)
+    assert seen == (["a", "b"] * len(seen))[: len(durations)]
+
+
+def test_the_first_function_runs_in_every_turn_of_the_others(clock):
+    """It is known after six turns, the second after eight; by then the third has left with its budget used up."""
+    order = []
+
+    def function(name, durations):
+        left = list(durations)
+        return lambda: (order.append(name), Waiting(clock, left.pop(0)))[1]
+
+    unsteady = [9.0, 2.0, 2.06, 2.06, 2.0, 1.94, 2.0, 2.0, 2.0]
+    three = function("a", [9.0, *[1.0] * 8]), function("b", unsteady), function("c", [9.0, *[60.0] * 3])
+    first, second, third = timing.measured_in_turn(three, [[()]] * 3, budget=16.0)
+    assert (len(first), len(second), len(third)) == (8, 8, 3)
+    assert "".join(order) == "abc" + "cba" + "abc" + "cba" + "ab" + "ba" + "ab" + "ba" + "ab"
+    assert timing.ratio(third, first) == (60.0, 60.0, 60.0, 3)
+
+
+def test_all_end_when_the_first_has_used_up_the_budgets_of_all(clock):
+    """The second, a thousand times as fast and never known, would otherwise make the first run 10 000 times."""
+    unsteady = iter([0.001, 0.002] * 10_000)
+    slow, fast = (lambda: Waiting(clock, 1.0)), (lambda: Waiting(clock, next(unsteady)))
+    first, second = timing.measured_in_turn([slow, fast], [[()]] * 2, budget=10.0)
+    assert (len(first), len(second)) == (20, 20)
 
 
 @pytest.mark.parametrize("n", range(1, 60))
@@ -186,7 +212,9 @@ def test_ceilings_count_the_work_of_the_fastest_run(monkeypatch):
     assert timing.ceilings(product_size=10, copy_size=100, budget=14.0) == (2000 / 2.0, 800 / 4.0)
 
 
-@pytest.mark.parametrize(("call", "name"), [(lambda: timing.measured(len, []), "inputs"), (timing.spread, "values")])
-def test_nothing_to_measure_is_an_error(call, name):
-    with pytest.raises(ValueError, match=f"{name} is empty"):
-        call() if name == "inputs" else call([])
+def test_nothing_to_measure_is_an_error():
+    with pytest.raises(ValueError, match="values is empty"):
+        timing.spread([])
+    for functions, inputs in (([], []), ([len], [[]])):
+        with pytest.raises(ValueError, match="at least one function, and for each at least one tuple"):
+            timing.measured_in_turn(functions, inputs)
