@@ -45,6 +45,8 @@ A problem supplies the loss of one example; everything else is derived.
     choices        what is known of each batch size
     advise         which batch size reaches the target first
     experiment     run an experiment from the command line
+    arguments      a dataclass as a command line
+    command        what every command is asked, and how it ends
     records        run folders with provenance
     plots          figures
 """
@@ -55,12 +57,14 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0.dev0"
 __all__ = [
     "advise",
+    "arguments",
     "batching",
     "bench",
     "bench_report",
     "checkpoint",
     "choices",
     "claims",
+    "command",
     "compare",
     "curvature",
     "datasets",
@@ -100,12 +104,14 @@ __all__ = [
 if TYPE_CHECKING:
     from gdjax import (
         advise,
+        arguments,
         batching,
         bench,
         bench_report,
         checkpoint,
         choices,
         claims,
+        command,
         compare,
         curvature,
         datasets,

@@ -10,13 +10,11 @@ import contextlib
 import dataclasses
 import json
 import math
-import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gdjax.hosts import Hosts
+from gdjax.command import Common, progress, saving
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,8 +42,6 @@ class Bench:
     Default: all."""
     batch_sizes: tuple[int, ...] = (1, 32, 256)
     """Examples per update."""
-    data: Path | None = None
-    """Folder of the data sets that built-in problems read. Default: the environment variable GDJAX_DATA."""
     devices: int | None = None
     """Split a CPU into so many devices, for `sharded`; the other variants may be slower then."""
     compare: Path | None = None
@@ -54,51 +50,28 @@ class Bench:
     """Folder for a trace of the measurements that https://ui.perfetto.dev opens (perfetto_trace.json.gz)."""
     cache: Path | None = None
     """Folder of compiled programs to read and to add to, so that a second run compiles nothing."""
-    out: Path | None = None
-    """Folder for result.json and figure.png. Default: runs/bench-DATE-TIME."""
-    json: str | None = None
-    """Write the result to this file too; '-' is standard output, with nothing else on it."""
-    hosts: Hosts = Hosts()
-    debug: bool = False
-    """Show the traceback of an error."""
+    common: Common = Common()
 
     def run(self) -> None:
-        from gdjax import bench, cli, plots, records, timing, variants
+        from gdjax import bench, records, timing, variants
 
-        start = time.perf_counter()
-        plots.check_installed()
         if self.devices is not None:
             split_cpu(self.devices)
         earlier = None if self.compare is None else _earlier(self.compare)
-        messages = sys.stderr if self.json == "-" else sys.stdout
-        with records.run_folder(self.out or records.timestamped("bench")) as folder, contextlib.ExitStack() as stack:
-            if self.json not in (None, "-"):
-                records.check_writable(Path(self.json), "json")
+        with saving("bench", self, seed=0) as save:
             if self.cache:
                 timing.keep_compiled(self.cache)
             chosen = self.variants or (*variants.VARIANTS, "lanes")
-            with cli._progress() as progress:
-                if self.profile:
-                    stack.enter_context(timing.profiled(self.profile))
-                rows, ceilings = bench.bench(self.models, chosen, self.batch_sizes, progress=progress)
-                stack.close()
+            with progress() as show, timing.profiled(self.profile) if self.profile else contextlib.nullcontext():
+                rows, ceilings = bench.bench(self.models, chosen, self.batch_sizes, progress=show)
             changes = [] if earlier is None else bench.compared(rows, earlier["rows"])
-            provenance = records.provenance(
-                arguments=dataclasses.asdict(self), seed=0, wall_seconds=time.perf_counter() - start
-            )
-            result = {"rows": rows, "ceilings": ceilings._asdict(), "changes": changes, "provenance": provenance}
-            records.write_json(folder / "result.json", result)
-            if self.json == "-":
-                sys.stdout.write(records.to_json(result))
-            elif self.json:
-                records.write_json(Path(self.json), result)
-            print(table(rows, result["ceilings"]), end="\n\n", file=messages)
+            here = records.provenance(arguments={}, seed=0, wall_seconds=0.0)
+            title = "Ways to run gradient descent on {count} x {kind}; bars are 95% intervals".format(**here["device"])
+            report = table(rows, ceilings._asdict()) + "\n"
             if earlier is not None:
-                print(comparison_table(changes, provenance, earlier["provenance"]), end="\n\n", file=messages)
-            device = provenance["device"]
-            title = f"Ways to run gradient descent on {device['count']} x {device['kind']}; bars are 95% intervals"
-            plots.save(figure(rows, result["ceilings"], title), folder / "figure.png")
-        print(f"Saved {folder / 'result.json'} and figure.png", file=messages)
+                report += f"\n{comparison_table(changes, here, earlier['provenance'])}\n"
+            result = {"rows": rows, "ceilings": ceilings._asdict(), "changes": changes}
+            save(result, report, lambda: figure(rows, ceilings._asdict(), title))
 
 
 def split_cpu(num_devices: int) -> None:

@@ -1,22 +1,15 @@
 """The command line. Nothing heavy is imported before the arguments are parsed, so that --help answers at once."""
 
-import contextlib
 import dataclasses
 import shutil
-import sys
 import textwrap
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-try:
-    import tyro
-except ModuleNotFoundError:
-    sys.exit("gdjax: the command line needs more packages: pip install 'gdjax[experiments]'")
-
+from gdjax import arguments, command
 from gdjax.bench_report import Bench
-from gdjax.hosts import Hosts, joined
+from gdjax.command import Common, progress, saving
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,32 +41,19 @@ class Compare:
     """Initial parameters and streams drawn; each is used at every batch size and learning rate."""
     seed: int = 0
     """Seed that they are drawn from."""
-    data: Path | None = None
-    """Folder of the data sets that built-in problems read. Default: the environment variable GDJAX_DATA."""
     cache: Path | None = None
     """Folder of compiled programs to read and to add to, so that a second run compiles less."""
-    out: Path | None = None
-    """Folder for result.json and figure.png. Default: runs/compare-DATE-TIME."""
-    json: str | None = None
-    """Write the result to this file too; '-' is standard output, with nothing else on it."""
-    hosts: Hosts = Hosts()
-    debug: bool = False
-    """Show the traceback of an error."""
+    common: Common = Common()
 
     def run(self) -> None:
-        from gdjax import claims, compare, plots, problems, records, timing
+        from gdjax import claims, compare, plots, problems, timing
 
-        start = time.perf_counter()
-        plots.check_installed()
-        messages = sys.stderr if self.json == "-" else sys.stdout
-        with records.run_folder(self.out or records.timestamped("compare")) as folder:
-            if self.json not in (None, "-"):
-                records.check_writable(Path(self.json), "json")
+        with saving("compare", self, seed=self.seed) as save:
             if self.cache:
                 timing.keep_compiled(self.cache)
             problem = problems.named(self.problem)
             sizes = self.batch_sizes or compare.default_batch_sizes(problem.num_examples)
-            with _progress() as progress:
+            with progress() as show:
                 rows = compare.compare(
                     problem,
                     batch_sizes=[problem.num_examples if size == "full" else size for size in sizes],
@@ -81,27 +61,18 @@ class Compare:
                     num_epochs=self.num_epochs,
                     num_seeds=self.num_seeds,
                     seed=self.seed,
-                    progress=progress,
+                    progress=show,
                 )
             judged = claims.judge(rows)
             result = {
                 "problem": problem.name,
                 "rows": [row.summary() for row in rows],
                 "claims": [claim._asdict() for claim in judged],
-                "provenance": records.provenance(
-                    arguments=dataclasses.asdict(self), seed=self.seed, wall_seconds=time.perf_counter() - start
-                ),
             }
-            records.write_json(folder / "result.json", result)
-            if self.json == "-":
-                sys.stdout.write(records.to_json(result))
-            elif self.json:
-                records.write_json(Path(self.json), result)
-            print(_table(rows), *map(_paragraph, judged), sep="\n", end="\n\n", file=messages)
             stream = f"one stream of {problem.num_examples * self.num_epochs} examples"
-            figure = plots.comparison(rows, f"{problem.name}: {stream}, cut at each batch size")
-            plots.save(figure, folder / "figure.png")
-        print(f"Saved {folder / 'result.json'} and figure.png", file=messages)
+            title = f"{problem.name}: {stream}, cut at each batch size"
+            report = "\n".join([_table(rows), *map(_paragraph, judged), ""])
+            save(result, report, lambda: plots.comparison(rows, title))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,28 +98,15 @@ class Advise:
     """Seconds that all of it may take."""
     seed: int = 0
     """Seed of parameters and streams."""
-    data: Path | None = None
-    """Folder of the data sets that built-in problems read. Default: the environment variable GDJAX_DATA."""
-    out: Path | None = None
-    """Folder for result.json and figure.png. Default: runs/advise-DATE-TIME."""
-    json: str | None = None
-    """Write the result to this file too; '-' is standard output, with nothing else on it."""
-    hosts: Hosts = Hosts()
-    debug: bool = False
-    """Show the traceback of an error."""
+    common: Common = Common()
 
     def run(self) -> None:
-        from gdjax import advise, plots, problems, records, targets
+        from gdjax import advise, plots, problems, targets
 
-        start = time.perf_counter()
-        plots.check_installed()
-        messages = sys.stderr if self.json == "-" else sys.stdout
-        with records.run_folder(self.out or records.timestamped("advise")) as folder:
-            if self.json not in (None, "-"):
-                records.check_writable(Path(self.json), "json")
+        with saving("advise", self, seed=self.seed) as save:
             problem = problems.named(self.problem)
             sizes = [problem.num_examples if size == "full" else size for size in self.batch_sizes or ()]
-            with _progress() as progress:
+            with progress() as show:
                 found = advise.advise(
                     problem,
                     targets.parse_target(self.target, problem),
@@ -156,66 +114,21 @@ class Advise:
                     batch_sizes=sizes or None,
                     budget=self.budget,
                     seed=self.seed,
-                    progress=progress,
+                    progress=show,
                 )
-            result = found.summary() | {
-                "problem": problem.name,
-                "provenance": records.provenance(
-                    arguments=dataclasses.asdict(self), seed=self.seed, wall_seconds=time.perf_counter() - start
-                ),
-            }
-            records.write_json(folder / "result.json", result)
-            if self.json == "-":
-                sys.stdout.write(records.to_json(result))
-            elif self.json:
-                records.write_json(Path(self.json), result)
-            print(_advice(found), file=messages)
-            plots.save(plots.advice(found, f"{problem.name}, {found.target}"), folder / "figure.png")
-        print(f"Saved {folder / 'result.json'} and figure.png", file=messages)
+            title = f"{problem.name}, {found.target}"
+            save(found.summary() | {"problem": problem.name}, _advice(found), lambda: plots.advice(found, title))
 
 
 def main() -> None:
     """Run `gdjax`; exit status 0 done, 1 failure, 2 bad input, 130 interrupted."""
-    command = tyro.extras.subcommand_cli_from_dict(
-        {"compare": Compare, "advise": Advise, "bench": Bench},
-        prog="gdjax",
-        description="Gradient descent, and how many examples each update should see.",
-        config=(tyro.conf.HelptextFromCommentsOff, tyro.conf.OmitArgPrefixes),
-    )
-    try:
-        if command.data:
-            from gdjax import sources
-
-            sources.read_from(command.data)
-        with joined(command.hosts) as aside:
-            (dataclasses.replace(command, out=aside, json=None) if aside else command).run()
-    except (ValueError, ModuleNotFoundError) as error:
-        if command.debug:
-            raise
-        sys.exit(complain(f"{error}", 2))
-    except KeyboardInterrupt:
-        sys.exit(complain("interrupted", 130))
-
-
-def complain(message: str, status: int) -> int:
-    """Print one line on standard error and return the exit status."""
-    print(f"gdjax: {message}", file=sys.stderr)
-    return status
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str, float], None]]:
-    """Show a progress bar on standard error, where that is a terminal; yield a function (stage, fraction done)."""
-    from tqdm import tqdm
-
-    form = "{percentage:3.0f}%|{bar}| {elapsed} {desc}"
-    with tqdm(total=1.0, disable=None, leave=False, file=sys.stderr, bar_format=form) as bar:
-
-        def show(stage: str, fraction: float) -> None:
-            bar.update(max(0.0, fraction - bar.n))  # a grid that grows begins again
-            bar.set_description_str(stage)
-
-        yield show
+    with command.ended():
+        asked = arguments.parse(
+            {"compare": Compare, "advise": Advise, "bench": Bench},
+            prog="gdjax",
+            description="Gradient descent, and how many examples each update should see.",
+        )
+    command.run(asked, lambda asked: asked.run())
 
 
 def _table(rows: Sequence["Row"]) -> str:

@@ -1,12 +1,19 @@
-"""The commands as a user calls them: in a process of their own, in a folder of their own."""
+"""The commands as a user calls them, most of them in this process; experiments end as commands do."""
 
+import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 
+import jax
 import pytest
+
+from gdjax import arguments, cli, command
+from gdjax.command import Common
+from gdjax.hosts import Hosts
 
 SMALL = """
 import jax, jax.numpy as jnp
@@ -16,32 +23,46 @@ data = datasets.gaussian_classification(jax.random.key(0), num_examples=40, dime
 problem = problems.logistic(data)
 # It has no minimum: the larger the learning rate, the lower the loss.
 unbounded = Problem(lambda key: jnp.zeros(()), lambda w, x: -w * x, jnp.ones(4))
+
+def broken():
+    raise TypeError("one\\ntwo")
 """
 
 
-def gdjax(*arguments, cwd, **environment):
-    return subprocess.run(
-        [sys.executable, "-m", "gdjax.cli", *arguments],
-        cwd=cwd,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path, monkeypatch):
     (tmp_path / "my_module.py").write_text(SMALL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_module", raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("GDJAX_DATA", "")  # --data changes it
     return tmp_path
 
 
+@pytest.fixture
+def gdjax(folder, monkeypatch, capsys):
+    """Return the function (arguments) -> (exit status, what it printed, what it complained)."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["gdjax", *arguments])
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            status = end.code or 0
+        return status, *capsys.readouterr()
+
+    return call
+
+
 def test_compare_runs_a_problem_beside_the_caller_and_keeps_what_it_found(folder):
-    done = gdjax(
-        *("compare", "--problem", "my_module:problem", "--batch-sizes", "1", "8", "full", "--num-epochs", "4"),
-        *("--out", "here", "--json", "out.json"),
-        cwd=folder,
-        COLUMNS="80",
+    given = "compare --problem my_module:problem --batch-sizes 1 8 full --num-epochs 4 --out here --json out.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "gdjax.cli", *given.split()],
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -54,85 +75,155 @@ def test_compare_runs_a_problem_beside_the_caller_and_keeps_what_it_found(folder
     promised |= {"microseconds_per_update", "compile_seconds"}
     assert all(row[name] is not None for row in result["rows"] for name in promised)
     assert result["provenance"]["arguments"]["problem"] == "my_module:problem"
+    assert not result["provenance"]["x64"]
     [accuracies] = [line.split() for line in done.stdout.splitlines() if line.startswith("test accuracy")]
     assert accuracies[2::3] == [f"{row['test_accuracy']:.3g}" for row in result["rows"]]  # each is mean ± deviation
     for claim in result["claims"]:
         assert claim["claim"] in done.stdout.replace("\n             ", " ")
 
 
-def test_json_to_standard_output_is_alone_there(folder):
-    done = gdjax(
-        *("compare", "--problem", "my_module:problem", "--batch-sizes", "40", "--num-epochs", "2"),
-        *("--learning-rate", "0.1", "--json", "-"),
-        cwd=folder,
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["rows"][0]["learning_rate"] == pytest.approx(0.1)
-    assert "final train loss" in done.stderr
+def test_json_to_standard_output_is_alone_there(gdjax, folder):
+    one_size = ("--problem", "my_module:problem", "--batch-sizes", "40", "--num-epochs", "2", "--learning-rate", "0.1")
+    status, printed, complained = gdjax("compare", *one_size, "--json", "-")
+    assert status == 0, complained
+    assert json.loads(printed)["rows"][0]["learning_rate"] == pytest.approx(0.1)
+    assert "final train loss" in complained
+    assert "\r" not in complained  # no progress bar
     [run] = (folder / "runs").iterdir()
     assert sorted(os.listdir(run)) == ["figure.png", "result.json"]
 
 
-def test_a_best_rate_at_the_edge_is_marked_in_the_table(folder):
-    done = gdjax("compare", "--problem", "my_module:unbounded", "--batch-sizes", "4", "--num-epochs", "1", cwd=folder)
-    assert done.returncode == 0, done.stderr
-    [rate] = [line for line in done.stdout.splitlines() if line.startswith("learning rate")]
+def test_a_best_rate_at_the_edge_is_marked_in_the_table(gdjax):
+    status, printed, complained = gdjax(
+        "compare", "--problem", "my_module:unbounded", "--batch-sizes", "4", "--num-epochs", "1"
+    )
+    assert status == 0, complained
+    [rate] = [line for line in printed.splitlines() if line.startswith("learning rate")]
     assert rate.endswith("(edge)")
 
 
-def test_a_diverging_run_is_reported_and_the_command_finishes(folder):
-    done = gdjax(
-        *("compare", "--problem", "least-squares", "--batch-sizes", "1024", "--num-epochs", "60"),
+def test_a_diverging_run_is_reported_and_the_command_finishes(gdjax):
+    status, printed, complained = gdjax(
+        *("compare", "--problem", "least-squares", "--batch-sizes", "1024", "--num-epochs", "120"),
         *("--learning-rate", "1e6", "--json", "-"),
-        cwd=folder,
     )
-    assert done.returncode == 0, done.stderr
-    assert "diverged" in done.stderr
-    [row] = json.loads(done.stdout)["rows"]
+    assert status == 0, complained
+    assert "diverged" in complained
+    [row] = json.loads(printed)["rows"]
     assert (row["train_loss"], row["num_diverged"]) == (None, 3)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("given", "message"),
     [
-        (["--problem", "absent:problem"], "no module named 'absent'"),
-        (["--problem", "digits"], "problem='digits' is not one of digits-mlp"),
-        (["--problem", "a9a-logistic", "--data", "."], "libsvm/a9a[.gz] is missing: get it from https://"),
-        (["--problem", "my_module:problem", "--batch-sizes", "0"], "batch_size=0 must be between 1 and N=40"),
-        (["--problem", "my_module:problem", "--batch-sizes", "41"], "batch_size=41 must be between 1 and N=40"),
-        (["--out", "my_module.py"], "out='my_module.py' cannot be written: File exists"),
-        (["--json", "absent/out.json"], "json='absent/out.json' cannot be written"),
+        (["compare", "--problem", "absent:problem"], "no module named 'absent'"),
+        (["compare", "--problem", "digits"], "problem='digits' is not one of digits-mlp"),
+        (
+            ["compare", "--problem", "my_module:problem", "--batch-sizes", "0"],
+            "batch_size=0 must be between 1 and N=40",
+        ),
+        (["compare", "--problem", "my_module:problem", "--batch-sizes", "41"], "batch_size=41 must be between 1 and N"),
+        (["compare", "--out", "my_module.py"], "out='my_module.py' cannot be written: File exists"),
+        (["compare", "--json", "absent/out.json"], "json='absent/out.json' cannot be written"),
+        (["compare", "--process-id", "0"], "process_id=0: give all three"),
+        (["compare", "--num-epoch", "3"], "--num-epoch 3 (did you mean --num-epochs?); see gdjax compare --help"),
+        (["compare", "--batch-sizes", "1", "all"], "argument --batch-sizes: 'all' is not INT|full; see gdjax compare"),
+        (["compare", "--num-epochs", "1.5"], "argument --num-epochs: '1.5' is not INT"),
+        (["advise"], "arguments are required: --target; see gdjax advise --help"),
+        (["bench", "--compare", "absent.json"], "compare='absent.json' cannot be read"),
+        (["compute"], "invalid choice: 'compute'"),
+        ([], "arguments are required: COMMAND; see gdjax --help"),
     ],
 )
-def test_bad_input_is_one_line_exit_status_2_and_no_file(folder, arguments, message):
-    done = gdjax("compare", *arguments, cwd=folder)
-    assert done.returncode == 2
-    [line] = done.stderr.splitlines()
+def test_bad_input_is_one_line_exit_status_2_and_no_file(gdjax, folder, given, message):
+    status, printed, complained = gdjax(*given)
+    assert status == 2
+    [line] = complained.splitlines()
     assert line.startswith("gdjax: ")
     assert message in line
-    assert done.stdout == ""
+    assert printed == ""
     assert set(os.listdir(folder)) <= {"my_module.py", "__pycache__"}
 
 
-def test_debug_shows_where_an_error_comes_from(folder):
-    done = gdjax("compare", "--problem", "absent:problem", "--debug", cwd=folder)
-    assert "Traceback" in done.stderr
+def test_a_failure_is_one_line_exit_status_1_and_debug_shows_where(gdjax, folder, monkeypatch):
+    monkeypatch.setattr("gdjax.compare.compare", lambda *given, **named: 1 / 0)
+    small = ("compare", "--problem", "my_module:problem")
+    assert gdjax(*small) == (1, "", "gdjax: ZeroDivisionError: division by zero (--debug shows where)\n")
+    with pytest.raises(ZeroDivisionError):
+        gdjax(*small, "--debug")
+    with pytest.raises(ValueError, match="no module named 'absent'"):
+        gdjax("compare", "--problem", "absent:problem", "--debug")
+    assert not (folder / "runs").exists()
 
 
-def test_help_does_not_wait_for_jax(folder):
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (ValueError("rate=0\n  must be positive"), 2, "gdjax: rate=0 must be positive"),
+        (ModuleNotFoundError("pip install grain"), 2, "gdjax: pip install grain"),
+        (KeyboardInterrupt(), 130, "gdjax: interrupted"),
+        (
+            OSError(28, "No space left on device"),
+            1,
+            "gdjax: OSError: [Errno 28] No space left on device (--debug shows where)",
+        ),
+        (RuntimeError("first\nsecond"), 1, "gdjax: RuntimeError: first (--debug shows where)"),
+        (MemoryError(), 1, "gdjax: MemoryError (--debug shows where)"),
+    ],
+)
+def test_every_exception_has_its_exit_status(capsys, error, status, line):
+    with pytest.raises(SystemExit) as end, command.ended():
+        raise error
+    assert end.value.code == status
+    assert capsys.readouterr().err == line + "\n"
+
+
+def test_a_reader_who_has_seen_enough_is_no_error(monkeypatch, capsys):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        with pytest.raises(SystemExit) as end, command.ended():
+            print("all" * 10_000)
+        assert end.value.code == 0
+        print("what Python flushes when it ends")
+    monkeypatch.undo()
+    assert capsys.readouterr().err == ""
+
+
+def test_x64_is_set_before_the_command_runs(request):
+    request.addfinalizer(lambda: jax.config.update("jax_enable_x64", True))
+    jax.config.update("jax_enable_x64", False)
+    command.run(cli.Compare(common=Common(x64=True)), lambda asked: None)
+    assert jax.numpy.zeros(1).dtype == "float64"
+
+
+def test_help_lists_every_option_with_its_text_and_the_exit_statuses(gdjax):
+    def fields(kind):
+        for field in dataclasses.fields(kind):
+            yield from fields(field.type) if field.type in (Common, Hosts) else [field.name.replace("_", "-")]
+
+    for name, kind in {"compare": cli.Compare, "advise": cli.Advise, "bench": cli.Bench}.items():
+        status, printed, complained = gdjax(name, "--help")
+        assert (status, complained) == (0, "")
+        assert arguments.STATUSES in printed
+        assert max(map(len, printed.splitlines())) <= 80
+        explained = [line for line in printed.split("\n  --")[1:] if len(line.split()) > 3]
+        assert {part.split()[0] for part in explained} == {*fields(kind)}
+    assert gdjax("--version")[1] == f"gdjax {sys.modules['gdjax'].__version__}\n"
+
+
+def test_help_waits_for_nothing_heavy():
     code = "import sys; sys.argv[1:] = ['compare', '--help']\ntry:\n import gdjax.cli; gdjax.cli.main()\n"
-    code += "except SystemExit:\n print('jax' in sys.modules, file=sys.stderr)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=60)
-    assert done.stderr.strip() == "False"
+    code += "except SystemExit:\n print({'jax', 'numpy', 'matplotlib'} & {*sys.modules}, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stderr.strip() == "set()"
     assert "--batch-sizes" in done.stdout
 
 
 def test_ctrl_c_exits_with_130_and_leaves_nothing(folder, listening):
-    import signal
-
     process = subprocess.Popen(
         [sys.executable, "-m", "gdjax.cli", "compare", "--problem", "my_module:problem", "--num-epochs", "20000"],
-        cwd=folder,
         stderr=subprocess.PIPE,
         text=True,
     )

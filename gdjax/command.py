@@ -1,0 +1,141 @@
+"""What every command is asked, and how it ends. Nothing heavy is imported before a command runs."""
+
+import contextlib
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from gdjax.hosts import Hosts, joined
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclasses.dataclass(frozen=True)
+class Common:
+    """What every command and experiment can be asked."""
+
+    out: Path | None = None
+    """Folder for result.json and figure.png. Default: runs/NAME-DATE-TIME."""
+    json: str | None = None
+    """Write the result to this file too; '-' is standard output, with nothing else on it."""
+    data: Path | None = None
+    """Folder of the data sets that built-in problems and --full read. Default: the environment variable GDJAX_DATA."""
+    x64: bool = False
+    """Compute in float64."""
+    debug: bool = False
+    """Show the traceback of an error."""
+    hosts: Hosts = Hosts()
+
+
+@contextlib.contextmanager
+def ended(*, debug: bool = False) -> Iterator[None]:
+    """Turn an exception into one line on standard error and an exit status: bad input 2, interrupted 130, others 1.
+
+    A reader of standard output who has seen enough (`| head`) is no error.
+    """
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to fail when Python ends
+        sys.exit(0)
+    except KeyboardInterrupt:
+        sys.exit(_complain("interrupted", 130))
+    except (ValueError, ModuleNotFoundError) as error:
+        if debug:
+            raise
+        sys.exit(_complain(" ".join(f"{error}".split()), 2))
+    except Exception as error:
+        if debug:
+            raise
+        first, *_ = f"{error}".strip().splitlines() or [""]
+        what = ": ".join(filter(None, (type(error).__name__, first)))
+        sys.exit(_complain(f"{what} (--debug shows where)", 1))
+
+
+def run(command: Any, do: Callable[[Any], None]) -> None:
+    """Call `do(command)` with the precision, data sets and processes it asks for; only the first keeps what it found."""
+    common = command.common
+    with ended(debug=common.debug):
+        if common.x64:
+            import jax
+
+            jax.config.update("jax_enable_x64", True)
+        if common.data:
+            from gdjax import sources
+
+            sources.read_from(common.data)
+        with joined(common.hosts) as aside:
+            if aside:
+                command = dataclasses.replace(command, common=dataclasses.replace(common, out=aside, json=None))
+            do(command)
+
+
+@contextlib.contextmanager
+def saving(name: str, command: Any, *, seed: int) -> Iterator[Callable[..., None]]:
+    """Make the run folder and yield the function that keeps and then prints what was found.
+
+    That is save(result, report, draw, files={}): result.json with provenance, figure.png as `draw()` returns it, and
+    further files by their names. Whatever can fail for want of a package or a place to write does so at the start.
+    """
+    from gdjax import plots, records
+
+    start = time.perf_counter()
+    common = command.common
+    plots.check_installed()
+    with records.run_folder(common.out or records.timestamped(name)) as folder:
+        if common.json not in (None, "-"):
+            records.check_writable(Path(common.json), "json")
+
+        def save(
+            result: dict[str, Any],
+            report: str,
+            draw: Callable[[], "Figure"],
+            files: Mapping[str, bytes] = MappingProxyType({}),
+        ) -> None:
+            took = time.perf_counter() - start
+            about = records.provenance(arguments=dataclasses.asdict(command), seed=seed, wall_seconds=took)
+            result = result | {"provenance": about}
+            records.write_json(folder / "result.json", result)
+            plots.save(draw(), folder / "figure.png")
+            for file_name, content in files.items():
+                with records.atomic(folder / file_name) as file:
+                    file.write(content)
+            if common.json not in (None, "-"):
+                records.write_json(Path(common.json), result)
+            # Nobody may be listening any more: all that was to be kept has been.
+            messages = sys.stderr if common.json == "-" else sys.stdout
+            print(report, file=messages)
+            print(f"Saved {folder / 'result.json'} and {', '.join(['figure.png', *files])}", file=messages)
+            if common.json == "-":
+                sys.stdout.write(records.to_json(result))
+
+        yield save
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Callable[[str, float], None]]:
+    """Show a progress bar on standard error, where that is a terminal; yield a function (stage, fraction done)."""
+    from tqdm import tqdm
+
+    form = "{percentage:3.0f}%|{bar}| {elapsed} {desc}"
+    with tqdm(total=1.0, disable=None, leave=False, file=sys.stderr, bar_format=form) as bar:
+
+        def show(stage: str, fraction: float) -> None:
+            bar.update(max(0.0, fraction - bar.n))  # a grid that grows begins again
+            bar.set_description_str(stage)
+
+        yield show
+
+
+def _complain(message: str, status: int) -> int:
+    print(f"gdjax: {message}", file=sys.stderr)
+    return status
