@@ -48,7 +48,9 @@ def ended(*, debug: bool = False) -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to fail when Python ends
         sys.exit(0)
     except KeyboardInterrupt:
-        sys.exit(_complain("interrupted", 130))
+        _complain("interrupted", 130)
+        sys.stderr.flush()
+        os._exit(130)  # at once: the device still computes, and may call back into a Python that is being taken down
     except (ValueError, ModuleNotFoundError) as error:
         if debug:
             raise

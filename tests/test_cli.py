@@ -171,7 +171,8 @@ def test_a_failure_is_one_line_exit_status_1_and_debug_shows_where(gdjax, folder
         (MemoryError(), 1, "gdjax: MemoryError (--debug shows where)"),
     ],
 )
-def test_every_exception_has_its_exit_status(capsys, error, status, line):
+def test_every_exception_has_its_exit_status(monkeypatch, capsys, error, status, line):
+    monkeypatch.setattr(os, "_exit", sys.exit)
     with pytest.raises(SystemExit) as end, command.ended():
         raise error
     assert end.value.code == status
