@@ -64,7 +64,7 @@ def ended(*, debug: bool = False) -> Iterator[None]:
 
 
 def run(command: Any, do: Callable[[Any], None]) -> None:
-    """Call `do(command)` with the precision, data sets and processes it asks for; only the first keeps what it found."""
+    """Call `do(command)` with the precision, data and processes it asks for; the first alone keeps what it found."""
     common = command.common
     with ended(debug=common.debug):
         if common.x64:

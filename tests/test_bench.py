@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from gdjax import batching, bench, bench_report, cli, models, timing, variants
+from gdjax.command import Common
 from gdjax.problem import Problem
 
 N, B, T, RATE = 24, 4, 9, 0.05
@@ -218,6 +219,7 @@ def test_bad_input_is_named_before_anything_is_timed(monkeypatch, arguments, mes
 MINE = """
 import jax, jax.numpy as jnp
 from gdjax import variants
+from gdjax.command import Common
 from gdjax.problem import Problem
 data = jax.random.normal(jax.random.key(0), (8, 3))
 problem = Problem(lambda key: jnp.zeros(3), lambda w, x: ((x - w) ** 2).sum(), data)
@@ -267,7 +269,7 @@ def test_a_file_to_compare_with_must_be_a_result_of_bench(tmp_path, content):
     if content is not None:
         path.write_text(content)
     with pytest.raises(ValueError, match=r"compare='.*earlier.json' "):
-        bench_report.Bench(compare=path, out=tmp_path / "out").run()
+        bench_report.Bench(compare=path, common=Common(out=tmp_path / "out")).run()
     assert not (tmp_path / "out").exists()
 
 
