@@ -168,11 +168,19 @@ def _earlier(path: Path) -> dict[str, Any]:
     try:
         result = json.loads(path.read_text())
         parts = result["provenance"]["versions"], result["provenance"]["device"]
-        if all({"model", "variant", "batch_size"} <= row.keys() for row in result["rows"]) and all(parts):
+        if all(_is_row(row) for row in result["rows"]) and all(isinstance(part, dict) and part for part in parts):
             return result
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"compare={str(path)!r} cannot be read as a result of gdjax bench: {error!r}") from error
-    raise ValueError(f"compare={str(path)!r} is no result of gdjax bench: its rows name no model and variant")
+    raise ValueError(
+        f"compare={str(path)!r} is no result of gdjax bench: its rows name no model and variant, or no times"
+    )
+
+
+def _is_row(row: Row) -> bool:
+    named = [type(row.get(name)) for name in ("model", "variant", "batch_size")] == [str, str, int]
+    times = [row.get(name) for name in ("low", "seconds", "high")]
+    return named and ("seconds" not in row or all(isinstance(x, float) and 0 < x < math.inf for x in times))
 
 
 def _cells(row: Row) -> str:

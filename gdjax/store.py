@@ -1,6 +1,6 @@
 """A folder of finished chunks that survives a crash: who made it, what is in it, and one writer at a time.
 
-    store.json                     the identity of the work: what must be equal for results to be mixed
+    store.json                     the identity of the work, what must be equal for results to be mixed; its checksum
     chunk-00003-5f0c83b2....npz    the arrays of one chunk; the name carries their checksum
     lock                           who writes, while somebody does
 
@@ -12,7 +12,7 @@ dropped with a warning, and computed again.
 >>> with tempfile.TemporaryDirectory() as place, locked(place + "/store") as folder:
 ...     key = claim(folder, {"jax": "0.10.2", "chunk_size": 8})
 ...     write(folder, key, 0, [np.arange(3.0)])
-...     print(read(folder, key, 0), read(folder, key, 1))
+...     print(read(key, 0, listed(folder)), read(key, 1, listed(folder)))
 ...     claim(folder, {"jax": "0.12.0", "chunk_size": 8})  # doctest: +ELLIPSIS
 Traceback (most recent call last):
 ValueError: store='...' holds results of another sweep: jax was '0.10.2' and is '0.12.0'. Use a folder of its own for \
@@ -108,9 +108,13 @@ def recorded(folder: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        return dict(json.loads(path.read_bytes())["identity"])
-    except (ValueError, KeyError, TypeError) as error:
+        content = json.loads(path.read_bytes())
+        identity = dict(content["identity"])
+        if content["checksum"] != _key(identity):
+            raise ValueError("it does not match its checksum")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"store={str(folder)!r}: store.json cannot be read ({error}): use another folder") from error
+    return identity
 
 
 def check(folder: Path, identity: Identity) -> None:
@@ -132,10 +136,11 @@ def claim(folder: Path, identity: Identity, **notes: Any) -> str:
     """
     identity = dict(identity)
     check(folder, identity)
+    key = _key(identity)
     if not recorded(folder):
         with _explained(folder, "store.json"):
-            records.write_json(folder / "store.json", {"identity": identity, **notes})
-    return digest(json.dumps(identity, sort_keys=True).encode())
+            records.write_json(folder / "store.json", {"identity": identity, "checksum": key, **notes})
+    return key
 
 
 def digest(*parts: bytes | np.ndarray) -> str:
@@ -164,9 +169,19 @@ def write(folder: Path, key: str, index: int, arrays: Sequence[np.ndarray]) -> N
         file.write(content)
 
 
-def read(folder: Path, key: str, index: int) -> list[np.ndarray] | None:
-    """Return the arrays of chunk `index`, or None where there are none, or none that are intact."""
-    for path in folder.glob(f"chunk-{index:05d}-*.npz"):
+def listed(folder: Path) -> dict[int, list[Path]]:
+    """Return the files of every chunk by its number: looked up once, for a folder can hold very many."""
+    files: dict[int, list[Path]] = {}
+    for path in folder.glob("chunk-*-*.npz"):
+        number = path.name.split("-")[1]
+        if number.isdecimal():
+            files.setdefault(int(number), []).append(path)
+    return files
+
+
+def read(key: str, index: int, files: Mapping[int, Sequence[Path]]) -> list[np.ndarray] | None:
+    """Return the arrays of chunk `index`, or None where `listed` found none, or none that are intact."""
+    for path in files.get(index, []):
         content = path.read_bytes()
         if path.name == _name(key, index, content):
             with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
@@ -174,6 +189,10 @@ def read(folder: Path, key: str, index: int) -> list[np.ndarray] | None:
         warnings.warn(f"{path} is damaged, or of another store: it is removed and computed again", stacklevel=2)
         path.unlink()
     return None
+
+
+def _key(identity: dict[str, Any]) -> str:
+    return digest(json.dumps(identity, sort_keys=True).encode())
 
 
 def _name(key: str, index: int, content: bytes) -> str:

@@ -50,7 +50,7 @@ def grid(**axes: Any) -> dict[str, Any]:
     if not axes:
         raise ValueError("grid needs an axis, for instance grid(learning_rate=[0.1, 0.3])")
     arrays = {
-        name: programs.numbers(axis, name) if isinstance(axis, list | tuple | range | np.ndarray) else axis
+        name: programs.numbers(axis, name) if type(axis) in (list, tuple, range, np.ndarray) else axis
         for name, axis in axes.items()
     }
     rows = np.indices([_num_lanes(array, name) for name, array in arrays.items()]).reshape(len(arrays), -1)
@@ -125,19 +125,25 @@ def _all_chunks(
     num_lanes = len(data[0])
     leaves, tree = jax.tree.flatten(shapes)
     results = [np.empty((num_lanes, *leaf.shape), leaf.dtype) for leaf in leaves]
+    files = stores.listed(store[0]) if store else {}
     with _progress(num_lanes) as show:
         for index, start in enumerate(range(0, num_lanes, program.size)):
             stop = min(start + program.size, num_lanes)
-            chunk = stored = stores.read(*store, index) if store else None
+            chunk = stored = stores.read(store[1], index, files) if store else None
             if chunk is None:
                 rows = np.minimum(np.arange(start, start + program.size), num_lanes - 1)
-                chunk = [np.asarray(x)[: stop - start] for x in program([leaf[rows] for leaf in data])]
+                chunk = [_fetched(x)[: stop - start] for x in program([leaf[rows] for leaf in data])]
                 if store:
                     stores.write(*store, index, chunk)
             for result, part in zip(results, chunk, strict=True):
                 result[start:stop] = part.view(result.dtype)  # NumPy's files do not know bfloat16 and its like
             show(stop - start, stored is None)
     return tree.unflatten(results)
+
+
+def _fetched(x: jax.Array) -> np.ndarray:
+    # jax 0.10 cannot fetch an array without entries that is spread over devices.
+    return np.asarray(x) if x.size else np.empty(x.shape, x.dtype)
 
 
 @contextlib.contextmanager

@@ -263,7 +263,26 @@ def test_what_else_changed_is_said():
     assert lines[1:] == ["not the same: jax 0.10.2 (was 0.10.0)", "not the same: kind gpu (was cpu)"]
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]", '{"rows": [{"name": "stochastic"}]}'])
+SAVED = '{"provenance": {"versions": {"jax": "0"}, "device": {"kind": "cpu"}}, "rows": [{%s}]}'
+ROW = '"model": "m", "variant": "scan", "batch_size": 1'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        "{",
+        "[]",
+        "[" * 100_000,
+        SAVED % '"name": "stochastic"',
+        SAVED % '"model": [], "variant": "scan", "batch_size": 1',
+        SAVED % f'{ROW}, "seconds": 1.0',
+        SAVED % f'{ROW}, "seconds": "1", "low": 1.0, "high": 1.0',
+        SAVED % f'{ROW}, "seconds": 0.0, "low": 0.0, "high": 1.0',
+        SAVED % f'{ROW}, "seconds": NaN, "low": 1.0, "high": 1.0',
+        f'{{"rows": [{{{ROW}}}], "provenance": {{"versions": [1], "device": {{"kind": "cpu"}}}}}}',
+    ],
+)
 def test_a_file_to_compare_with_must_be_a_result_of_bench(tmp_path, content):
     path = tmp_path / "earlier.json"
     if content is not None:

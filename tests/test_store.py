@@ -21,6 +21,10 @@ def key(folder):
     return store.claim(folder, IDENTITY)
 
 
+def read(folder, key, index):
+    return store.read(key, index, store.listed(folder))
+
+
 def equal(chunk, arrays=ARRAYS):
     return all(x.dtype == y.dtype and np.array_equal(x, y) for x, y in zip(chunk, arrays, strict=True))
 
@@ -29,9 +33,9 @@ def test_a_chunk_is_read_as_it_was_written(folder, key):
     many = [np.full(2, i) for i in range(12)]
     store.write(folder, key, 0, ARRAYS)
     store.write(folder, key, 1, many)
-    assert equal(store.read(folder, key, 0))
-    assert equal(store.read(folder, key, 1), many)
-    assert store.read(folder, key, 2) is None
+    assert equal(read(folder, key, 0))
+    assert equal(read(folder, key, 1), many)
+    assert read(folder, key, 2) is None
 
 
 def test_every_changed_byte_and_every_truncation_is_noticed_and_the_file_dropped(folder, key):
@@ -47,10 +51,10 @@ def test_every_changed_byte_and_every_truncation_is_noticed_and_the_file_dropped
     for bad in damaged:
         path.write_bytes(bad)
         with pytest.warns(UserWarning, match="is damaged, or of another store: it is removed and computed again"):
-            assert store.read(folder, key, 0) is None
+            assert read(folder, key, 0) is None
         assert not path.exists()
     path.write_bytes(content)
-    assert equal(store.read(folder, key, 0))
+    assert equal(read(folder, key, 0))
 
 
 @pytest.mark.parametrize("elsewhere", ["another position", "another store"])
@@ -60,7 +64,7 @@ def test_a_chunk_that_was_carried_here_is_dropped(folder, key, elsewhere):
     index = 7 if elsewhere == "another position" else 0
     path.rename(folder / path.name.replace("00000", f"{index:05d}"))
     with pytest.warns(UserWarning, match="of another store"):
-        assert store.read(folder, key if index else store.digest(b"other"), index) is None
+        assert read(folder, key if index else store.digest(b"other"), index) is None
 
 
 def test_a_store_made_otherwise_is_refused_naming_only_what_differs(folder, key):
@@ -117,10 +121,38 @@ def test_folders_that_cannot_be_a_store_are_refused(tmp_path):
             store.locked(path).__enter__()
     with pytest.raises(ValueError, match=r"is no store, but a folder with other files \(file\)"):
         store.locked(tmp_path).__enter__()
-    (tmp_path / "store").mkdir()
-    (tmp_path / "store" / "store.json").write_text('{"identity')
-    with store.locked(tmp_path / "store") as folder, pytest.raises(ValueError, match=r"store\.json cannot be read"):
-        store.recorded(folder)
+
+
+@pytest.mark.parametrize(
+    "content", ['{"identity', "[]", '{"identity": []}', "[" * 100_000, '{"identity": {}, "checksum": ""}']
+)
+def test_an_identity_that_cannot_be_read_is_refused_and_not_written_over(content, tmp_path):
+    (tmp_path / "store.json").write_text(content)
+    with (
+        store.locked(tmp_path) as folder,
+        pytest.raises(ValueError, match=r"store\.json cannot be read .*: use another"),
+    ):
+        store.claim(folder, IDENTITY)
+    assert (tmp_path / "store.json").read_text() == content
+
+
+def test_every_changed_byte_of_an_identity_is_noticed(folder, key):
+    """For a chunk size that is read back and not the one written would make other chunks of the same lanes."""
+    path = folder / "store.json"
+    content = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for place in rng.integers(len(content), size=200):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << int(rng.integers(8))
+        path.write_bytes(flipped)
+        try:
+            assert store.recorded(folder) == IDENTITY  # what changed was white space
+        except ValueError as error:
+            assert "store.json cannot be read" in str(error)  # noqa: PT017
+    for length in range(len(content) - 2):  # but for the brace and the newline at the end
+        path.write_bytes(content[:length])
+        with pytest.raises(ValueError, match=r"store\.json cannot be read"):
+            store.recorded(folder)
 
 
 def test_a_folder_that_is_read_only_is_refused(tmp_path, monkeypatch):
@@ -144,4 +176,4 @@ def test_a_full_disk_is_named_and_leaves_the_chunks_before_it_intact(folder, key
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert sorted(folder.iterdir()) == before
-    assert equal(store.read(folder, key, 0))
+    assert equal(read(folder, key, 0))
