@@ -14,7 +14,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_disable_most_optimizations", True)
 # The first example of a shape compiles; the examples are the same every time, so that a failure can be repeated.
 hypothesis.settings.register_profile("gdjax", deadline=None, derandomize=True, max_examples=50)
-hypothesis.settings.register_profile("thorough", deadline=None, max_examples=2500)
+hypothesis.settings.register_profile("thorough", deadline=None, max_examples=500)
 hypothesis.settings.load_profile("gdjax")
 
 

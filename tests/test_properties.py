@@ -1,6 +1,6 @@
 """What holds for every tree of parameters, every kind of number and every batch size, against sums written in NumPy.
 
-Every example is a program of its own, so there are few; `--hypothesis-profile thorough` looks at fifty times as many.
+Every example is a program of its own, so there are few; `--hypothesis-profile thorough` looks at ten times as many.
 """
 
 import itertools
