@@ -179,8 +179,11 @@ def _earlier(path: Path) -> dict[str, Any]:
 
 def _is_row(row: Row) -> bool:
     named = [type(row.get(name)) for name in ("model", "variant", "batch_size")] == [str, str, int]
-    times = [row.get(name) for name in ("low", "seconds", "high")]
-    return named and ("seconds" not in row or all(isinstance(x, float) and 0 < x < math.inf for x in times))
+    if "seconds" not in row:
+        return named
+    low, middle, high = times = [row.get(name) for name in ("low", "seconds", "high")]
+    numbers = [*map(type, times), type(row.get("num_repeats"))] == [float, float, float, int]
+    return named and numbers and 0 < low <= middle <= high < math.inf
 
 
 def _cells(row: Row) -> str:

@@ -216,7 +216,7 @@ def memory_mapped(folder: str | os.PathLike, data: Batch | None = None) -> Batch
         there = len(leaves)
     try:
         arrays = tuple(np.load(place / f"{i}.npy", mmap_mode="r", allow_pickle=False) for i in range(there))
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # of a damaged header NumPy raises what its parser of Python raises
         raise ValueError(f"folder={str(folder)!r} cannot be opened ({error}): write it again") from error
     return arrays if data is None else jax.tree.unflatten(jax.tree.structure(data), arrays)
 

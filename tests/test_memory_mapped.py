@@ -54,6 +54,9 @@ def test_files_that_are_cut_short_missing_or_pickled_are_refused(tmp_path):
         (tmp_path / "1.npy").write_bytes(whole[:length])
         with pytest.raises(ValueError, match=r"folder='.*' cannot be opened .*: write it again"):
             datasets.memory_mapped(tmp_path)
+    (tmp_path / "1.npy").write_bytes(whole.replace(b"}", b"{", 1))
+    with pytest.raises(ValueError, match="cannot be opened"):
+        datasets.memory_mapped(tmp_path)
     np.save(tmp_path / "1.npy", np.asarray([print], object), allow_pickle=True)
     with pytest.raises(ValueError, match="Python objects"):
         datasets.memory_mapped(tmp_path)
