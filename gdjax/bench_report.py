@@ -181,9 +181,8 @@ def _is_row(row: Row) -> bool:
     named = [type(row.get(name)) for name in ("model", "variant", "batch_size")] == [str, str, int]
     if "seconds" not in row:
         return named
-    low, middle, high = times = [row.get(name) for name in ("low", "seconds", "high")]
-    numbers = [*map(type, times), type(row.get("num_repeats"))] == [float, float, float, int]
-    return named and numbers and 0 < low <= middle <= high < math.inf
+    numbers = [type(row.get(name)) for name in ("low", "seconds", "high", "num_repeats")] == [float, float, float, int]
+    return named and numbers and 0 < row["low"] <= row["seconds"] <= row["high"] < math.inf
 
 
 def _cells(row: Row) -> str:
