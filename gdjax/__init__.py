@@ -18,6 +18,7 @@ A problem supplies the loss of one example; everything else is derived.
     noise          gradient noise scales, with intervals
     tracking       the noise scale along a run
 
+    records        run folders with provenance
     formats        parsers of standard data formats
     sources        published data files, checked to the bit
     datasets       data, real and drawn
@@ -37,18 +38,21 @@ A problem supplies the loss of one example; everything else is derived.
     claims         what a comparison says about the textbook
     variants       ways to run the same updates
     bench          those ways timed against one another and the device
-    bench_report   the command that shows it
     targets        what a run is to reach, and what it is judged on
     lanes          runs of every rate and seed, advanced together
     pilots         updates to a target, over rates and seeds
     scaling        laws fitted to pilots, and what they predict
     choices        what is known of each batch size
     advise         which batch size reaches the target first
-    experiment     run an experiment from the command line
+    plots          figures
+
     arguments      a dataclass as a command line
     command        what every command is asked, and how it ends
-    records        run folders with provenance
-    plots          figures
+    bench_report   the command that times the ways to run the same updates
+    experiment     run an experiment from the command line
+    cli            the other commands, and the way to all of them
+
+A module imports from those above it alone.
 """
 
 import importlib

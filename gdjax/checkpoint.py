@@ -13,7 +13,7 @@ Traceback (most recent call last):
 ValueError: folder='...' holds another run: its batch_size is 8, here it is 4. Give this run a folder of its own
 
 Orbax writes beside and renames, so a checkpoint that is there was finished. It does not notice when the disk changes
-one later: each therefore carries a checksum of its arrays, and one that does not match is passed over.
+one later: each therefore carries a checksum of its arrays and identity, and one that does not match is passed over.
 """
 
 import contextlib
@@ -59,7 +59,7 @@ class Checkpoints(NamedTuple):
 
         # Orbax refuses arrays without entries; nothing is lost with them.
         arrays = {name: array for name, array in arrays.items() if array.size}
-        about = {"checksum": checksum(arrays), "identity": dict(self.identity)}
+        about = {"checksum": _of_all(arrays, self.identity), "identity": dict(self.identity)}
         with self._named_in_errors():
             self.manager.save(
                 num_updates,
@@ -116,7 +116,7 @@ class Checkpoints(NamedTuple):
             warnings.simplefilter("ignore")
             found = self.manager.restore(num_updates, args=names)
         arrays = {name: np.asarray(array) for name, array in found.arrays.items()}
-        if checksum(arrays) != found.about["checksum"]:
+        if _of_all(arrays, found.about["identity"]) != found.about["checksum"]:
             raise ValueError("its contents do not match their checksum")
         return found.about, arrays
 
@@ -204,6 +204,10 @@ def check_installed() -> None:
         raise ModuleNotFoundError(
             "checkpoints are written by orbax-checkpoint: pip install 'gdjax[experiments]'"
         ) from error
+
+
+def _of_all(arrays: Mapping[str, np.ndarray], identity: Identity) -> str:
+    return f"{checksum(arrays)} {zlib.crc32(repr(sorted(identity.items())).encode()):08x}"
 
 
 def checksum(arrays: Mapping[str, np.ndarray]) -> str:

@@ -215,9 +215,12 @@ def finished(run, tmp_path_factory):
 
 
 def damage(step, how):
-    """Change the files that hold the arrays as a disk might."""
-    for path in (step / "arrays").rglob("d/*"):
+    """Change the files that hold the arrays, or the identity, as a disk might."""
+    for path in (step / "about").rglob("metadata") if how == "another identity" else (step / "arrays").rglob("d/*"):
         content = bytearray(path.read_bytes())
+        if how == "another identity":
+            path.write_bytes(content.replace(b'"batch_size":', b'"batch_sizf":'))
+            continue
         if how == "truncated":
             content = content[: len(content) // 2]
         else:
@@ -226,7 +229,7 @@ def damage(step, how):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of orbax's other reads, left alone
-@pytest.mark.parametrize("how", ["truncated", "flipped", "wrong but readable"])
+@pytest.mark.parametrize("how", ["truncated", "flipped", "another identity", "wrong but readable"])
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(run, straight, finished, tmp_path, monkeypatch, how):
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     if how == "wrong but readable":
