@@ -1,6 +1,7 @@
 """A frozen dataclass as a command line, by tyro: a field is an option, and the string below it is its help.
 
-Beside what tyro does, a mistake is a ValueError with the text of one line, NO_COLOR is heard, and there is --version.
+Beside what tyro does, a mistake is a ValueError with the text of one line, nothing is coloured (https://no-color.org),
+and there is --version.
 
 >>> import dataclasses
 >>> @dataclasses.dataclass(frozen=True)
@@ -17,10 +18,9 @@ ValueError: Error parsing --num-epochs: invalid literal for int() with base 10: 
 import contextlib
 import io
 import itertools
-import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal  # noqa: F401 (the docstring's)
 
 import gdjax
@@ -59,30 +59,19 @@ def parse(
         "args": given,
         "config": (tyro.conf.HelptextFromCommentsOff, tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
     }
-    with _plain(), contextlib.redirect_stderr(io.StringIO()) as complaint:
+    said, complaint = io.StringIO(), io.StringIO()  # no terminals, hence no colours
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(complaint):
         try:
             if isinstance(kinds, type):
                 return tyro.cli(kinds, **options)
             return tyro.extras.subcommand_cli_from_dict(dict(kinds), **options)
         except SystemExit as end:
-            if not end.code:
-                raise
-    command = f"{prog} {given[0]}" if not isinstance(kinds, type) and given[0] in kinds else prog
-    raise ValueError(f"{_one_line(complaint.getvalue())}; see {command} --help")
-
-
-@contextlib.contextmanager
-def _plain() -> Iterator[None]:
-    """Print help without colours where NO_COLOR is set (https://no-color.org): tyro colours for terminals only."""
-    if not os.environ.get("NO_COLOR"):
-        yield
-        return
-    text = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(text):
-            yield
-    finally:
-        sys.stdout.write(text.getvalue())
+            status = end.code
+    if status:
+        command = f"{prog} {given[0]}" if not isinstance(kinds, type) and given[0] in kinds else prog
+        raise ValueError(f"{_one_line(complaint.getvalue())}; see {command} --help")
+    print(said.getvalue(), end="")
+    sys.exit(0)
 
 
 def _one_line(box: str) -> str:
