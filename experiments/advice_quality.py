@@ -5,31 +5,81 @@ Question    For several problems: how much longer than the best batch size found
 Prediction  Regret (time to target at the advised batch size and rate over the best found exhaustively) at most 1.10 at
             the median and 1.30 at worst; predictions within a factor of 1.3 at the median and nine in ten inside their
             90 % interval; cost at most a quarter of the search's.
-Cost        4 minutes on two CPU cores; --full, with the data sets in the folder GDJAX_DATA, 10 minutes.
+Cost        1 minute on two CPU cores; --full, with the data sets in the folder GDJAX_DATA, 15 minutes. With --kept
+            FOLDER every problem's row is kept there when it is finished and read from there another time, and
+            --problems names those to judge, so that it can be done in parts.
 
 Exhaustive means: every power of two and N, six learning rates a factor of two apart and more where the best is at the
 edge, three seeds; the first three are run again with ten fresh seeds, as the advised one is. Seconds per update are
-measured at the end, for all batch sizes in turn.
+measured at the end, for all batch sizes in turn. Images and texts are smaller than in `problems`, and so are the
+networks, for the search has to be paid.
 """
 
+import dataclasses
+import json
 import time
 from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
 
 from experiments.steps_to_target import tuned_at_every_size
-from gdjax import advise, choices, experiment, lanes, pilots, plots, problems, targets
+from gdjax import advise, choices, datasets, experiment, lanes, models, pilots, plots, problems, records, targets
 
-# (problem, target, optimiser, largest batch size of the search)
-CASES = [("digits-mlp", "loss<=0.05", "sgd", None), ("logistic", "loss<=0.45", "sgd", None)]
-FULL_CASES = [*CASES, ("a9a-logistic", "loss<=0.34", "sgd", 4096), ("power-plant", "loss<=0.035", "sgd", None)]
 NUM_SEEDS, NUM_FRESH = 3, 10
+NUM_IMAGES = NUM_TEXTS = 8192
+NUM_TOKENS = 16
 
 
-def judge_one(name, target, optimizer, largest, *, budget, seed, sizes=None):
+def few_images():
+    """A convolutional network for some of Fashion-MNIST, four pixels made one."""
+
+    def few(part):
+        images, labels = part[0][:NUM_IMAGES], part[1][:NUM_IMAGES]
+        return images.reshape(-1, 14, 2, 14, 2, 1).mean((2, 4)), labels
+
+    data = datasets.Split(*map(few, datasets.fashion_mnist()))
+    model = models.cnn((14, 14, 1), channels=(8, 16))
+    return problems.classification(model, data, num_classes=10, name="fashion-mnist-cnn")
+
+
+def few_texts():
+    """A transformer of one block for some of Shakespeare, in short rows."""
+    train, test = datasets.tiny_shakespeare(num_tokens=NUM_TOKENS)
+    size = datasets.NUM_SHAKESPEARE_CHARACTERS
+    model = models.transformer(num_tokens=size, width=32, num_layers=1, num_heads=2)
+    return problems.language_model(
+        model, datasets.Split(train[:NUM_TEXTS], test), num_tokens=size, name="tiny-shakespeare"
+    )
+
+
+# {name: (problem, target, optimiser, largest batch size of the search)}
+CASES = {
+    "digits-mlp": (problems.digits_mlp, "loss<=0.05", "sgd", None),
+    "logistic": (problems.logistic, "loss<=0.45", "sgd", None),
+}
+FULL_CASES = CASES | {
+    "a9a-logistic": (problems.BUILT_IN["a9a-logistic"], "loss<=0.34", "sgd", 4096),
+    "power-plant": (problems.power_plant, "loss<=0.035", "sgd", None),
+    "fashion-mnist-cnn": (few_images, "loss<=0.45", "sgd", 512),
+    "tiny-shakespeare": (few_texts, "loss<=2.2", "adam", 512),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(experiment.Options):
+    """What this experiment can be asked besides."""
+
+    problems: tuple[str, ...] | None = None
+    """Names of those to judge. Default: all."""
+    kept: Path | None = None
+    """Folder for the rows of problems that are finished."""
+
+
+def judge_one(make_problem, target, optimizer, largest, *, budget, seed, sizes=None):
     """Return a row for one problem: the advice, the search, and their times at speeds measured in turn."""
-    problem = problems.named(name)
+    problem = make_problem()
     target = targets.parse_target(target, problem)
     sizes = sizes or [b for b in choices.default_batch_sizes(problem.num_examples) if b <= (largest or np.inf)]
     found = advise.advise(problem, target, optimizer=optimizer, batch_sizes=sizes, budget=budget, seed=seed)
@@ -67,7 +117,7 @@ def judge_one(name, target, optimizer, largest, *, budget, seed, sizes=None):
     advised_seconds = fresh_seconds(found.batch_size, found[found.batch_size].learning_rate)
     run = [choice for choice in found.choices if np.isfinite(choice.measured_updates)]
     return {
-        "problem": name,
+        "problem": problem.name,
         "target": str(target),
         "optimizer": optimizer,
         "advised": found.batch_size,
@@ -88,10 +138,31 @@ def judge_one(name, target, optimizer, largest, *, budget, seed, sizes=None):
     }
 
 
-def main(options: experiment.Options) -> experiment.Result:
-    cases = CASES[:1] if options.smoke else FULL_CASES if options.full else CASES
+def kept_row(options: Options, name: str, judge):
+    """Return the row of a problem from its file, or judge it and keep it there, and what it was judged with."""
+    path = options.kept and options.kept / f"{name}.json"
+    if path and path.exists():
+        return json.loads(path.read_text())
+    start = time.perf_counter()
+    row = judge()
+    arguments, seconds = {"problem": name}, time.perf_counter() - start
+    row["provenance"] = records.provenance(arguments=arguments, seed=options.seed, wall_seconds=seconds)
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        records.write_json(path, row)
+    return row
+
+
+def main(options: Options) -> experiment.Result:
+    cases = FULL_CASES if options.full else CASES
+    if unknown := set(options.problems or ()) - set(cases):
+        raise ValueError(f"problems={sorted(unknown)} are not among {', '.join(cases)} (--full has more)")
+    names = options.problems or list(cases)[: 1 if options.smoke else None]
     sizes, budget = ([16, 128], 60) if options.smoke else (None, 300)
-    rows = [judge_one(*case, budget=budget, seed=options.seed, sizes=sizes) for case in cases]
+    rows = [
+        kept_row(options, name, partial(judge_one, *cases[name], budget=budget, seed=options.seed, sizes=sizes))
+        for name in names
+    ]
     regrets = np.asarray([row["regret"] for row in rows])
     ratios = np.concatenate([np.divide(row["measured"], np.asarray(row["predicted"])[:, 1]) for row in rows])
     errors = np.maximum(ratios, 1 / ratios)
@@ -113,4 +184,4 @@ def main(options: experiment.Options) -> experiment.Result:
 
 
 if __name__ == "__main__":
-    experiment.run(main)
+    experiment.run(main, Options)

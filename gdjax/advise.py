@@ -28,9 +28,9 @@ from gdjax.choices import (
     least_memory,
     nearest,
     next_pilot,
+    next_to_verify,
     predict,
     throughput,
-    to_verify,
 )
 from gdjax.lanes import Optimizer
 from gdjax.pilots import Pilot
@@ -46,6 +46,7 @@ OPTIMIZERS: dict[str, tuple[Optimizer, float]] = {
 COARSE, FINE = 10**0.5, 2.0  # factors between neighbouring rates of the first pilot's grid and of the others'
 NUM_COARSE, NUM_FINE = 8, 5
 FIRST_BATCH_SIZE = 32  # of the first pilot
+FIRST_LATE = 1.25  # its rates are so far apart that the second best is seldom of use
 MAX_PILOTS = 5
 MAX_EPOCHS = 200
 FIRST_SHARE, TIMING_SHARE, PILOT_SHARE = 0.4, 0.55, 0.8  # of the budget that may be gone when these stages end
@@ -162,7 +163,7 @@ def _pilots(search, sizes, first_rate, target, key, clock: _Clock, unknown: list
     """Return ({batch size: Pilot}, the choices with their times): the first pilot, the clock, and further pilots."""
     first = nearest(sizes, FIRST_BATCH_SIZE)
     grid = first_rate * COARSE ** (np.arange(NUM_COARSE) - (NUM_COARSE - 1) / 2)
-    pilot = _pilot(search, first, grid, key, clock, FIRST_SHARE)
+    pilot = _pilot(search, first, grid, key, clock, FIRST_SHARE, late=FIRST_LATE)
     _check_reached(pilot, target, clock)
     found = {first: pilot}
     known = time_all(learning_rate=pilot.optimum()[0], deadline=clock.until(TIMING_SHARE))
@@ -194,14 +195,14 @@ def _pilots(search, sizes, first_rate, target, key, clock: _Clock, unknown: list
     return found, known
 
 
-def _pilot(search, size: int, grid, key, clock: _Clock, share: float) -> Pilot:
+def _pilot(search, size: int, grid, key, clock: _Clock, share: float, *, late: float = pilots.LATE) -> Pilot:
     def watch(updates: int, value: float) -> None:
         clock.show(f"pilot at batch size {size}: {updates} updates, best {value:.3g}")
 
     watch(0, math.nan)
     run = partial(search, batch_size=size, num_seeds=NUM_SEEDS, key=key)
     limits = {"max_examples": clock.max_examples, "deadline": clock.until(share), "progress": watch}
-    return pilots.tune(run, grid, **limits)
+    return pilots.tune(run, grid, late=late, **limits)
 
 
 def _check(problem: Problem, batch_sizes: Sequence[int] | None, budget: float) -> list[int]:
@@ -278,7 +279,9 @@ def _noise_scales(
 
 def _verify(known: Sequence[Choice], search, key, clock: _Clock, unknown: list[str]) -> None:
     """Run some choices at their predicted rates with fresh seeds, and time their steps anew; fills them in."""
-    for choice in to_verify(known):
+    tried: list[int] = []
+    while choice := next_to_verify(known, tried):
+        tried.append(choice.batch_size)
         cost = NUM_FRESH * choice.updates[2] * choice.seconds_per_update
         if clock.late(1.0, cost=2 * cost + COMPILING):
             unknown.append(f"batch size {choice.batch_size}, unverified: its runs did not fit into the budget")
@@ -297,4 +300,4 @@ def _verify(known: Sequence[Choice], search, key, clock: _Clock, unknown: list[s
             continue
         choice.measured = pilot.updates[0]
         if choice.time_again:
-            choice.measured_seconds_per_update = min(choice.time_again() for _ in range(2))
+            choice.measured_seconds_per_update = choice.time_again()

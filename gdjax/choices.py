@@ -19,7 +19,7 @@ from gdjax.targets import Target
 
 NUM_SEEDS, NUM_FRESH = 3, 5  # runs of a pilot at each rate, and runs that verify
 STEP = 8  # factor between the batch sizes of pilots
-TIMED_EXAMPLES, TIMING_SECONDS = 2048, 0.3  # in one timed run of updates, and for all repeats of it
+TIMED_EXAMPLES, TIMING_SECONDS = 1024, 0.1  # in one timed run of updates, and for all repeats of it
 
 
 @dataclasses.dataclass
@@ -224,13 +224,19 @@ def predict(choices: Sequence[Choice], law: scaling.UpdatesLaw, rates: scaling.R
     return predicted
 
 
-def to_verify(choices: Sequence[Choice]) -> list[Choice]:
-    """Return what to run: the fastest predicted first, its neighbours, four times less and more, 1 and N."""
+def next_to_verify(choices: Sequence[Choice], tried: Sequence[int]) -> Choice | None:
+    """Return what to run next, None where enough was run; `tried` are batch sizes that were run or could not be.
+
+    The fastest, as it is predicted and then as it is measured, comes first, then its neighbours, until both were run,
+    and then the smallest and the largest.
+    """
     usable = [choice for choice in choices if choice.time_again]
-    sizes, best = [choice.batch_size for choice in usable], fastest(usable)
-    wanted = [best.batch_size, best.batch_size / 2, best.batch_size * 2, best.batch_size / 4, best.batch_size * 4]
-    picked = dict.fromkeys(nearest(sizes, size) for size in [*wanted, sizes[0], sizes[-1]])
-    return [choice for size in picked for choice in usable if choice.batch_size == size]
+    sizes = [choice.batch_size for choice in usable]
+    run = [choice for choice in usable if np.isfinite(choice.measured_seconds)]
+    best = min(run, key=lambda choice: choice.measured_seconds) if run else fastest(usable)
+    i = sizes.index(best.batch_size)
+    wanted = [*sizes[i : i + 1], *sizes[max(i - 1, 0) : i], *sizes[i + 1 : i + 2], sizes[0], sizes[-1]]
+    return next((usable[sizes.index(size)] for size in wanted if size not in tried), None)
 
 
 def fastest(choices: Sequence[Choice]) -> Choice:

@@ -55,16 +55,19 @@ def verdict(checks: Mapping[str, bool], numbers: str) -> str:
     return f"{held or 'None'} of {len(checks)} predictions held. Failed: {'; '.join(failed)}. {numbers}"
 
 
-def run(main: Callable[[Options], Result]) -> None:
-    """Parse the command line, run `main`, save result.json, figure.png and its files, and print its verdict."""
+def run(main: Callable[[Any], Result], options_type: type[Options] = Options) -> None:
+    """Parse the command line, run `main`, save result.json, figure.png and its files, and print its verdict.
+
+    `options_type` is `Options` or a dataclass that adds an experiment's own to it.
+    """
     name = Path(inspect.getfile(main)).stem
     with command.ended():
         text = getattr(inspect.getmodule(main), "__doc__", None) or ""
-        options = arguments.parse(Options, prog=f"python -m experiments.{name}", description=text.strip())
+        options = arguments.parse(options_type, prog=f"python -m experiments.{name}", description=text.strip())
     command.run(options, lambda options: _run(main, name, options))
 
 
-def _run(main: Callable[[Options], Result], name: str, options: Options) -> None:
+def _run(main: Callable[[Any], Result], name: str, options: Options) -> None:
     with command.saving(name, options, seed=options.seed) as save:
         if options.smoke:  # nearly all of its time is compilation
             jax.config.update("jax_disable_most_optimizations", True)

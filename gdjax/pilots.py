@@ -20,7 +20,7 @@ from gdjax.targets import Target, best_value
 GROWTH = 0.05  # of a run between evaluations: the error of an updates-to-target before interpolation
 EVALUATION_SHARE = 0.5  # of the cost of training that evaluations may take, unless they were rarer than
 EARLY_GROWTH = 0.5  # of a run
-LATE = 2.0  # a rate that needs this many times the updates of the best one is not waited for
+LATE = 2.0  # a rate that needs this many times the updates of the best one is not waited for, unless told otherwise
 MAX_GRIDS = 6
 
 
@@ -78,11 +78,12 @@ class Pilot:
 
 
 def search(runs: Runs, target: Target) -> Callable[..., Pilot]:
-    """Return `(learning_rates [R], *, batch_size, num_seeds, key, max_examples, deadline, progress) -> Pilot`.
+    """Return `(learning_rates [R], *, batch_size, num_seeds, key, max_examples, deadline, late, progress) -> Pilot`.
 
     It trains every rate with every seed until the best rate is known, `max_examples` examples are seen, or the clock
-    (`time.perf_counter`) passes `deadline`; a search that it ends is reported as it stands. `progress` is called with
-    the updates made and the value of the metric closest to the target.
+    (`time.perf_counter`) passes `deadline`; a search that it ends is reported as it stands. Other rates are waited for
+    until `late` times the updates of the best one. `progress` is called with the updates made and the value of the
+    metric closest to the target.
 
     Args:
         runs: from `lanes.runs`, judged by the metric of `target`; one for all batch sizes.
@@ -97,6 +98,7 @@ def search(runs: Runs, target: Target) -> Callable[..., Pilot]:
         key: jax.Array,
         max_examples: int,
         deadline: float = math.inf,
+        late: float = LATE,
         progress: Callable[[int, float], None] = lambda updates, metric: None,
     ) -> Pilot:
         began, max_updates = time.perf_counter(), max(1, max_examples // batch_size)
@@ -117,7 +119,7 @@ def search(runs: Runs, target: Target) -> Callable[..., Pilot]:
         while done < max_updates and time.perf_counter() < deadline:
             # A rate that diverges with one seed is not waited for with the others.
             active = np.isinf(updates) & ~diverged.any(0)
-            if not active.any() or done > LATE * updates.mean(0).min():
+            if not active.any() or done > late * updates.mean(0).min():
                 break
             count = max(1, math.ceil(GROWTH * done), min(fewest, math.ceil(EARLY_GROWTH * done)))
             padded = np.concatenate([active.reshape(-1), np.zeros(unused, bool)])

@@ -89,16 +89,33 @@ def test_predictions_are_the_laws():
     assert choice.learning_rate == pytest.approx(float(rates(8)))
 
 
-def test_the_fastest_its_neighbours_and_the_ends_are_verified():
+@pytest.mark.parametrize(
+    ("steps", "timed_again", "expected"),
+    [
+        (0, 13, [32, 16, 64, 1, 4096]),  # as predicted
+        (2, 13, [32, 16, 64, 128, 256, 1, 4096]),  # four times larger
+        (-9, 13, [32, 16, 8, 4, 2, 1, 4096]),
+        (0, 6, [32, 16, 1]),  # what was not compiled cannot be timed anew
+    ],
+)
+def test_the_fastest_its_neighbours_and_the_ends_are_verified(steps, timed_again, expected):
     law = scaling.fit([4, 256], np.asarray([[270.0], [24.0]]))
     known = choices.predict(timed(POWERS, fixed=30), law, scaling.fit_rates([4, 256], [0.1, 0.2]))
-    best = choices.fastest(known).batch_size
-    assert [choice.batch_size for choice in choices.to_verify(known)] == [
-        *(best, best // 2, best * 2, best // 4, best * 4, 1, 4096)
-    ]
-    for choice in known[6:]:  # what was not compiled cannot be timed anew
+    for choice in known[timed_again:]:
         choice.time_again = None
-    assert [choice.batch_size for choice in choices.to_verify(known)] == [32, 16, 8, 1]
+    run = []
+    while choice := choices.next_to_verify(known, run):
+        run.append(choice.batch_size)
+        choice.measured = 1 + abs(np.log2([choice.batch_size / 32]) - steps)
+        choice.measured_seconds_per_update = 1.0
+    assert run == expected
+
+
+def test_what_could_not_be_run_is_not_asked_for_again():
+    known = choices.predict(timed(POWERS, fixed=30), scaling.fit([4, 256], np.asarray([[270.0], [24.0]])), lambda b: 1)
+    assert choices.next_to_verify(known, [32, 16]).batch_size == 64
+    known[6].measured, known[6].measured_seconds_per_update = np.asarray([np.inf]), 1.0  # never arrived
+    assert choices.next_to_verify(known, [32, 16, 64]).batch_size == 1
 
 
 def test_what_was_measured_counts_before_what_was_predicted():
