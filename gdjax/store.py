@@ -83,7 +83,7 @@ def alone(folder: Path, argument: str) -> Iterator[None]:
     import fcntl  # not on Windows
 
     named = f"{argument}={str(folder)!r}"
-    with (folder / "lock").open("a+") as file:
+    with (folder / "lock").open("a+", errors="replace") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -352,7 +352,7 @@ def test_numbers_of_python_are_parameters_too():
         return (w * x) ** 2 / 2
 
     def measure(data):
-        scale = noise.measure(square, 2.0, data, KEY, num_examples=3, preconditioner=0.5)
+        scale = noise.measure(square, 2.0, data, KEY, num_examples=3, preconditioner=jnp.float32(0.5))
         return [
             scale.grad_sq_norm,
             gradients.clipped(square, 2.0)(2.0, data).grad,

@@ -114,6 +114,12 @@ def test_the_second_process_is_refused_while_the_first_lives_and_takes_over_when
         pass
 
 
+def test_a_lock_that_is_not_text_is_taken_over_all_the_same(tmp_path):
+    (tmp_path / "lock").write_bytes(b"process \xff")
+    with pytest.warns(UserWarning, match="taken over from process \ufffd, which ended"), store.locked(tmp_path):
+        pass
+
+
 def test_folders_that_cannot_be_a_store_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
