@@ -58,7 +58,7 @@ A module imports from those above it alone.
 import importlib
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 __all__ = [
     "advise",
     "arguments",

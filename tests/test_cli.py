@@ -160,6 +160,12 @@ def test_a_failure_is_one_line_exit_status_1_and_debug_shows_where(gdjax, folder
     assert not (folder / "runs").exists()
 
 
+def test_without_the_extra_a_command_says_what_to_install(gdjax, folder, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert gdjax("compare") == (2, "", "gdjax: figures are drawn by matplotlib: pip install 'gdjax[experiments]'\n")
+    assert not (folder / "runs").exists()
+
+
 @pytest.mark.parametrize(
     ("error", "status", "line"),
     [
