@@ -17,6 +17,7 @@ def on_config(config):
     """List the pages: the modules in the order in which gdjax lists them."""
     modules = [{name: f"gdjax/{name}.md"} for name in MODULES]
     config.nav = [{"gdjax": "index.md"}, {"Experiments": "experiments/README.md"}, {"Modules": modules}]
+    config.nav += [{"Contributing": "CONTRIBUTING.md"}, {"Changelog": "CHANGELOG.md"}]
 
 
 def on_files(files, config):
@@ -24,7 +25,8 @@ def on_files(files, config):
     files.append(File.generated(config, "index.md", content=(ROOT / "README.md").read_text()))
     for name in MODULES:
         files.append(File.generated(config, f"gdjax/{name}.md", content=f"::: gdjax.{name}\n"))
-    for pattern in ("experiments/*.py", "experiments/README.md", "experiments/results/*/figure.png"):
+    experiments = ("experiments/*.py", "experiments/README.md", "experiments/results/*/figure.png")
+    for pattern in (*experiments, "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff"):
         for path in sorted(ROOT.glob(pattern)):
             files.append(File.generated(config, str(path.relative_to(ROOT)), abs_src_path=str(path)))
 

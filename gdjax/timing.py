@@ -128,7 +128,7 @@ def measured_in_turn(
     """Return the run times of each function in seconds, all run in turn, each until its median is known.
 
     The turns go forwards and backwards, as in `in_turn`, and a first one warms up. The first function is what the
-    others are compared with: it runs in every turn, and series[i][t] and series[0][t] are of the same turn t.
+    others are compared with: it runs in every turn, and `series[i][t]` and `series[0][t]` are of the same turn t.
 
     Args:
         functions: what is timed; each run is waited for.
