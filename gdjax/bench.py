@@ -24,7 +24,7 @@ NUM_EXAMPLES = 1024
 NUM_TOKENS, SEQUENCE = 65, 16
 LEARNING_RATE = 0.01
 BATCH_SIZES = (1, 32, 256)
-FLOPS_PER_RUN, MAX_UPDATES = 5e8, 1024  # a run is long beside the call of a program, and short beside the budget
+FLOPS_PER_RUN, MAX_UPDATES = 2e9, 1024  # a run is long beside its call and filling caches, short beside the budget
 NUM_INPUTS = 2
 BUDGET = 0.3  # seconds of timed runs for each program
 

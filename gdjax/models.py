@@ -87,8 +87,8 @@ def cnn(
 ) -> Model:
     """Return a convolutional network, image [height, width, colours] -> logits [num_classes].
 
-    Each layer is a 3 x 3 convolution of stride 2, `group_norm` and a ReLU; a dense layer reads all positions. There is
-    no BatchNorm: it would couple the examples of a batch. Parameters are {"kernels": [[3, 3, in, out], ...], "head"}.
+    Each layer is a 3 x 3 `convolution` of stride 2, `group_norm` and a ReLU; a dense layer reads all positions.
+    BatchNorm would couple the examples of a batch. Parameters are {"kernels": [[3, 3, in, out], ...], "head"}.
 
     Args:
         shape: of an image.
@@ -113,8 +113,7 @@ def cnn(
 
     def apply(params: Params, x: jax.Array) -> jax.Array:
         for kernel in params["kernels"]:
-            x = lax.conv_general_dilated(x[None], kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))[0]
-            x = jax.nn.relu(group_norm(x, num_groups=num_groups))
+            x = jax.nn.relu(group_norm(convolution(x, kernel, stride=2), num_groups=num_groups))
         return x.reshape(-1) @ params["head"]
 
     return Model(init, apply)
@@ -164,6 +163,24 @@ def transformer(*, num_tokens: int, width: int = 64, num_layers: int = 2, num_he
         return _rms_norm(x) @ params["head"]
 
     return Model(init, apply)
+
+
+def convolution(x: jax.Array, kernel: jax.Array, *, stride: int = 1) -> jax.Array:
+    """Return the convolution of an image [H, W, in] with [K, L, in, out], [ceil(H / stride), ceil(W / stride), out].
+
+    It is padded as "SAME" and computed as one product of the patches with the kernel. On a CPU that is 6 times faster
+    than `lax.conv_general_dilated` where it matters: XLA has no fast gradient of a convolution inside a compiled loop
+    there (https://github.com/jax-ml/jax/issues/12868). The patches take K L / stride^2 times the memory of the image.
+    """
+    rows, columns, _ = x.shape
+    size = kernel.shape[0], kernel.shape[1]
+    out = -(-rows // stride), -(-columns // stride)
+    total = [max(0, (o - 1) * stride + k - n) for o, k, n in zip(out, size, (rows, columns), strict=True)]
+    x = jnp.pad(x, [(total[0] // 2, -(-total[0] // 2)), (total[1] // 2, -(-total[1] // 2)), (0, 0)])
+    shifts = [(i, j) for i in range(size[0]) for j in range(size[1])]
+    span = [(o - 1) * stride + 1 for o in out]
+    patches = [x[i : i + span[0] : stride, j : j + span[1] : stride] for i, j in shifts]
+    return jnp.concatenate(patches, -1) @ kernel.reshape(-1, kernel.shape[-1])
 
 
 def group_norm(x: jax.Array, *, num_groups: int) -> jax.Array:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax import lax
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
@@ -121,6 +122,16 @@ def test_the_convolutional_network_equals_its_formula(key):
         hidden[..., group] = (part - part.mean()) / np.sqrt(part.var() + 1e-5)
     expected = np.maximum(hidden, 0).reshape(-1) @ np.asarray(params["head"])
     np.testing.assert_allclose(model.apply(params, jnp.asarray(x)), expected, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize(("shape", "stride"), [((3, 4, 2), 2), ((5, 2, 1), 1), ((7, 8, 3), 3), ((2, 1, 1), 2)])
+def test_a_convolution_equals_that_of_lax(key, shape, stride):
+    x, kernel = jax.random.normal(key, shape), jax.random.normal(key, (3, 2, shape[2], 4))
+    dimensions = ("NHWC", "HWIO", "NHWC")
+    expected = lax.conv_general_dilated(x[None], kernel, (stride, stride), "SAME", dimension_numbers=dimensions)[0]
+    found = models.convolution(x, kernel, stride=stride)
+    assert found.shape == expected.shape
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
 
 
 def test_the_transformer_equals_its_formula(key):
