@@ -34,6 +34,7 @@ A problem supplies the loss of one example; everything else is derived.
     hosts          processes of several hosts, joined
 
     timing         compilation and run time, apart
+    histories      runs of every rate and seed, piece by piece
     compare        stochastic, mini-batch and batch descent side by side
     claims         what a comparison says about the textbook
     variants       ways to run the same updates
@@ -78,6 +79,7 @@ __all__ = [
     "formats",
     "ghost",
     "gradients",
+    "histories",
     "hosts",
     "intervals",
     "kernels",
@@ -125,6 +127,7 @@ if TYPE_CHECKING:
         formats,
         ghost,
         gradients,
+        histories,
         hosts,
         intervals,
         kernels,

@@ -10,11 +10,10 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gdjax import batching, descent, gradients, timing
+from gdjax import batching, descent, gradients, histories, timing
 from gdjax.problem import Problem
 
 LEARNING_RATES = tuple(np.logspace(-2.5, 1, 8).tolist())
@@ -146,29 +145,6 @@ def default_batch_sizes(num_examples: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys((1, min(32, num_examples), num_examples)))
 
 
-def train(problem: Problem, batch_size: int, num_epochs: int, watch, data, init_key, stream_key, learning_rate):
-    """Return the history of one run: arrays [E], evaluated before it, every N // B updates and at its end.
-
-    `watch` is called on the host with the number of examples seen, at every evaluation.
-    """
-    train_data, test_data = data
-
-    def evaluate(state, info=None):
-        jax.debug.callback(watch, state.num_examples)
-        return {
-            "examples": state.num_examples,
-            "loss": _mean_over(train_data, problem.loss, state.params),
-            "metrics": {name: _mean_over(test_data, metric, state.params) for name, metric in problem.metrics.items()},
-        }
-
-    method = descent.method(gradients.mean(problem.loss), optax.sgd(learning_rate))
-    batches = _batches(problem, batch_size, num_epochs, stream_key)
-    state = method.init(problem.init(init_key))
-    every = max(1, problem.num_examples // batch_size)
-    _, history = descent.run(method, state, train_data, batches, evaluate, every=every)
-    return jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), evaluate(state), history)
-
-
 def gradient_noise(problem: Problem, batch_size: int, data, init_key, stream_key):
     """Return E|g_B - g|^2 / |g|^2 over the batches of one epoch, at the initial parameters: tr Cov(update) / |g|^2.
 
@@ -224,26 +200,20 @@ def _row(problem: Problem, batch_size: int, num_epochs: int, data, keys, learnin
     num_updates = num_epochs * num_examples // batch_size
     grid = np.asarray(LEARNING_RATES if learning_rate is None else (learning_rate,))
 
-    def watch(num_seen) -> None:
+    def watch(fraction: float) -> None:
         runs = f"{len(grid) * num_seeds} runs of {num_updates} updates"
-        progress(f"B = {batch_size}: {runs}", 0.9 * float(num_seen) / (num_updates * batch_size))
+        progress(f"B = {batch_size}: {runs}", 0.9 * fraction)
 
-    watch(0)
-    # One flat axis of lanes, a stream of its own for each: seeds and rates as two nested axes would share the streams,
-    # and then every matrix product with B = 1 transposes all weights (measured: 1.5 times slower on a CPU).
-    lanes = jax.tree.map(lambda keys: jnp.repeat(keys, len(grid), axis=0), keys)
-    over_lanes = jax.vmap(partial(train, problem, batch_size, num_epochs, watch), (None, 0, 0, 0))
-    sweep = timing.compiled(over_lanes, data, *lanes, jnp.tile(grid, num_seeds))
-    histories, sweep_seconds = {}, 0.0
+    watch(0.0)
+    train_lanes = histories.of_lanes(problem, batch_size, num_epochs, data, keys, len(grid), watch)
+    found, sweep_seconds = {}, 0.0
 
     def losses_at(rates: np.ndarray) -> np.ndarray:
         nonlocal sweep_seconds
-        history, elapsed = timing.timed(sweep, data, *lanes, jnp.tile(rates, num_seeds))
+        history, elapsed = timing.timed(train_lanes, rates)
         sweep_seconds += elapsed
-        jax.effects_barrier()  # a late call of `watch` would disturb what is timed next
-        history = jax.tree.map(lambda x: np.asarray(x).reshape(num_seeds, len(rates), -1), history)
         for i, rate in enumerate(rates.tolist()):
-            histories[rate] = jax.tree.map(lambda x, i=i: x[:, i], history)
+            found[rate] = jax.tree.map(lambda x, i=i: x[:, i], history)
         return history["loss"][:, :, -1].mean(0)
 
     losses = tune(losses_at, grid, grow=learning_rate is None)
@@ -252,7 +222,7 @@ def _row(problem: Problem, batch_size: int, num_epochs: int, data, keys, learnin
     progress(f"B = {batch_size}: timing at learning rate {rate:.3g}", 0.9)
     init_key, stream_key = keys[0][0], keys[1][0]
     params = problem.init(init_key)
-    batches = _batches(problem, batch_size, num_epochs, stream_key)
+    batches = histories.batches(problem, batch_size, num_epochs, stream_key)
     run = timing.compiled(partial(_descend, problem), data[0], batches, params, rate)
     batch = jax.tree.map(lambda x: x[:batch_size], data[0])
     step = timing.compiled(gradients.mean(problem.loss), params, batch)
@@ -267,9 +237,9 @@ def _row(problem: Problem, batch_size: int, num_epochs: int, data, keys, learnin
         learning_rates=list(losses),
         tuning_losses=list(losses.values()),
         at_edge=learning_rate is None and rate in (min(losses), max(losses)),
-        examples_seen=histories[rate]["examples"][0],
-        losses=histories[rate]["loss"],
-        metrics=histories[rate]["metrics"],
+        examples_seen=found[rate]["examples"][0],
+        losses=found[rate]["loss"],
+        metrics=found[rate]["metrics"],
         metrics_on="train" if problem.test is None else "test",
         gradient_noise=float(noise.mean()),
         seconds=timing.seconds(run, data[0], batches, params, rate),
@@ -286,15 +256,6 @@ def _descend(problem: Problem, data, batches, params, learning_rate):
     method = descent.method(gradients.mean(problem.loss), optax.sgd(learning_rate))
     state, _ = descent.run(method, method.init(params), data, batches, lambda state, info: (), every=len(batches))
     return state.params
-
-
-def _batches(problem: Problem, batch_size: int, num_epochs: int, stream_key) -> jax.Array:
-    stream = batching.reshuffled(stream_key, problem.num_examples, num_epochs=num_epochs)
-    return batching.cut(stream, batch_size, drop_remainder=True)
-
-
-def _mean_over(data, function, params):
-    return jax.vmap(function, (None, 0))(params, data).mean()
 
 
 def _check(batch_sizes: Sequence[int], num_examples: int, learning_rate, num_epochs: int, num_seeds: int) -> None:

@@ -3,9 +3,10 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from gdjax import batching, claims, compare, datasets, models, plots, problems, records
+from gdjax import batching, claims, compare, datasets, descent, gradients, histories, models, plots, problems, records
 from gdjax.problem import Problem
 
 
@@ -308,3 +309,36 @@ def test_every_claim_can_come_out_the_other_way(changes, claim, verdict):
 def test_a_claim_needs_the_rows_it_speaks_of():
     assert {claim.claim.split(":")[0] for claim in claims.judge([row("batch", 48)])} == {"Batch"}
     assert claims.judge([row("mini-batch", 8)]) == []
+
+
+@pytest.mark.parametrize(("num_updates", "every"), [(64, 1), (2880, 45), (7, 3), (1, 1), (2, 5), (170, 10), (33, 2)])
+def test_pieces_of_a_run_end_where_it_is_evaluated_and_need_two_programs_at_most(num_updates, every):
+    pieces = histories._pieces(num_updates, every)
+    assert [first for first, _ in pieces] == [0, *(stop for _, stop in pieces[:-1])]
+    assert pieces[-1][1] == num_updates
+    assert all(first % every == 0 and first < stop for first, stop in pieces)
+    lengths = [stop - first for first, stop in pieces]
+    assert len(set(lengths[:-1])) <= 1
+    assert len(pieces) <= histories.MAX_PIECES + 1
+    assert len(pieces) > 1 or num_updates // every in (0, 1, 17)  # a prime above 16 has no equal pieces
+
+
+def test_a_run_in_pieces_is_that_of_a_python_loop():
+    """Nine updates, evaluated every three; two seeds, two rates."""
+    data = datasets.gaussian_classification(jax.random.key(0), num_examples=12, dimension=3)
+    problem = problems.logistic(data)
+    init_keys, stream_keys = jax.random.split(jax.random.key(0), 2), jax.random.split(jax.random.key(1), 2)
+    seen = []
+    run = histories.of_lanes(problem, 4, 3, (problem.train, problem.train), (init_keys, stream_keys), 2, seen.append)
+    rates = np.asarray([0.02, 0.1])
+    history = run(rates)
+    assert history["examples"][0, 0].tolist() == [0, 12, 24, 36]
+    assert seen == pytest.approx([1 / 3, 2 / 3, 1.0])
+    for i, j in np.ndindex(2, 2):
+        method = descent.method(gradients.mean(problem.loss), optax.sgd(rates[j]))
+        state, losses = method.init(problem.init(init_keys[i])), []
+        for indices in histories.batches(problem, 4, 3, stream_keys[i]):
+            losses.append(jax.vmap(problem.loss, (None, 0))(state.params, problem.train).mean())
+            state, _ = method.step(state, batching.take(problem.train, indices))
+        losses.append(jax.vmap(problem.loss, (None, 0))(state.params, problem.train).mean())
+        np.testing.assert_allclose(history["loss"][i, j], losses[::3], rtol=1e-9)

@@ -1,0 +1,286 @@
+"""How long do the same updates take elsewhere?
+
+Question    MLP 64-128-10 and 784-512-512-10, plain SGD in float32 at B = 1, 32 and N = 1024: how long does
+            `descent.run` take beside PyTorch's eager loop, scikit-learn's MLPClassifier and NumPy, each from the same
+            weights over the same batches, ending with the same parameters? How long do the gradient norms of 256
+            examples take by `ghost` beside `torch.func`? How much of a large matrix product's speed is used?
+Prediction  At B = 1 the small network is trained at least 20 times faster than by PyTorch and scikit-learn, 5 times
+            faster than by NumPy; gdjax is nowhere slower; norms by ghost take at most a tenth; the large network uses
+            at least 60 % of the product's speed at B = 32 and N.
+Cost        90 s on two CPU cores. PyTorch is raced where it is installed, and left out elsewhere.
+"""
+
+import importlib
+import importlib.util
+import itertools
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from gdjax import batching, bench, descent, experiment, ghost, gradients, plots, timing
+from gdjax.problem import Problem
+
+SIZES = {"small": (64, 128, 10), "large": (784, 512, 512, 10)}
+UPDATES = {("small", 1): 1000, ("small", 32): 400, ("small", 1024): 40}
+UPDATES |= {("large", 1): 100, ("large", 32): 50, ("large", 1024): 4}
+NORMS_OF = 256
+torch: Any = importlib.import_module("torch") if importlib.util.find_spec("torch") else None
+RATE, TOLERANCE = 0.01, 1e-4
+AIMS = {"PyTorch": 20.0, "scikit-learn": 20.0, "NumPy": 5.0}
+NORMS_AIM, CEILING_AIM = 10.0, 0.6
+SECONDS = 1.0  # of timed runs for each side
+
+Leaves = list[np.ndarray]
+Side = Callable[[], Leaves]
+"""Make all updates from the first weights and return the last: of each layer the weight [in, out], then the bias."""
+
+
+def by_gdjax(problem: Problem, params, batches) -> Side:
+    method = descent.method(gradients.mean(problem.loss), optax.sgd(RATE))
+
+    def run(params, data, batches):
+        return descent.run(method, method.init(params), data, batches, lambda *_: (), every=len(batches))[0].params
+
+    program = timing.compiled(run, params, problem.train, batches)
+    return lambda: leaves_of(jax.block_until_ready(program(params, problem.train, batches)))
+
+
+def by_numpy(problem: Problem, params, batches) -> Side:
+    start, (x, labels), order = leaves_of(params), map(np.asarray, problem.train), np.asarray(batches)
+
+    def run():
+        w, b = [leaf.copy() for leaf in start[::2]], [leaf.copy() for leaf in start[1::2]]
+        for indices in order:
+            inputs = [x[indices]]
+            for i in range(len(w) - 1):
+                inputs.append(np.maximum(inputs[-1] @ w[i] + b[i], 0))
+            logits = inputs[-1] @ w[-1] + b[-1]
+            g = np.exp(logits - logits.max(1, keepdims=True))
+            g /= g.sum(1, keepdims=True)
+            g[np.arange(len(g)), labels[indices]] -= 1
+            g /= np.float32(len(g))
+            for i in reversed(range(len(w))):
+                above = (g @ w[i].T) * (inputs[i] > 0) if i else g
+                w[i] -= np.float32(RATE) * (inputs[i].T @ g)
+                b[i] -= np.float32(RATE) * g.sum(0)
+                g = above
+        return [leaf for pair in zip(w, b, strict=True) for leaf in pair]
+
+    return run
+
+
+def by_sklearn(problem: Problem, params, batches) -> Side:
+    """One `partial_fit` over the stream in its order: the fastest way that scikit-learn offers."""
+    from sklearn.neural_network import MLPClassifier
+
+    start, (x, labels), order = leaves_of(params), map(np.asarray, problem.train), np.asarray(batches)
+    net = MLPClassifier(
+        tuple(len(bias) for bias in start[1:-1:2]), solver="sgd", learning_rate_init=RATE, batch_size=order.shape[1],
+        alpha=0.0, momentum=0.0, nesterovs_momentum=False, shuffle=False,
+    )  # fmt: skip
+    x, labels = x[order.reshape(-1)], labels[order.reshape(-1)]
+    net.partial_fit(x[: order.shape[1]], labels[: order.shape[1]], classes=np.arange(10))
+
+    def run():
+        for mine, first in zip((*net.coefs_, *net.intercepts_), (*start[::2], *start[1::2]), strict=True):
+            mine[...] = first
+        net.partial_fit(x, labels)
+        return [leaf for pair in zip(net.coefs_, net.intercepts_, strict=True) for leaf in pair]
+
+    return run
+
+
+def torch_net(params):
+
+    layers = []
+    for weight, bias in zip(leaves_of(params)[::2], leaves_of(params)[1::2], strict=True):
+        layers += [torch.nn.Linear(*weight.shape), torch.nn.ReLU()]
+        layers[-2].weight.data, layers[-2].bias.data = torch.tensor(weight.T.copy()), torch.tensor(bias)
+    return torch.nn.Sequential(*layers[:-1])
+
+
+def by_torch(problem: Problem, params, batches) -> Side:
+
+    x, labels = (torch.tensor(np.asarray(leaf)) for leaf in problem.train)
+    labels, order = labels.long(), torch.tensor(np.asarray(batches)).long()
+
+    def run():
+        net = torch_net(params)
+        optimizer = torch.optim.SGD(net.parameters(), lr=RATE)
+        for indices in order:
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(net(x[indices]), labels[indices]).backward()
+            optimizer.step()
+        found = [leaf.detach().numpy() for leaf in net.parameters()]
+        return [leaf.T if leaf.ndim == 2 else leaf for leaf in found]
+
+    return run
+
+
+def norms_by_ghost(problem: Problem, params, batch) -> Side:
+    def norms(params, batch):
+        return sum(jax.tree.leaves(ghost.sq_norms(problem.loss)(params, batch)[2]))
+
+    program = timing.compiled(norms, params, batch)
+    return lambda: [np.asarray(program(params, batch))]
+
+
+def norms_by_torch(problem: Problem, params, batch) -> Side:
+
+    net = torch_net(params)
+    weights = {name: leaf.detach() for name, leaf in net.named_parameters()}
+    x, labels = (torch.tensor(np.asarray(leaf)) for leaf in batch)
+
+    def loss(weights, x, label):
+        logits = torch.func.functional_call(net, weights, (x[None],))
+        return torch.nn.functional.cross_entropy(logits, label[None])
+
+    gradients_of_all = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))
+
+    def run():
+        grads = gradients_of_all(weights, x, labels.long())
+        return [torch.stack([g.flatten(1).square().sum(1) for g in grads.values()]).sum(0).numpy()]
+
+    return run
+
+
+def raced(sides: dict[str, Side], named: dict[str, Any], *, relative: bool = False) -> list[dict[str, Any]]:
+    """Check that all sides agree with the first, and return a row for each: its seconds, and its time over the first's.
+
+    Raises:
+        ValueError: where a side ends elsewhere.
+    """
+    expected, rows = next(iter(sides.values()))(), []
+    for name, side in sides.items():
+        pairs = zip(side(), expected, strict=True)
+        differences = [float((np.abs(a - b) / (np.abs(b) if relative else 1)).max()) for a, b in pairs]
+        rows.append(named | {"side": name, "difference": max(differences)})
+        if not max(differences) <= TOLERANCE:
+            raise ValueError(f"{named}: {name} ends {max(differences):.1e} from gdjax, more than {TOLERANCE}")
+    turns = timing.measured_in_turn(list(sides.values()), [[()]] * len(sides), budget=SECONDS)
+    for row, times in zip(rows, turns, strict=True):
+        row |= {"seconds": timing.spread(times)._asdict(), "over_gdjax": timing.ratio(times, turns[0])._asdict()}
+    return rows
+
+
+def flops_of(sizes, batch_size) -> int:
+    """Return the operations of the products of an update: three for each weight but the first, which needs two."""
+    weights = [a * b for a, b in itertools.pairwise(sizes)]
+    return batch_size * (6 * sum(weights) - 2 * weights[0])
+
+
+def race(model: str, batch_size: int, num_updates: int, key, ceilings) -> list[dict[str, Any]]:
+    problem = bench.mlp(*SIZES[model])
+    init_key, stream_key = jax.random.split(key)
+    params = problem.init(init_key)
+    stream = batching.reshuffled(stream_key, problem.num_examples, length=num_updates * batch_size)
+    ways = {"gdjax": by_gdjax, "NumPy": by_numpy, "scikit-learn": by_sklearn}
+    if torch:
+        ways["PyTorch"] = by_torch
+    sides = {name: way(problem, params, batching.cut(stream, batch_size)) for name, way in ways.items()}
+    named = {"race": "updates", "model": model, "batch_size": batch_size, "num_updates": num_updates}
+    rows = raced(sides, named)
+    rate = flops_of(SIZES[model], batch_size) * num_updates / rows[0]["seconds"]["median"]
+    rows[0]["fraction_of_product"] = rate / ceilings.flops_per_second
+    return rows
+
+
+def race_norms(model: str, num_examples: int, key) -> list[dict[str, Any]]:
+    problem = bench.mlp(*SIZES[model])
+    params, batch = problem.init(key), jax.tree.map(lambda x: jnp.asarray(x[:num_examples]), problem.train)
+    sides = {"gdjax": norms_by_ghost(problem, params, batch), "PyTorch": norms_by_torch(problem, params, batch)}
+    return raced(sides, {"race": "norms", "model": model, "batch_size": num_examples}, relative=True)
+
+
+def main(options: experiment.Options) -> experiment.Result:
+    warnings.filterwarnings("ignore", category=UserWarning, module="sklearn")  # of batches larger than what is fitted
+    races = dict.fromkeys(list(UPDATES)[:2], 4) if options.smoke else UPDATES
+    key, ceilings = jax.random.key(options.seed), timing.ceilings(**({"product_size": 64} if options.smoke else {}))
+    rows = []
+    if torch is None:
+        print("PyTorch is not installed: left out (pip install torch)")
+    for (model, batch_size), num_updates in races.items():
+        rows += race(model, batch_size, num_updates, key, ceilings)
+        show(rows, rows[-1])
+    for model in list(SIZES)[: 1 if options.smoke else None] if torch else ():
+        rows += race_norms(model, NORMS_OF, key)
+        show(rows, rows[-1])
+    verdict = judged(rows)
+    setting: dict[str, Any] = {
+        "race": "setting",
+        "torch": None,
+        "cpu_count": os.cpu_count(),
+        "ceilings": ceilings._asdict(),
+    }
+    if torch:
+        setting |= {"torch": torch.__version__, "torch_num_threads": torch.get_num_threads()}
+    return experiment.Result([*rows, setting], verdict, figure(rows, verdict))
+
+
+def show(rows: list[dict], last: dict) -> None:
+    names = ("race", "model", "batch_size")
+    for row in rows:
+        if all(row[name] == last[name] for name in names):
+            ratio, used = row["over_gdjax"], row.get("fraction_of_product")
+            print(
+                f"{row['race']:8} {row['model']:6} B = {row['batch_size']:<5} {row['side']:13}"
+                f"{1e3 * row['seconds']['median']:9.2f} ms  {ratio['median']:7.2f} [{ratio['low']:.2f}, "
+                f"{ratio['high']:.2f}]  differs {row['difference']:.0e}"
+                + (f"  {used:.0%} of a product" if used else "")
+            )
+
+
+def judged(rows: list[dict]) -> str:
+    def ratios(race: str) -> dict[tuple, float]:
+        mine = [row for row in rows if row["race"] == race and row["side"] != "gdjax"]
+        return {(row["model"], row["batch_size"], row["side"]): row["over_gdjax"]["median"] for row in mine}
+
+    updates, norms = ratios("updates"), ratios("norms")
+    first = {side: ratio for (model, size, side), ratio in updates.items() if (model, size) == ("small", 1)}
+    slower = [
+        f"{side} ({model}, B = {size}: {1 / ratio:.2f})" for (model, size, side), ratio in updates.items() if ratio < 1
+    ]
+    large = [row for row in rows if row["side"] == "gdjax" and row["race"] == "updates" and row["model"] == "large"]
+    used = {row["batch_size"]: row["fraction_of_product"] for row in large if row["batch_size"] > 1}
+    held = {
+        "many times faster at B = 1": all(ratio >= AIMS[side] for side, ratio in first.items()),
+        "nowhere slower": not slower,
+        "norms": min(norms.values(), default=NORMS_AIM) >= NORMS_AIM,
+        "60 % of a product's speed": min(used.values(), default=1.0) >= CEILING_AIM,
+    }
+    missed = [name for name, holds in held.items() if not holds]
+    parts = [
+        "As predicted" if not missed else f"Not as predicted ({', '.join(missed)})",
+        "small, B = 1: " + ", ".join(f"{ratio:.0f} times as fast as {side}" for side, ratio in first.items()),
+        *(["slower than " + ", ".join(slower)] if slower else []),
+        *(f"norms, {model}: {ratio:.1f} times as fast as torch.func" for (model, *_), ratio in norms.items()),
+        *(f"large, B = {size}: {share:.0%} of a product's speed" for size, share in used.items()),
+    ]
+    return "; ".join(parts) + "."
+
+
+def figure(rows: list[dict], title: str):
+    drawn, axes = plots.panels(2, title=title, width=6.5)
+    for axis, race, name in zip(axes, ("updates", "norms"), ("updates", "gradient norms of examples"), strict=True):
+        mine = [row for row in rows if row["race"] == race and row["side"] != "gdjax"][::-1]
+        labels = [f"{row['model']}, B = {row['batch_size']}: {row['side']}" for row in mine]
+        low, middle, high = (np.asarray([row["over_gdjax"][x] for row in mine]) for x in ("low", "median", "high"))
+        colours = [plots.COLOURS[list(AIMS).index(row["side"])] for row in mine]
+        axis.barh(labels, middle, xerr=[middle - low, high - middle], color=colours, capsize=2)
+        axis.axvline(1, color="black", linewidth=1)
+        axis.set(xscale="log", xlabel="time over that of gdjax, with 95% intervals", title=name)
+    return drawn
+
+
+def leaves_of(params) -> Leaves:
+    return [np.asarray(layer[name]) for layer in params for name in ("weight", "bias")]
+
+
+if __name__ == "__main__":
+    experiment.run(main)
