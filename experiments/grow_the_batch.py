@@ -188,7 +188,9 @@ def draw(rows):
             axis.set(yscale="log")
     for i, name in enumerate(names):
         axes[2 * i].set(xlabel="examples (thousands)", ylabel=f"excess loss, {name}")
-        axes[2 * i + 1].set(xlabel="updates", xscale="log")
+        axes[2 * i + 1].set(xlabel="updates", xscale="log", xlim=(80, 8000))
+        axes[2 * i + 1].set_xticks((100, 1000))
+        axes[2 * i + 1].minorticks_off()
         axes[2 * i].legend(frameon=False)
     return figure
 
