@@ -1,4 +1,7 @@
-"""Tests run in float64, with implicit rank and dtype promotion forbidden, so that a formula is checked as written."""
+"""Tests run in float64, with implicit rank and dtype promotion forbidden, so that a formula is checked as written.
+
+JAX's own checks are an environment variable away: `JAX_DEBUG_NANS=1 python -m pytest`, or JAX_CHECK_TRACER_LEAKS=1.
+"""
 
 import signal
 
