@@ -25,7 +25,20 @@ import jax
 import numpy as np
 
 from experiments.steps_to_target import tuned_at_every_size
-from gdjax import advise, choices, datasets, experiment, lanes, models, pilots, plots, problems, records, targets
+from gdjax import (
+    advise,
+    choices,
+    datasets,
+    experiment,
+    lanes,
+    models,
+    optimizers,
+    pilots,
+    plots,
+    problems,
+    records,
+    targets,
+)
 
 NUM_SEEDS, NUM_FRESH = 3, 10
 NUM_IMAGES = NUM_TEXTS = 8192
@@ -85,7 +98,7 @@ def judge_one(make_problem, target, optimizer, largest, *, budget, seed, sizes=N
     found = advise.advise(problem, target, optimizer=optimizer, batch_sizes=sizes, budget=budget, seed=seed)
 
     began = time.perf_counter()
-    make, middle = advise.OPTIMIZERS[optimizer]
+    make, middle = optimizers.OPTIMIZERS[optimizer]
     key = jax.random.key(seed + 1)
     searched = tuned_at_every_size(problem, make, middle / 32 * sizes[0], target, sizes, NUM_SEEDS, key)
     search_seconds = time.perf_counter() - began
@@ -110,7 +123,7 @@ def judge_one(make_problem, target, optimizer, largest, *, budget, seed, sizes=N
 
     def fresh_seconds(size, rate):
         pilot = search(np.asarray([rate]), batch_size=size)
-        return float(pilot.updates.mean()) * speeds[size]
+        return float(pilot.costs.mean()) * speeds[size]
 
     fresh = {size: fresh_seconds(size, optima[size][0]) for size in sorted(times, key=times.__getitem__)[:3]}
     best = min(fresh, key=fresh.__getitem__)

@@ -14,7 +14,7 @@ from functools import partial
 import jax
 import numpy as np
 
-from gdjax import advise, choices, experiment, lanes, pilots, plots, problems, scaling, targets
+from gdjax import choices, experiment, lanes, optimizers, pilots, plots, problems, scaling, targets
 
 TARGET = "loss<=0.05"
 FACTOR, NUM_RATES, MAX_EPOCHS = 2.0, 6, 200
@@ -38,10 +38,10 @@ def main(options: experiment.Options) -> experiment.Result:
     problem = problems.digits_mlp()
     target = targets.parse_target(TARGET, problem)
     sizes = [32, 128] if options.smoke else choices.default_batch_sizes(problem.num_examples)
-    names = ["sgd"] if options.smoke else list(advise.OPTIMIZERS)
+    names = ["sgd"] if options.smoke else list(optimizers.OPTIMIZERS)
     rows, curves, laws = [], {}, {}
     for name in names:
-        make, first_rate = advise.OPTIMIZERS[name]
+        make, first_rate = optimizers.OPTIMIZERS[name]
         first_rate *= 1 if options.smoke else 1 / 16  # the middle of the first grid is meant for B = 32
         found = tuned_at_every_size(problem, make, first_rate, target, sizes, 3, jax.random.key(options.seed))
         optima = {size: pilot.optimum() for size, pilot in found.items()}

@@ -41,9 +41,11 @@ A problem supplies the loss of one example; everything else is derived.
     bench          those ways timed against one another and the device
     targets        what a run is to reach, and what it is judged on
     lanes          runs of every rate and seed, advanced together
-    pilots         updates to a target, over rates and seeds
+    optimizers     optimisers by name
+    pilots         updates to a target or loss after a budget, over rates and seeds
     scaling        laws fitted to pilots, and what they predict
     choices        what is known of each batch size
+    throughput     seconds per update at every batch size
     advise         which batch size reaches the target first
     plots          figures
 
@@ -87,6 +89,7 @@ __all__ = [
     "least_squares",
     "models",
     "noise",
+    "optimizers",
     "pilots",
     "plots",
     "problem",
@@ -101,6 +104,7 @@ __all__ = [
     "sweep",
     "targets",
     "theory",
+    "throughput",
     "timing",
     "tracking",
     "training",
@@ -135,6 +139,7 @@ if TYPE_CHECKING:
         least_squares,
         models,
         noise,
+        optimizers,
         pilots,
         plots,
         problem,
@@ -149,6 +154,7 @@ if TYPE_CHECKING:
         sweep,
         targets,
         theory,
+        throughput,
         timing,
         tracking,
         training,

@@ -15,38 +15,31 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-import optax
 
-from gdjax import lanes, noise, pilots, scaling
+from gdjax import lanes, noise, optimizers, pilots, scaling
 from gdjax.choices import (
     NUM_FRESH,
     NUM_SEEDS,
     Advice,
     Choice,
     default_batch_sizes,
+    fastest,
     fit,
     least_memory,
     nearest,
     next_pilot,
     next_to_verify,
     predict,
-    throughput,
 )
 from gdjax.lanes import Optimizer
 from gdjax.pilots import Pilot
-from gdjax.problem import Problem, imported
-from gdjax.targets import Target
+from gdjax.problem import Problem
+from gdjax.targets import Budget, Goal
+from gdjax.throughput import throughput
 
-# With the learning rate that the first grid has in its middle.
-OPTIMIZERS: dict[str, tuple[Optimizer, float]] = {
-    "sgd": (optax.sgd, 0.2),
-    "momentum": (partial(optax.sgd, momentum=0.9), 0.03),
-    "adam": (optax.adam, 0.003),
-}
 COARSE, FINE = 10**0.5, 2.0  # factors between neighbouring rates of the first pilot's grid and of the others'
 NUM_COARSE, NUM_FINE = 8, 5
 FIRST_BATCH_SIZE = 32  # of the first pilot
-FIRST_LATE = 1.25  # its rates are so far apart that the second best is seldom of use
 MAX_PILOTS = 5
 MAX_EPOCHS = 200
 FIRST_SHARE, TIMING_SHARE, PILOT_SHARE = 0.4, 0.55, 0.8  # of the budget that may be gone when these stages end
@@ -58,7 +51,7 @@ Progress = Callable[[str, float], None]
 
 def advise(
     problem: Problem,
-    target: Target,
+    goal: Goal,
     *,
     optimizer: str | Optimizer = "sgd",
     batch_sizes: Sequence[int] | None = None,
@@ -66,30 +59,31 @@ def advise(
     seed: int = 0,
     progress: Progress = lambda stage, fraction: None,
 ) -> Advice:
-    """Predict the time to `target` for every batch size, verify, and advise.
+    """Predict the time to a target, or the loss after a budget, for every batch size, verify, and advise.
 
     Args:
         problem: what to train.
-        target: what to reach, from `targets.parse_target`.
+        goal: a target to reach, from `targets.parse_target`, or `targets.Budget(num_examples)` to spend.
         optimizer: 'sgd', 'momentum', 'adam', or a function learning_rate -> optax transformation.
-        batch_sizes: default the powers of two below N, and N.
+        batch_sizes: default the powers of two below N, and N; no larger than the budget of examples.
         budget: seconds that all of it may take; what it does not allow is in `Advice.unknown`.
         seed: of parameters and streams.
         progress: called now and then.
 
     Raises:
-        ValueError: for fewer than 8 examples, batch sizes outside 1 ... N, a target that is met at the start, one that
-            no pilot reaches, a loss that diverges at every rate, and a budget too short for two pilots.
+        ValueError: for fewer than 8 examples, to train on or to spend, batch sizes outside 1 ... N or larger than what
+            is to be spent, a target that is met at the start, one that no pilot reaches, a loss that diverges at every
+            rate, and a budget of seconds too short for two pilots.
     """
-    sizes = _check(problem, batch_sizes, budget)
-    make, first_rate = _optimizer(optimizer)
+    sizes = _check(problem, goal, batch_sizes, budget)
+    make, first_rate = optimizers.named(optimizer)
     clock = _Clock(time.perf_counter(), budget, MAX_EPOCHS * problem.num_examples, progress)
     pilot_key, fresh_key, noise_key = jax.random.split(jax.random.key(seed), 3)
-    runs = lanes.runs(problem, make, metric=target.metric, on=target.on, num_lanes=NUM_SEEDS * NUM_COARSE)
-    search = pilots.search(runs, target)
+    runs = lanes.runs(problem, make, metric=goal.metric, on=goal.on, num_lanes=NUM_SEEDS * NUM_COARSE)
+    search = pilots.search(runs, goal)
     unknown: list[str] = []
 
-    found, known = _pilots(search, sizes, first_rate, target, pilot_key, clock, unknown, partial(
+    found, known = _pilots(search, sizes, first_rate, goal, pilot_key, clock, unknown, partial(
         throughput, problem, make, sizes, progress=clock.show))  # fmt: skip
     scales = _noise_scales(problem, runs, next(iter(found.values())), noise_key, clock, unknown)
     law, rates = fit(found)
@@ -103,11 +97,13 @@ def advise(
     for choice in known:
         choice.expected_updates = float(law(choice.batch_size)) if choice.measured is None else choice.measured_updates
     usable = [choice for choice in known if choice.fits]
-    pick = min(verified or usable, key=lambda choice: choice.expected_seconds)
+    pick = fastest(verified or usable)
     times = np.asarray([choice.expected_seconds for choice in usable])
     examples = np.asarray([choice.expected_updates * choice.batch_size for choice in usable])
+    losses = np.asarray([choice.expected_loss for choice in usable])
+    on_front = scaling.pareto(times, losses if isinstance(goal, Budget) else examples)
     return Advice(
-        target=target,
+        goal=goal,
         choices=known,
         pilots=found,
         law=law,
@@ -117,28 +113,10 @@ def advise(
         batch_size=pick.batch_size,
         fewest_examples=usable[int(np.argmin(examples))].batch_size,
         least_memory=least_memory(usable).batch_size,
-        pareto=[choice.batch_size for choice, on in zip(usable, scaling.pareto(times, examples), strict=True) if on],
+        pareto=[choice.batch_size for choice, on in zip(usable, on_front, strict=True) if on],
         unknown=unknown,
         seconds=time.perf_counter() - clock.began,
     )
-
-
-def load_optimizer(spec: str) -> str | Optimizer:
-    """Return a name of OPTIMIZERS as it is, and import what is named as 'package.module:factory'.
-
-    Raises:
-        ValueError: where it cannot be imported, or does not make an optax transformation of a learning rate.
-    """
-    if ":" not in spec:
-        return spec
-    factory = imported(spec, "optimizer")
-    try:
-        made = factory(0.1)
-    except Exception as error:
-        raise ValueError(f"optimizer={spec!r}: calling it with a learning rate raised {error!r}") from error
-    if not isinstance(made, optax.GradientTransformation):
-        raise ValueError(f"optimizer={spec!r} returned a {type(made).__name__}, not an optax.GradientTransformation")
-    return factory
 
 
 class _Clock(NamedTuple):
@@ -159,12 +137,15 @@ class _Clock(NamedTuple):
         self.progress(stage, min(1.0, (time.perf_counter() - self.began) / self.budget))
 
 
-def _pilots(search, sizes, first_rate, target, key, clock: _Clock, unknown: list[str], time_all):
+def _pilots(search, sizes, first_rate, goal: Goal, key, clock: _Clock, unknown: list[str], time_all):
     """Return ({batch size: Pilot}, the choices with their times): the first pilot, the clock, and further pilots."""
     first = nearest(sizes, FIRST_BATCH_SIZE)
     grid = first_rate * COARSE ** (np.arange(NUM_COARSE) - (NUM_COARSE - 1) / 2)
-    pilot = _pilot(search, first, grid, key, clock, FIRST_SHARE, late=FIRST_LATE)
-    _check_reached(pilot, target, clock)
+    pilot = _pilot(search, first, grid, key, clock, FIRST_SHARE)
+    _check_reached(pilot, goal, clock)
+    if isinstance(goal, Budget):  # unlike the time to a target, the loss depends steeply on the rate
+        pilot = _pilot(search, first, _fine(pilot.optimum()[0]), key, clock, FIRST_SHARE)
+        _check_reached(pilot, goal, clock)
     found = {first: pilot}
     known = time_all(learning_rate=pilot.optimum()[0], deadline=clock.until(TIMING_SHARE))
     allowed = known
@@ -176,8 +157,7 @@ def _pilots(search, sizes, first_rate, target, key, clock: _Clock, unknown: list
         near = nearest(list(found), size)
         ratio = size / near
         rate = found[near].optimum()[0] * ratio ** (1 if ratio < 1 else 0.5)
-        grid = rate * FINE ** (np.arange(NUM_FINE) - (NUM_FINE - 1) / 2)
-        pilot = _pilot(search, size, grid, key, clock, PILOT_SHARE)
+        pilot = _pilot(search, size, _fine(rate), key, clock, PILOT_SHARE)
         if pilot.found:
             found[size] = pilot
         else:  # and none beyond it is tried
@@ -186,7 +166,7 @@ def _pilots(search, sizes, first_rate, target, key, clock: _Clock, unknown: list
     if len(found) < 2:
         allowance = f"budget={clock.budget:g} s" if clock.late(PILOT_SHARE) else f"{MAX_EPOCHS} epochs"
         raise ValueError(
-            f"target={target} was reached at batch size {first} and, in {allowance}, at no other, but a prediction "
+            f"{_named(goal)} was reached at batch size {first} and, in {allowance}, at no other, but a prediction "
             "takes two: allow more, or ask for less"
         )
     edges = ", ".join(f"{size}" for size, pilot in found.items() if pilot.at_edge)
@@ -195,17 +175,21 @@ def _pilots(search, sizes, first_rate, target, key, clock: _Clock, unknown: list
     return found, known
 
 
-def _pilot(search, size: int, grid, key, clock: _Clock, share: float, *, late: float = pilots.LATE) -> Pilot:
+def _fine(rate: float) -> np.ndarray:
+    return rate * FINE ** (np.arange(NUM_FINE) - (NUM_FINE - 1) / 2)
+
+
+def _pilot(search, size: int, grid, key, clock: _Clock, share: float) -> Pilot:
     def watch(updates: int, value: float) -> None:
         clock.show(f"pilot at batch size {size}: {updates} updates, best {value:.3g}")
 
     watch(0, math.nan)
     run = partial(search, batch_size=size, num_seeds=NUM_SEEDS, key=key)
     limits = {"max_examples": clock.max_examples, "deadline": clock.until(share), "progress": watch}
-    return pilots.tune(run, grid, late=late, **limits)
+    return pilots.tune(run, grid, **limits)
 
 
-def _check(problem: Problem, batch_sizes: Sequence[int] | None, budget: float) -> list[int]:
+def _check(problem: Problem, goal: Goal, batch_sizes: Sequence[int] | None, budget: float) -> list[int]:
     num_examples = problem.num_examples
     if num_examples < 8:
         raise ValueError(
@@ -213,36 +197,38 @@ def _check(problem: Problem, batch_sizes: Sequence[int] | None, budget: float) -
         )
     if not 0 < budget < math.inf:
         raise ValueError(f"budget={budget} must be positive and finite, in seconds")
-    sizes = sorted(set(batch_sizes)) if batch_sizes else default_batch_sizes(num_examples)
+    most = goal.num_examples if isinstance(goal, Budget) else num_examples
+    if most < 8:
+        raise ValueError(f"examples={most} must be at least 8: advice on a batch size takes that many")
+    sizes = [size for size in default_batch_sizes(num_examples) if size <= most]
+    if batch_sizes:
+        sizes = sorted(set(batch_sizes))
+        if most < sizes[-1] <= num_examples:
+            raise ValueError(f"examples={most} are fewer than one batch of {sizes[-1]}: allow more, or smaller batches")
     if not 1 <= sizes[0] <= sizes[-1] <= num_examples or len(sizes) < 2:
         raise ValueError(f"batch_sizes={sizes} must be at least two, between 1 and N={num_examples}")
     return sizes
 
 
-def _optimizer(optimizer: str | Optimizer) -> tuple[Optimizer, float]:
-    """Return (the optimiser's factory, a learning rate to begin with)."""
-    if not isinstance(optimizer, str):
-        return optimizer, 0.03
-    if optimizer not in OPTIMIZERS:
-        raise ValueError(f"optimizer={optimizer!r} is not one of {', '.join(OPTIMIZERS)}, or module:factory")
-    return OPTIMIZERS[optimizer]
+def _named(goal: Goal) -> str:
+    return f"the end of examples={goal.num_examples}" if isinstance(goal, Budget) else f"target={goal}"
 
 
-def _check_reached(pilot: Pilot, target: Target, clock: _Clock) -> None:
+def _check_reached(pilot: Pilot, goal: Goal, clock: _Clock) -> None:
     if pilot.found:
         return
     rates = f"learning rates from {pilot.learning_rates[0]:.2g} to {pilot.learning_rates[-1]:.2g}"
     if pilot.diverged.any(1).all():
         raise ValueError(f"the loss diverges at all {rates}: scale the data, the initial parameters or the loss")
-    easier = dataclasses.replace(target, value=_easier(pilot.best_metric, target.relation))
+    ended = f"budget={clock.budget:g} s: the share of the first pilot ended before {_named(goal)} was reached"
+    if isinstance(goal, Budget):
+        raise ValueError(f"{ended}: allow more seconds, or spend fewer examples")
+    easier = dataclasses.replace(goal, value=_easier(pilot.best_metric, goal.relation))
+    nearest = f"the nearest was {pilot.best_metric:.4g}"
     if clock.late(FIRST_SHARE):
-        raise ValueError(
-            f"budget={clock.budget:g} s: the share of the first pilot ended before target={target} was reached; the "
-            f"nearest was {pilot.best_metric:.4g}: allow more, or try {easier}"
-        )
+        raise ValueError(f"{ended}; {nearest}: allow more, or try {easier}")
     raise ValueError(
-        f"target={target} was not reached with every seed in {MAX_EPOCHS} epochs at {rates}; the nearest was "
-        f"{pilot.best_metric:.4g}: try {easier}"
+        f"target={goal} was not reached with every seed in {MAX_EPOCHS} epochs at {rates}; {nearest}: try {easier}"
     )
 
 
@@ -262,8 +248,10 @@ def _noise_scales(
         unknown.append("the noise scale: the budget did not allow it")
         return []
     clock.show("noise scale")
-    rate, updates = pilot.optimum()
-    every = max(1, round(float(updates.mean()) / 2))
+    rate, costs = pilot.optimum()
+    goal = pilot.goal
+    updates = goal.num_examples / pilot.batch_size if isinstance(goal, Budget) else float(costs.mean())
+    every = max(1, round(updates / 2))
     run_key, measure_key = jax.random.split(key)
     sample = min(problem.num_examples, 512)
     measure = jax.jit(partial(noise.measure, problem.loss, num_examples=sample))
@@ -298,6 +286,9 @@ def _verify(known: Sequence[Choice], search, key, clock: _Clock, unknown: list[s
         if not pilot.found and clock.late(1.0):
             unknown.append(f"batch size {choice.batch_size}, unverified: the budget ended in its runs")
             continue
-        choice.measured = pilot.updates[0]
+        [costs] = pilot.costs
+        choice.measured = costs
+        if isinstance(pilot.goal, Budget):
+            choice.measured, choice.measured_loss = np.where(np.isfinite(costs), choice.updates[1], np.inf), costs
         if choice.time_again:
             choice.measured_seconds_per_update = choice.time_again()

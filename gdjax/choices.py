@@ -2,24 +2,17 @@
 
 import dataclasses
 import math
-import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from gdjax import descent, gradients, noise, scaling, timing
-from gdjax.lanes import Optimizer
+from gdjax import intervals, noise, scaling
 from gdjax.pilots import Pilot
-from gdjax.problem import Problem
-from gdjax.targets import Target
+from gdjax.targets import Budget, Goal
 
 NUM_SEEDS, NUM_FRESH = 3, 5  # runs of a pilot at each rate, and runs that verify
 STEP = 8  # factor between the batch sizes of pilots
-TIMED_EXAMPLES, TIMING_SECONDS = 1024, 0.1  # in one timed run of updates, and for all repeats of it
 
 
 @dataclasses.dataclass
@@ -32,8 +25,12 @@ class Choice:
         memory: bytes of one compiled run of updates beside arguments and results, or None.
         fits: whether the step compiled and ran.
         learning_rate: predicted.
-        updates: predicted (low, middle, high), the 90 % interval for the mean of NUM_FRESH runs.
-        measured: updates of the runs that verified, [NUM_FRESH], infinite where the target was not reached; or None.
+        updates: predicted (low, middle, high), the 90 % interval for the mean of NUM_FRESH runs; with a budget of E
+            examples to spend, three times E // B.
+        loss: with a budget, predicted as well, and the deviation of its logarithm from seed to seed, `seed_error`.
+        measured: updates of the runs that verified, [NUM_FRESH], infinite where the target, or the end of the budget,
+            was not reached; or None.
+        measured_loss: with a budget, what these runs ended at, [NUM_FRESH].
         measured_seconds_per_update: measured anew beside them.
         expected_updates: what is known in the end: measured where it was run, otherwise predicted by the last laws.
         time_again: times the compiled training loop once more, seconds per update.
@@ -47,7 +44,10 @@ class Choice:
     extrapolated: bool = False
     learning_rate: float = math.nan
     updates: tuple[float, float, float] = (math.nan, math.nan, math.nan)
+    loss: tuple[float, float, float] = (math.nan, math.nan, math.nan)
+    seed_error: float = math.nan
     measured: np.ndarray | None = None
+    measured_loss: np.ndarray | None = None
     measured_seconds_per_update: float = math.nan
     expected_updates: float = math.nan
     time_again: Callable[[], float] | None = dataclasses.field(default=None, repr=False)
@@ -57,6 +57,12 @@ class Choice:
         """Predicted time to the target (low, middle, high), without compilation and evaluation."""
         low, middle, high = (updates * self.seconds_per_update for updates in self.updates)
         return low, middle, high
+
+    @property
+    def costs(self) -> np.ndarray:
+        """What the runs that verified took, in the unit of `Pilot.costs`; empty where nothing was run."""
+        found = self.measured if self.measured_loss is None else self.measured_loss
+        return np.empty(0) if found is None else found
 
     @property
     def measured_updates(self) -> float:
@@ -74,15 +80,31 @@ class Choice:
         return self.measured_seconds if self.measured is not None else self.expected_updates * self.seconds_per_update
 
     @property
+    def expected_loss(self) -> float:
+        """With a budget, the loss as it is known in the end."""
+        return self.loss[1] if self.measured_loss is None else float(self.measured_loss.mean())
+
+    @property
+    def loss_limit(self) -> float:
+        """The upper end of the 90 % interval, over seeds, of `expected_loss` as the mean of NUM_FRESH runs."""
+        quantile = intervals.student(NUM_FRESH - 1, confidence=0.9) / NUM_FRESH**0.5
+        if self.measured_loss is None:
+            return self.loss[1] * math.exp(quantile * self.seed_error)
+        return float(self.measured_loss.mean() + quantile * self.measured_loss.std(ddof=1))
+
+    @property
     def inside(self) -> bool:
-        """Whether the measured updates lie in their predicted interval."""
-        return self.updates[0] <= self.measured_updates <= self.updates[2]
+        """Whether the measured updates, or the measured loss, lie in their predicted interval."""
+        (low, _, high), value = self.updates, self.measured_updates
+        if self.measured_loss is not None:
+            (low, _, high), value = self.loss, self.expected_loss
+        return low <= value <= high
 
     def summary(self) -> dict[str, Any]:
         """Return the row for a JSON file."""
         names = [field.name for field in dataclasses.fields(self) if field.name != "time_again"]
         predicted = {"seconds": self.seconds, "examples": tuple(x * self.batch_size for x in self.updates)}
-        names += ["measured_updates", "measured_seconds", "expected_seconds"]
+        names += ["measured_updates", "measured_seconds", "expected_seconds", "expected_loss"]
         return {name: getattr(self, name) for name in names} | predicted
 
 
@@ -91,23 +113,24 @@ class Advice:
     """Which batch size to use, and what it rests on.
 
     Attributes:
-        target: what was to be reached.
+        goal: what was to be reached or spent.
         choices: every batch size that was considered.
         pilots: {batch size: Pilot}.
         law, rates: the laws fitted to the pilots, and to what verified where `refitted`.
         noise_scales: [(updates made, NoiseScale)] along a run of the first pilot.
         refitted: whether a prediction had been wrong by more than its interval.
-        batch_size: the advice, by time: the fastest of what was verified, of what was predicted where nothing was.
+        batch_size: the advice, by time: the `fastest` of what was verified, of what was predicted where nothing was.
         fewest_examples, least_memory: the advice by examples (energy, money) and by memory.
-        pareto: the batch sizes that no other beats in both time and examples, as they are known in the end.
+        pareto: the batch sizes that no other beats in both time and examples, as they are known in the end; with a
+            budget, in time and loss.
         unknown: what the budget did not allow to establish.
         seconds: wall time of it all.
     """
 
-    target: Target
+    goal: Goal
     choices: list[Choice]
     pilots: dict[int, Pilot]
-    law: scaling.UpdatesLaw
+    law: scaling.UpdatesLaw | scaling.LossLaw
     rates: scaling.RateLaw
     noise_scales: list[tuple[int, noise.NoiseScale]]
     refitted: bool
@@ -129,16 +152,14 @@ class Advice:
             for updates, scale in self.noise_scales
         ]
         pilots = {
-            size: dataclasses.asdict(pilot) | {"target": str(pilot.target), "best_learning_rate": pilot.optimum()[0]}
+            size: dataclasses.asdict(pilot) | {"goal": str(pilot.goal), "best_learning_rate": pilot.optimum()[0]}
             for size, pilot in self.pilots.items()
         }
         return {
-            "target": str(self.target),
+            "goal": str(self.goal),
             "advice": self.sentence(),
             **{name: getattr(self, name) for name in fields},
-            "min_updates": self.law.min_updates,
-            "critical_batch_size": self.law.critical_batch_size,
-            "model_error": self.law.model_error,
+            **{name: number for name, number in self.law._asdict().items() if isinstance(number, float)},
             "rate_law": self.rates._asdict(),
             "noise_scales": scales,
             "choices": [choice.summary() for choice in self.choices],
@@ -148,7 +169,10 @@ class Advice:
     def sentence(self) -> str:
         """Return the advice in plain language."""
         choice = self[self.batch_size]
-        start = f"Use batch size {choice.batch_size} (learning rate {choice.learning_rate:.2g}): {self.target} "
+        start = f"Use batch size {choice.batch_size} (learning rate {choice.learning_rate:.2g}): "
+        if isinstance(self.goal, Budget):
+            return start + self._after_budget(choice)
+        start += f"{self.goal} "
         low, middle, high = choice.seconds
         predicted = f"predicted {middle:.3g} s, {low:.3g} to {high:.3g}"
         if choice.measured is None:
@@ -161,66 +185,38 @@ class Advice:
         ]
         return start + (f"; it takes {', '.join(others)}." if others else ".")
 
+    def _after_budget(self, choice: Choice) -> str:
+        low, middle, high = choice.loss
+        predicted = f"predicted {middle:.3g}, {low:.3g} to {high:.3g}"
+        after = f"after {self.goal.num_examples} examples in"  # pyright: ignore[reportAttributeAccessIssue]
+        if choice.measured is None:
+            return f"train_loss {predicted}, {after} {choice.seconds[1]:.3g} s; not verified."
+        others = [
+            f"{other.expected_loss:.3g} in {other.measured_seconds:.3g} s at B = {other.batch_size}"
+            for other in self.choices
+            if other is not choice and np.isfinite(other.measured_seconds)
+        ]
+        start = f"train_loss {choice.expected_loss:.3g} ({predicted}) {after} {choice.measured_seconds:.3g} s"
+        return start + (f"; it is {', '.join(others)}." if others else ".")
+
 
 def default_batch_sizes(num_examples: int) -> list[int]:
     """Return the powers of two below N, and N."""
     return [2**i for i in range((num_examples - 1).bit_length())] + [num_examples]
 
 
-def throughput(
-    problem: Problem,
-    optimizer: Optimizer,
-    sizes: Sequence[int],
-    *,
-    learning_rate: float,
-    deadline: float = math.inf,
-    progress: Callable[[str], None] = lambda stage: None,
+def predict(
+    choices: Sequence[Choice], law: scaling.UpdatesLaw | scaling.LossLaw, rates: scaling.RateLaw
 ) -> list[Choice]:
-    """Time the real training loop at every batch size, ascending, until `deadline` (`time.perf_counter`).
-
-    After that times are taken in proportion to the examples. Whatever else the machine does only adds to a time: all
-    are measured twice, where `deadline` allows it, and the lower one counts. What is larger than a size that does not
-    fit does not either.
-    """
-    choices: list[Choice] = []
-    draw = np.random.default_rng(0)
-    method = descent.method(gradients.mean(problem.loss), optimizer(learning_rate))
-    state = method.init(jax.jit(problem.init)(jax.random.key(0)))
-    for size in sizes:
-        progress(f"timing batch size {size}")
-        if choices and (not choices[-1].fits or time.perf_counter() > deadline):
-            scale = size / choices[-1].batch_size
-            fits = choices[-1].fits
-            choices.append(Choice(size, choices[-1].seconds_per_update * scale, fits=fits, extrapolated=fits))
-            continue
-        num_updates = int(np.clip(TIMED_EXAMPLES // size, 4, 1024))
-        batches = draw.integers(problem.num_examples, size=(num_updates, size), dtype=np.int32)
-        arguments = state, problem.train, jnp.asarray(batches)
-        try:
-            program = timing.compiled(partial(descent.run, method, every=num_updates), *arguments)
-            again = partial(_per_update, program, arguments, num_updates)
-            choices.append(Choice(size, again(), program.compile_seconds, program.temporary_bytes, time_again=again))
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            choices.append(Choice(size, math.inf, fits=False))
-    for choice in choices:
-        if choice.time_again and time.perf_counter() < deadline:
-            choice.seconds_per_update = min(choice.seconds_per_update, choice.time_again())
-    return choices
-
-
-def _per_update(program, arguments, num_updates: int) -> float:
-    return timing.seconds(program, *arguments, budget=TIMING_SECONDS, repeats=7) / num_updates
-
-
-def predict(choices: Sequence[Choice], law: scaling.UpdatesLaw, rates: scaling.RateLaw) -> list[Choice]:
-    """Return the choices with the learning rates and the updates that the laws predict."""
+    """Return the choices with the learning rates and the updates, or the loss, that the laws predict."""
     predicted = []
     for choice in choices:
-        low, middle, high = law.interval(choice.batch_size, num_seeds=NUM_FRESH)
-        updates = float(low), float(middle), float(high)
-        predicted.append(dataclasses.replace(choice, updates=updates, learning_rate=float(rates(choice.batch_size))))
+        low, middle, high = map(float, law.interval(choice.batch_size, num_seeds=NUM_FRESH))
+        known: dict[str, Any] = {"learning_rate": float(rates(choice.batch_size)), "updates": (low, middle, high)}
+        if isinstance(law, scaling.LossLaw):
+            updates = float(law.num_examples // choice.batch_size)
+            known |= {"updates": (updates,) * 3, "loss": (low, middle, high), "seed_error": law.seed_error}
+        predicted.append(dataclasses.replace(choice, **known))
     return predicted
 
 
@@ -233,15 +229,23 @@ def next_to_verify(choices: Sequence[Choice], tried: Sequence[int]) -> Choice | 
     usable = [choice for choice in choices if choice.time_again]
     sizes = [choice.batch_size for choice in usable]
     run = [choice for choice in usable if np.isfinite(choice.measured_seconds)]
-    best = min(run, key=lambda choice: choice.measured_seconds) if run else fastest(usable)
+    best = fastest(run or usable)
     i = sizes.index(best.batch_size)
     wanted = [*sizes[i : i + 1], *sizes[max(i - 1, 0) : i], *sizes[i + 1 : i + 2], sizes[0], sizes[-1]]
     return next((usable[sizes.index(size)] for size in wanted if size not in tried), None)
 
 
 def fastest(choices: Sequence[Choice]) -> Choice:
-    """Return the choice with the lowest predicted time among those that fit."""
-    return min((choice for choice in choices if choice.fits), key=lambda choice: choice.seconds[1])
+    """Return the fastest choice among those that fit, as it was measured or else predicted.
+
+    With a budget to spend, among those whose loss is within the interval of the least one: no larger than its
+    `loss_limit`.
+    """
+    usable = [choice for choice in choices if choice.fits]
+    if not math.isnan(usable[0].expected_loss):
+        limit = min(usable, key=lambda choice: choice.expected_loss).loss_limit
+        usable = [choice for choice in usable if choice.expected_loss <= limit]
+    return min(usable, key=lambda choice: choice.seconds[1] if choice.measured is None else choice.measured_seconds)
 
 
 def nearest(sizes: Sequence[int], size: float) -> int:
@@ -251,12 +255,16 @@ def nearest(sizes: Sequence[int], size: float) -> int:
 
 def fit(found: dict[int, Pilot], verified: Sequence[Choice] = ()):
     """Fit both laws to the pilots and, at equal weight, to batch sizes that were verified."""
+    goal = next(iter(found.values())).goal
     optima = {size: pilot.optimum() for size, pilot in found.items()}
-    sizes = [*optima, *(choice.batch_size for choice in verified if choice.measured is not None)]
-    updates = [updates for _, updates in optima.values()]
-    updates += [choice.measured[:NUM_SEEDS] for choice in verified if choice.measured is not None]
+    run = [choice for choice in verified if choice.measured is not None]
+    sizes = [*optima, *(choice.batch_size for choice in run)]
+    costs = [costs for _, costs in optima.values()]
+    costs += [choice.costs[:NUM_SEEDS] for choice in run]
     rates = scaling.fit_rates(list(optima), [rate for rate, _ in optima.values()])
-    return scaling.fit(sizes, np.asarray(updates)), rates
+    if isinstance(goal, Budget):
+        return scaling.fit_losses(sizes, np.asarray(costs), num_examples=goal.num_examples), rates
+    return scaling.fit(sizes, np.asarray(costs)), rates
 
 
 def next_pilot(found: dict[int, Pilot], known: Sequence[Choice]) -> int | None:

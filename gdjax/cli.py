@@ -83,10 +83,13 @@ class Advise:
     runs the best and others with fresh seeds, and prints predicted beside measured. Saves result.json and figure.png.
     """
 
-    target: str
+    target: str | None = None
     """What to reach: 'loss<=0.05' or 'accuracy>=0.95'. The loss is that of the training examples, other metrics are
     those of the test examples, unless train_ or test_ goes before the name; of more than 2048 examples, 2048 are
     drawn to judge it on."""
+    examples: int | None = None
+    """Instead of a target: how many examples to spend, for the least training loss after them. The advice is the
+    fastest batch size whose loss is within the interval, over seeds, of the least one."""
     problem: str = "digits-mlp"
     """A built-in name (`gdjax compare --help` lists them), or package.module:attribute naming a gdjax Problem or a
     function that returns one; the current folder is searched first."""
@@ -101,22 +104,25 @@ class Advise:
     common: Common = Common()
 
     def run(self) -> None:
-        from gdjax import advise, plots, problems, targets
+        from gdjax import advise, optimizers, plots, problems, targets
 
+        if (self.target is None) == (self.examples is None):
+            raise ValueError("give exactly one of --target 'loss<=0.05', to reach, and --examples 8192, to spend")
         with saving("advise", self, seed=self.seed) as save:
             problem = problems.named(self.problem)
+            goal = targets.parse_target(self.target, problem) if self.target else targets.Budget(self.examples or 0)
             sizes = [problem.num_examples if size == "full" else size for size in self.batch_sizes or ()]
             with progress() as show:
                 found = advise.advise(
                     problem,
-                    targets.parse_target(self.target, problem),
-                    optimizer=advise.load_optimizer(self.optimizer),
+                    goal,
+                    optimizer=optimizers.load(self.optimizer),
                     batch_sizes=sizes or None,
                     budget=self.budget,
                     seed=self.seed,
                     progress=show,
                 )
-            title = f"{problem.name}, {found.target}"
+            title = f"{problem.name}, {found.goal}"
             save(found.summary() | {"problem": problem.name}, _advice(found), lambda: plots.advice(found, title))
 
 
@@ -171,19 +177,24 @@ def _cells(row: "Row") -> dict[str, str]:
 
 def _advice(found: "Advice") -> str:
     """Return a table, one row for each batch size, what could not be established, and the advice."""
-    rows: list[tuple[str, ...]] = [("B", "rate", "ms/update", "updates: predicted", "run", "ms: predicted", "run")]
+    spent = hasattr(found.goal, "num_examples")
+    head = ("updates", "loss: predicted", "run", "ms") if spent else ("updates: predicted", "run", "ms: predicted")
+    rows: list[tuple[str, ...]] = [("B", "rate", "ms/update", *head, "run")]
     for choice in found.choices:
-        size, run = f"{choice.batch_size}", choice.measured is not None
         if not choice.fits:
-            rows.append((size, "does not fit", *[""] * 5))
+            rows.append((f"{choice.batch_size}", "does not fit", *[""] * (len(rows[0]) - 2)))
             continue
+        run, mark = choice.measured is not None, "" if choice.inside else " *"
         speed = f"{1e3 * choice.seconds_per_update:.3g}" + ("?" if choice.extrapolated else "")
-        updates = f"{choice.measured_updates:.3g}" + ("" if choice.inside else " *") if run else ""
-        seconds = f"{1e3 * choice.measured_seconds:.3g}" if run else ""
         milliseconds = [1e3 * x for x in choice.seconds]
-        rows.append(
-            (size, f"{choice.learning_rate:.2g}", speed, _range(choice.updates), updates, _range(milliseconds), seconds)
-        )
+        if spent:
+            loss = f"{choice.expected_loss:.3g}{mark}" if run else ""
+            cells = f"{choice.updates[1]:.0f}", _range(choice.loss), loss, f"{milliseconds[1]:.3g}"
+        else:
+            updates = f"{choice.measured_updates:.3g}{mark}" if run else ""
+            cells = _range(choice.updates), updates, _range(milliseconds)
+        seconds = f"{1e3 * choice.measured_seconds:.3g}" if run else ""
+        rows.append((f"{choice.batch_size}", f"{choice.learning_rate:.2g}", speed, *cells, seconds))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     if found.refitted:
@@ -191,7 +202,8 @@ def _advice(found: "Advice") -> str:
     if any(choice.extrapolated for choice in found.choices):
         lines += ["? not timed: in proportion to the examples."]
     lines += ["", *(f"Noise scale after {updates} updates: {scale}" for updates, scale in found.noise_scales)]
-    lines += [f"Fewest examples: B = {found.fewest_examples}. Least memory: B = {found.least_memory}."]
+    fewest = "" if spent else f"Fewest examples: B = {found.fewest_examples}. "
+    lines += [f"{fewest}Least memory: B = {found.least_memory}."]
     lines += [f"Not established: {what}." for what in found.unknown]
     sentence = textwrap.fill(found.sentence(), max(60, shutil.get_terminal_size().columns))
     return "\n".join([*lines, "", sentence])

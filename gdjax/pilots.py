@@ -1,4 +1,4 @@
-"""Updates to a target, for many learning rates and seeds at once: what `advise` learns from.
+"""Updates to a target, or the loss after a budget, for many learning rates and seeds: what `advise` learns from.
 
 Lanes are evaluated now and then, at intervals that grow with the run; the crossing of the target is interpolated
 between two evaluations. A lane that diverges is infeasible; a lane that had not arrived when the search ended is
@@ -15,46 +15,46 @@ import jax
 import numpy as np
 
 from gdjax.lanes import Lanes, Runs
-from gdjax.targets import Target, best_value
+from gdjax.targets import Budget, Goal, best_value
 
 GROWTH = 0.05  # of a run between evaluations: the error of an updates-to-target before interpolation
 EVALUATION_SHARE = 0.5  # of the cost of training that evaluations may take, unless they were rarer than
 EARLY_GROWTH = 0.5  # of a run
-LATE = 2.0  # a rate that needs this many times the updates of the best one is not waited for, unless told otherwise
+LATE = 2.0  # a rate that needs this many times the updates of the best one is not waited for
 MAX_GRIDS = 6
 
 
 @dataclasses.dataclass(frozen=True)
 class Pilot:
-    """Updates to the target at one batch size, rates [R] ascending and seeds [S].
+    """What every run took at one batch size, rates [R] ascending and seeds [S].
 
     Attributes:
-        target: what was to be reached.
+        goal: the target to reach, or the budget to spend.
         batch_size: B.
         learning_rates: [R].
-        updates: [R, S], infinite where the target was not reached.
-        diverged: bool [R, S], where it cannot be reached.
-        best_metric: the value closest to the target that any lane was seen at.
+        costs: [R, S], updates to the target or the loss after the budget, infinite where it was not reached or spent.
+        diverged: bool [R, S], where it cannot be.
+        best_metric: the best value, for this goal, that any lane was seen at.
         seconds: wall time of the search, compilation included.
     """
 
-    target: Target
+    goal: Goal
     batch_size: int
     learning_rates: np.ndarray
-    updates: np.ndarray
+    costs: np.ndarray
     diverged: np.ndarray
     best_metric: float
     seconds: float
 
     @property
     def found(self) -> bool:
-        """Whether some rate reached the target with every seed."""
-        return bool(np.isfinite(self.updates).all(1).any())
+        """Whether some rate reached the target, or the end of the budget, with every seed."""
+        return bool(np.isfinite(self.costs).all(1).any())
 
     @property
     def best(self) -> int:
-        """The rate with the fewest updates, the mean over seeds."""
-        return int(np.argmin(self.updates.mean(1)))
+        """The rate with the least cost, the mean over seeds."""
+        return int(np.argmin(self.costs.mean(1)))
 
     @property
     def at_edge(self) -> bool:
@@ -62,32 +62,35 @@ class Pilot:
         return self.best in (0, len(self.learning_rates) - 1)
 
     def optimum(self) -> tuple[float, np.ndarray]:
-        """Return (the best learning rate, updates [S] there), by a parabola through log updates against log rate.
+        """Return (the best learning rate, costs [S] there), by a parabola through log costs against log rate.
 
-        The parabola goes through the best rate and its neighbours, and is taken for its top only: updates at it are
+        The parabola goes through the best rate and its neighbours, and is taken for its top only: costs at it are
         those of the best rate, scaled.
         """
         i = self.best
-        logs = np.log(self.updates.mean(1))
+        logs = np.log(self.costs.mean(1))
         x = np.log(self.learning_rates)
         if self.at_edge or not np.isfinite(logs[i - 1 : i + 2]).all():
-            return float(self.learning_rates[i]), self.updates[i]
+            return float(self.learning_rates[i]), self.costs[i]
         a, b, _ = np.polyfit(x[i - 1 : i + 2] - x[i], logs[i - 1 : i + 2], 2)
         shift = float(np.clip(-b / (2 * a), x[i - 1] - x[i], x[i + 1] - x[i])) if a > 0 else 0.0
-        return float(np.exp(x[i] + shift)), self.updates[i] * np.exp(a * shift**2 + b * shift)
+        return float(np.exp(x[i] + shift)), self.costs[i] * np.exp(a * shift**2 + b * shift)
 
 
-def search(runs: Runs, target: Target) -> Callable[..., Pilot]:
-    """Return `(learning_rates [R], *, batch_size, num_seeds, key, max_examples, deadline, late, progress) -> Pilot`.
+def search(runs: Runs, goal: Goal) -> Callable[..., Pilot]:
+    """Return `(learning_rates [R], *, batch_size, num_seeds, key, max_examples, deadline, progress) -> Pilot`.
 
     It trains every rate with every seed until the best rate is known, `max_examples` examples are seen, or the clock
-    (`time.perf_counter`) passes `deadline`; a search that it ends is reported as it stands. Other rates are waited for
-    until `late` times the updates of the best one. `progress` is called with the updates made and the value of the
-    metric closest to the target.
+    (`time.perf_counter`) passes `deadline`; a search that it ends is reported as it stands. With a
+    budget to spend, `max_examples` is that budget. `progress` is called with the updates made and the best value.
 
     Args:
-        runs: from `lanes.runs`, judged by the metric of `target`; one for all batch sizes.
-        target: what to reach.
+        runs: from `lanes.runs`, judged by the metric of `goal`; one for all batch sizes.
+        goal: what to reach or to spend.
+
+    Raises:
+        ValueError: by what is returned, for a target that is met at the start, and a loss that is not positive after
+            the budget.
     """
 
     def run(
@@ -96,44 +99,67 @@ def search(runs: Runs, target: Target) -> Callable[..., Pilot]:
         batch_size: int,
         num_seeds: int,
         key: jax.Array,
-        max_examples: int,
+        max_examples: int = 0,
         deadline: float = math.inf,
-        late: float = LATE,
         progress: Callable[[int, float], None] = lambda updates, metric: None,
     ) -> Pilot:
-        began, max_updates = time.perf_counter(), max(1, max_examples // batch_size)
-        # Evaluating an example costs a third of training on it.
-        fewest = max(1, round(runs.num_evaluated / (3 * EVALUATION_SHARE * batch_size)))
-        shape = num_seeds, len(learning_rates)
+        began, shape = time.perf_counter(), (num_seeds, len(learning_rates))
+        max_updates = max(1, (goal.num_examples if isinstance(goal, Budget) else max_examples) // batch_size)
         lanes = runs.start(learning_rates, num_seeds=num_seeds, key=key)
-        unused = (len(lanes.values) - math.prod(shape),)
+        unused = np.zeros(len(lanes.values) - math.prod(shape), bool)
 
         def seen(lanes: Lanes) -> np.ndarray:
             return np.asarray(lanes.values, float)[: math.prod(shape)].reshape(shape)
 
         values = seen(lanes)
-        updates, diverged = np.full(shape, np.inf), ~np.isfinite(values)
-        nearest, done = best_value(values, target), 0
-        if target.reached(values).all():
-            raise ValueError(f"target={target} is met before any update, at {nearest:.4g}: ask for more")
+        costs, diverged = np.full(shape, np.inf), ~np.isfinite(values)
+        nearest, done = best_value(values, goal), 0
+        if not isinstance(goal, Budget) and goal.reached(values).all():
+            raise ValueError(f"target={goal} is met before any update, at {nearest:.4g}: ask for more")
         while done < max_updates and time.perf_counter() < deadline:
             # A rate that diverges with one seed is not waited for with the others.
-            active = np.isinf(updates) & ~diverged.any(0)
-            if not active.any() or done > late * updates.mean(0).min():
+            active = np.isinf(costs) & ~diverged.any(0)
+            late_by = math.inf if isinstance(goal, Budget) else LATE * costs.mean(0).min()
+            if not active.any() or done > late_by:
                 break
-            count = max(1, math.ceil(GROWTH * done), min(fewest, math.ceil(EARLY_GROWTH * done)))
-            padded = np.concatenate([active.reshape(-1), np.zeros(unused, bool)])
-            lanes = runs.advance(lanes, min(count, max_updates - done), padded, batch_size=batch_size)
-            previous, values, before, done = values, seen(lanes), done, lanes.num_updates
-            arrived = target.reached(values) & active
-            updates[arrived] = _crossing(before, done, previous[arrived], values[arrived], target.value)
+            count = min(_until_evaluated(goal, done, runs.num_evaluated, batch_size), max_updates - done)
+            lanes = runs.advance(lanes, count, np.append(active.reshape(-1), unused), batch_size=batch_size)
+            before, done = (done, values), lanes.num_updates
+            values = seen(lanes)
+            _note_costs(costs, goal, active, before, (done, values), ended=done == max_updates)
             diverged |= ~np.isfinite(values)
-            nearest = best_value(np.append(values, nearest), target)
+            nearest = best_value(np.append(values, nearest), goal)
             progress(done, nearest)
         rates = np.asarray(learning_rates, float)
-        return Pilot(target, batch_size, rates, updates.T, diverged.T, nearest, time.perf_counter() - began)
+        return Pilot(goal, batch_size, rates, costs.T, diverged.T, nearest, time.perf_counter() - began)
 
     return run
+
+
+def _until_evaluated(goal: Goal, done: int, num_evaluated: int, batch_size: int) -> int:
+    """Return how many updates to make before lanes are evaluated."""
+    early = math.ceil(EARLY_GROWTH * done)
+    if isinstance(goal, Budget):  # all that has to be known on the way is which lanes diverge
+        return max(1, early)
+    # Evaluating an example costs a third of training on it.
+    fewest = max(1, round(num_evaluated / (3 * EVALUATION_SHARE * batch_size)))
+    return max(1, math.ceil(GROWTH * done), min(fewest, early))
+
+
+def _note_costs(costs, goal: Goal, active, before, after, *, ended: bool) -> None:
+    """Fill in the costs [S, R] of lanes that arrived between two evaluations, (updates made, values [S, R]) each."""
+    (start, previous), (end, values) = before, after
+    if isinstance(goal, Budget):
+        here = active & np.isfinite(values) & ended
+        if (values[here] <= 0).any():
+            raise ValueError(
+                f"examples={goal.num_examples}: the loss after them is {values[here].min():.3g}, but laws are fitted "
+                "to logarithms of positive losses: add a constant to it"
+            )
+        costs[here] = values[here]
+        return
+    here = goal.reached(values) & active
+    costs[here] = _crossing(start, end, previous[here], values[here], goal.value)
 
 
 def tune(run: Callable[..., Pilot], learning_rates: np.ndarray, **limits: Any) -> Pilot:
@@ -176,8 +202,8 @@ def _merged(first: Pilot, second: Pilot) -> Pilot:
     return dataclasses.replace(
         second,
         learning_rates=rates[order][starts],
-        updates=np.minimum.reduceat(np.concatenate([first.updates, second.updates])[order], starts),
+        costs=np.minimum.reduceat(np.concatenate([first.costs, second.costs])[order], starts),
         diverged=np.logical_or.reduceat(np.concatenate([first.diverged, second.diverged])[order], starts),
-        best_metric=best_value(np.asarray([first.best_metric, second.best_metric]), first.target),
+        best_metric=best_value(np.asarray([first.best_metric, second.best_metric]), first.goal),
         seconds=first.seconds + second.seconds,
     )

@@ -25,6 +25,7 @@ NUM_DRAWS = 1000
 MODEL_ERROR, MODEL_RESIDUALS = 0.12, 3
 BEYOND = 0.2  # further error of log S for each e-fold beyond the outermost pilot: the knee is sharper than the law's
 POWERS = (1.0, 0.5, 0.0)
+LOSS_POWERS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 
 
 class UpdatesLaw(NamedTuple):
@@ -61,16 +62,56 @@ class UpdatesLaw(NamedTuple):
         last two are known from a few pilots only, hence Student's t.
         """
         size = np.asarray(batch_size, float)[..., None]
-        smallest, largest = self.pilots
-        beyond = np.log(np.maximum(np.maximum(size / largest, smallest / size), 1))
-        spread = np.hypot(np.hypot(self.model_error, BEYOND * beyond), self.seed_error / num_seeds**0.5)
         min_updates, critical = self.draws
-        # Not the seed that the draws were made from: the two errors are independent.
-        noise = np.random.default_rng(1).standard_t(self.freedom, size=len(min_updates))
-        logs = np.log(min_updates * (1 + critical / size)) + spread * noise
-        low, high = np.exp(np.quantile(logs, [(1 - confidence) / 2, (1 + confidence) / 2], axis=-1))
-        middle = self(batch_size)
-        return np.minimum(low, middle), middle, np.maximum(high, middle)
+        return _interval(self, batch_size, min_updates * (1 + critical / size), confidence, num_seeds)
+
+
+class LossLaw(NamedTuple):
+    """L(B) = `least_loss` (1 + B / `critical_batch_size`)^`power` after `num_examples` examples, tuned at each B.
+
+    Attributes:
+        least_loss: L_0, where B is small.
+        critical_batch_size: B_0, examples, from where on too few updates are left.
+        power: at which the loss falls with the updates.
+        num_examples: E.
+        draws: (L_0 [D], B_0 [D], powers [D]), fits to pilots disturbed by their errors.
+        model_error, freedom, residuals, seed_error, pilots: as in `UpdatesLaw`, of log L.
+    """
+
+    least_loss: float
+    critical_batch_size: float
+    power: float
+    num_examples: int
+    draws: tuple[np.ndarray, np.ndarray, np.ndarray]
+    model_error: float
+    freedom: int
+    residuals: np.ndarray
+    seed_error: float
+    pilots: tuple[float, float]
+
+    def __call__(self, batch_size):
+        """Return L(B)."""
+        return self.least_loss * (1 + np.asarray(batch_size, float) / self.critical_batch_size) ** self.power
+
+    def interval(self, batch_size, *, confidence: float = 0.9, num_seeds: int = 3):
+        """Return (low, L(B), high) for the mean loss of `num_seeds` runs at B, as `UpdatesLaw.interval`."""
+        size = np.asarray(batch_size, float)[..., None]
+        least, scale, power = self.draws
+        return _interval(self, batch_size, least * (1 + size / scale) ** power, confidence, num_seeds)
+
+
+def _interval(law: UpdatesLaw | LossLaw, batch_size, drawn: np.ndarray, confidence: float, num_seeds: int):
+    """Return (low, law, high) from what draws of it predict, [..., D]."""
+    size = np.asarray(batch_size, float)[..., None]
+    smallest, largest = law.pilots
+    beyond = np.log(np.maximum(np.maximum(size / largest, smallest / size), 1))
+    spread = np.hypot(np.hypot(law.model_error, BEYOND * beyond), law.seed_error / num_seeds**0.5)
+    # Not the seed that the draws were made from: the two errors are independent.
+    noise = np.random.default_rng(1).standard_t(law.freedom, size=drawn.shape[-1])
+    logs = np.log(drawn) + spread * noise
+    low, high = np.exp(np.quantile(logs, [(1 - confidence) / 2, (1 + confidence) / 2], axis=-1))
+    middle = law(batch_size)
+    return np.minimum(low, middle), middle, np.maximum(high, middle)
 
 
 class RateLaw(NamedTuple):
@@ -100,24 +141,67 @@ def fit(batch_sizes: Sequence[int], updates: np.ndarray) -> UpdatesLaw:
     Raises:
         ValueError: for fewer than two batch sizes, and for updates that are not positive and finite.
     """
-    sizes, updates = np.asarray(batch_sizes, float), np.asarray(updates, float)
-    if len(set(sizes)) < 2:
-        raise ValueError(f"batch_sizes={list(batch_sizes)} must hold two different ones to fit a law with two unknowns")
-    if not (np.isfinite(updates) & (updates > 0)).all():
-        raise ValueError("updates must be positive and finite: leave censored and diverged pilots out")
-    logs, num_seeds = np.log(updates.mean(1)), updates.shape[1]
-    seed_error = float(np.sqrt(np.log(updates).var(1, ddof=1).mean())) if num_seeds > 1 else 0.0
+    sizes, logs, seed_error, num_seeds = _checked(batch_sizes, updates, "updates")
     scale, critical = _hyperbola(sizes, logs[None])
     residuals = logs - np.log(scale * (1 + critical / sizes))
-    freedom = MODEL_RESIDUALS + len(sizes) - 2
-    # The seeds' part of the residuals is counted apart, and not below what one would believe without them.
-    excess = max((residuals**2).sum() - (len(sizes) - 2) * seed_error**2 / num_seeds, 0.0)
-    model_error = float(np.sqrt((MODEL_RESIDUALS * MODEL_ERROR**2 + excess) / freedom))
-    spread = np.hypot(model_error, seed_error / num_seeds**0.5)
-    noise = np.random.default_rng(0).standard_t(freedom, (NUM_DRAWS, len(sizes)))
-    draws = _hyperbola(sizes, logs + spread * noise)
+    model_error, freedom, noise = _errors(residuals, seed_error, num_seeds, num_unknown=2)
+    draws = _hyperbola(sizes, logs + noise)
     ends = float(sizes.min()), float(sizes.max())
     return UpdatesLaw(float(scale[0]), float(critical[0]), draws, model_error, freedom, residuals, seed_error, ends)
+
+
+def fit_losses(batch_sizes: Sequence[int], losses: np.ndarray, *, num_examples: int) -> LossLaw:
+    """Fit L(B) = L_0 (1 + B / B_0)^a to log losses after `num_examples` examples by least squares.
+
+    It is the law of updates for a loss that falls as a power of the updates: E examples at batch size B bring as much
+    as E / (B + B_crit) updates without noise, B_crit being B_0. The power is one of LOSS_POWERS, 1 for two pilots.
+
+    Args:
+        batch_sizes: [P], at least two different ones.
+        losses: [P, S], finite, of every pilot and seed at the best rate.
+        num_examples: E.
+
+    Raises:
+        ValueError: for fewer than two batch sizes, and for losses that are not positive and finite.
+    """
+    sizes, logs, seed_error, num_seeds = _checked(batch_sizes, losses, "losses")
+    powers = LOSS_POWERS if len(sizes) > 2 else (1.0,)
+
+    def fitted(logs):
+        """Return (L_0 [D], B_0 [D], powers [D]) of log losses [D, P]."""
+        laws = [_log_law(1 / sizes, logs, power) for power in powers]
+        offsets, slopes, errors = (np.stack(part) for part in zip(*laws, strict=True))
+        best = errors.argmin(0), np.arange(len(logs))
+        return np.exp(offsets[best]), 1 / slopes[best], np.asarray(powers)[best[0]]
+
+    [least], [scale], [power] = fitted(logs[None])
+    residuals = logs - np.log(least * (1 + sizes / scale) ** power)
+    model_error, freedom, noise = _errors(residuals, seed_error, num_seeds, num_unknown=3)
+    ends, numbers = (float(sizes.min()), float(sizes.max())), (float(least), float(scale), float(power))
+    return LossLaw(*numbers, num_examples, fitted(logs + noise), model_error, freedom, residuals, seed_error, ends)
+
+
+def _checked(batch_sizes: Sequence[int], values: np.ndarray, name: str):
+    """Return (sizes [P], logs of the mean over seeds [P], the deviation of logs over seeds, S)."""
+    sizes, values = np.asarray(batch_sizes, float), np.asarray(values, float)
+    if len(set(sizes)) < 2:
+        raise ValueError(f"batch_sizes={list(batch_sizes)} must hold two different ones to fit a law with two unknowns")
+    if not (np.isfinite(values) & (values > 0)).all():
+        raise ValueError(f"{name} must be positive and finite: leave censored and diverged pilots out")
+    num_seeds = values.shape[1]
+    seed_error = float(np.sqrt(np.log(values).var(1, ddof=1).mean())) if num_seeds > 1 else 0.0
+    return sizes, np.log(values.mean(1)), seed_error, num_seeds
+
+
+def _errors(residuals: np.ndarray, seed_error: float, num_seeds: int, *, num_unknown: int):
+    """Return (the law's own error, its degrees of freedom, errors of NUM_DRAWS sets of pilots [D, P])."""
+    left = max(len(residuals) - num_unknown, 0)
+    freedom = MODEL_RESIDUALS + left
+    # The seeds' part of the residuals is counted apart, and not below what one would believe without them.
+    excess = max((residuals**2).sum() - left * seed_error**2 / num_seeds, 0.0)
+    model_error = float(np.sqrt((MODEL_RESIDUALS * MODEL_ERROR**2 + excess) / freedom))
+    spread = np.hypot(model_error, seed_error / num_seeds**0.5)
+    return model_error, freedom, spread * np.random.default_rng(0).standard_t(freedom, (NUM_DRAWS, len(residuals)))
 
 
 def fit_rates(batch_sizes: Sequence[int], rates: Sequence[float]) -> RateLaw:

@@ -1,4 +1,4 @@
-"""What a run is to reach, and the examples that it is judged on.
+"""What a run is to reach, or to spend, and the examples that it is judged on.
 
 >>> target = Target("loss", "train", "<=", 0.05)
 >>> print(target)
@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,26 @@ class Target:
     def reached(self, value: Any) -> Any:
         """Return where `value` meets the target; NaN does not."""
         return value <= self.value if self.relation == "<=" else value >= self.value
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """The least training loss after a number of examples.
+
+    Attributes:
+        num_examples: E; at batch size B a run makes E // B updates.
+    """
+
+    num_examples: int
+    metric: ClassVar[str] = "loss"
+    on: ClassVar[str] = "train"
+    relation: ClassVar[str] = "<="
+
+    def __str__(self) -> str:
+        return f"train_loss after {self.num_examples} examples"
+
+
+Goal = Target | Budget
 
 
 def parse_target(text: str, problem: Problem) -> Target:
@@ -104,9 +124,9 @@ def evaluation(problem: Problem, metric: str) -> Callable[[Params, Batch], jax.A
     return evaluate
 
 
-def best_value(values: np.ndarray, target: Target) -> float:
-    """Return the value closest to the target, NaN where none is finite."""
+def best_value(values: np.ndarray, goal: Goal) -> float:
+    """Return the best value for this goal, NaN where none is finite."""
     finite = np.asarray(values)[np.isfinite(values)]
     if not len(finite):
         return math.nan
-    return float(finite.min() if target.relation == "<=" else finite.max())
+    return float(finite.min() if goal.relation == "<=" else finite.max())

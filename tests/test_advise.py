@@ -10,7 +10,21 @@ import numpy as np
 import optax
 import pytest
 
-from gdjax import advise, choices, cli, datasets, lanes, pilots, problems, scaling, timing
+from gdjax import (
+    advise,
+    batching,
+    choices,
+    cli,
+    datasets,
+    descent,
+    gradients,
+    lanes,
+    pilots,
+    problems,
+    scaling,
+    throughput,
+    timing,
+)
 from gdjax.choices import Choice
 from gdjax.pilots import Pilot
 from gdjax.targets import Target
@@ -150,7 +164,7 @@ def problem():
 
 
 def test_without_time_speed_is_in_proportion_to_the_examples(problem):
-    first, *rest = choices.throughput(problem, optax.sgd, [3, 6, 48], learning_rate=0.1, deadline=-math.inf)
+    first, *rest = throughput.throughput(problem, optax.sgd, [3, 6, 48], learning_rate=0.1, deadline=-math.inf)
     assert not first.extrapolated
     assert [choice.extrapolated for choice in rest] == [True, True]
     np.testing.assert_allclose([c.seconds_per_update / first.seconds_per_update for c in rest], [2, 16])
@@ -169,9 +183,9 @@ def test_what_does_not_fit_is_said_and_other_errors_are_not_hidden(problem, monk
     monkeypatch.setattr(timing, "compiled", limited)
     if "INTERNAL" in message:
         with pytest.raises(jax.errors.JaxRuntimeError, match="a bug"):
-            choices.throughput(problem, optax.sgd, [4, 8], learning_rate=0.1)
+            throughput.throughput(problem, optax.sgd, [4, 8], learning_rate=0.1)
         return
-    known = choices.throughput(problem, optax.sgd, [4, 8, 16], learning_rate=0.1)
+    known = throughput.throughput(problem, optax.sgd, [4, 8, 16], learning_rate=0.1)
     assert [choice.fits for choice in known] == [True, False, False]
     assert 0 < known[0].seconds_per_update < 1
 
@@ -246,10 +260,10 @@ def test_the_command_predicts_verifies_and_advises(command, monkeypatch, capsys,
     # What was measured is what `search` measures, at the rate predicted, with seeds that no pilot had.
     fresh = jax.random.split(jax.random.key(0), 3)[1]
     problem = sys.modules["advised_module"].problem
-    search = pilots.search(lanes.runs(problem, sys.modules["advised_module"].heavy_ball), found.target)
+    search = pilots.search(lanes.runs(problem, sys.modules["advised_module"].heavy_ball), found.goal)
     rate = np.asarray([found[16].learning_rate])
     again = search(rate, batch_size=16, num_seeds=5, key=fresh, max_examples=10**5)
-    np.testing.assert_allclose(found[16].measured, again.updates[0], rtol=1e-9)
+    np.testing.assert_allclose(found[16].measured, again.costs[0], rtol=1e-9)
 
     table = printed.err.splitlines()
     assert table[0].split()[:2] == ["B", "rate"]
@@ -258,6 +272,48 @@ def test_the_command_predicts_verifies_and_advises(command, monkeypatch, capsys,
     assert found.sentence() in " ".join(printed.err.split())
     assert [row["measured_updates"] for row in result["choices"]] == [c.measured_updates for c in found.choices]
     assert len(found.noise_scales) == 3
+
+
+def test_with_a_budget_the_fastest_within_the_interval_of_the_least_loss_is_best():
+    law = scaling.fit_losses([4, 32, 256], np.asarray([[1.0, 1.1], [1.0, 1.1], [2.0, 2.2]]), num_examples=4096)
+    known = choices.predict(timed(POWERS, fixed=30), law, scaling.fit_rates([4, 32], [0.1, 0.2]))
+    assert [choice.updates[1] for choice in known[:3]] == [4096, 2048, 1024]
+    best = choices.fastest(known)
+    limit = known[0].loss_limit
+    assert known[0].loss[1] < best.loss[1] <= limit < known[known.index(best) + 1].loss[1]
+    for choice, loss, seconds in ((known[3], 1.0, 3.0), (known[4], 1.05, 2.0), (known[5], 1.2, 1.0)):
+        choice.measured = np.full(5, 1.0)
+        choice.measured_loss = loss + 0.1 * np.asarray([-1, -0.5, 0, 0.5, 1])
+        choice.measured_seconds_per_update = seconds
+    # Student's t of 4 degrees, times the deviation 0.079, over sqrt(5).
+    assert known[3].loss_limit == pytest.approx(1 + 2.1318 * 0.079057 / 5**0.5, rel=1e-4)
+    assert choices.fastest(known[3:6]) is known[4]
+
+
+def test_the_command_spends_a_budget(command, capsys):
+    command(
+        *("--problem", "advised_module:problem", "--examples", "200", "--batch-sizes", "4", "16", "full"),
+        *("--budget", "100", "--out", "here", "--json", "-"),
+    )
+    printed = capsys.readouterr()
+    result = strict(printed.out)
+    rows = {row["batch_size"]: row for row in result["choices"]}
+    assert [row["updates"][1] for row in rows.values()] == [50, 12, 4]
+    assert all(len(row["measured_loss"]) == choices.NUM_FRESH for row in rows.values())
+    least = min(rows.values(), key=lambda row: row["expected_loss"])
+    assert rows[result["batch_size"]]["expected_loss"] <= 1.5 * least["expected_loss"]
+    # The runs that verify are those of the last updates of `descent.run` on the same streams.
+    problem, rate = sys.modules["advised_module"].problem, rows[16]["learning_rate"]
+    for seed, keys in enumerate(
+        zip(*(jax.random.split(k, 5) for k in jax.random.split(jax.random.split(jax.random.key(0), 3)[1])), strict=True)
+    ):
+        method = descent.method(gradients.mean(problem.loss), optax.sgd(rate))
+        stream = batching.reshuffled(keys[1], 48, length=12 * 16)
+        state, _ = descent.run(method, method.init(problem.init(keys[0])), problem.train, batching.cut(stream, 16))
+        loss = jax.vmap(problem.loss, (None, 0))(state.params, problem.train).mean()
+        assert rows[16]["measured_loss"][seed] == pytest.approx(float(loss), rel=1e-6)
+    assert "train_loss after 200 examples" in result["goal"]
+    assert "after 200 examples in" in " ".join(printed.err.split())
 
 
 SMALL = ("--problem", "advised_module:problem", "--batch-sizes", "8", "16", "--budget", "30")
@@ -277,6 +333,12 @@ SMALL = ("--problem", "advised_module:problem", "--batch-sizes", "8", "16", "--b
         ((*SMALL, "--target", "loss<=0.02", "--optimizer", "rms"), "optimizer='rms' is not one of sgd, momentum, adam"),
         ((*SMALL, "--target", "loss<=0.02", "--optimizer", "advised_module:broken"), "raised RuntimeError('no')"),
         ((*SMALL, "--target", "loss<=0.02", "--optimizer", "advised_module:wrong"), "not an optax.Gradient"),
+        (SMALL, "give exactly one of --target 'loss<=0.05', to reach, and --examples"),
+        ((*SMALL, "--target", "loss<=0.02", "--examples", "200"), "give exactly one of --target"),
+        ((*SMALL, "--examples", "7"), "examples=7 must be at least 8"),
+        ((*SMALL, "--examples", "15"), "examples=15 are fewer than one batch of 16"),
+        ((*SMALL, "--examples", "200", "--budget", "1e-3"), "first pilot ended before the end of examples=200"),
+        (("--problem", "advised_module:steep", "--examples", "64"), "the loss diverges at all learning rates"),
         (("--problem", "advised_module:small", "--target", "loss<=0.02"), "has 7 examples: advice on a batch size"),
         (("--problem", "advised_module:steep", "--target", "loss<=0.1"), "the loss diverges at all learning rates"),
     ],

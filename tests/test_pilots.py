@@ -76,8 +76,8 @@ def test_updates_to_a_target_are_those_of_the_closed_form(key):
     rates = np.asarray([0.01, 0.035, 0.045, 0.06, 3.0])
     found = run(rates, max_examples=100_000)
     exact = math.log(2e-4) / (2 * np.log(1 - rates[:4]))
-    np.testing.assert_allclose(found.updates[1:4], np.repeat(exact[1:, None], 2, axis=1), rtol=pilots.GROWTH / 2)
-    assert np.isinf(found.updates[[0, 4]]).all()  # over twice the updates of the best, and never
+    np.testing.assert_allclose(found.costs[1:4], np.repeat(exact[1:, None], 2, axis=1), rtol=pilots.GROWTH / 2)
+    assert np.isinf(found.costs[[0, 4]]).all()  # over twice the updates of the best, and never
     np.testing.assert_array_equal(found.diverged[:4], False)
     assert (found.best, found.found, found.at_edge) == (3, True, False)
     assert 0 <= found.best_metric <= 1e-4
@@ -85,6 +85,20 @@ def test_updates_to_a_target_are_those_of_the_closed_form(key):
     assert run(rates, max_examples=50).found is False
     late = run(rates, max_examples=10**9, deadline=time.perf_counter() - 1)
     assert (late.found, late.best_metric) == (False, 0.5)
+
+
+def test_the_loss_after_a_budget_is_that_of_the_closed_form(key):
+    """40 examples at B = 5 are 8 updates, and w_8 = (1 - eta)^8."""
+    run = search(same({}), optax.sgd, targets.Budget(43), batch_size=5, num_seeds=2, key=key)
+    rates = np.asarray([0.1, 0.3, 1e200])
+    found = run(rates)
+    np.testing.assert_allclose(found.costs[:2], np.repeat(0.5 * (1 - rates[:2, None]) ** 16, 2, axis=1), rtol=1e-6)
+    assert np.isinf(found.costs[2]).all()
+    assert found.diverged.tolist() == [[False] * 2, [False] * 2, [True] * 2]
+    assert not run(rates, deadline=time.perf_counter() - 1).found
+    below = Problem(lambda key: jnp.ones(()), lambda w, x: x * w - 9, jnp.ones(16))
+    with pytest.raises(ValueError, match=r"examples=43: the loss after them is -8.* add a constant"):
+        search(below, optax.sgd, targets.Budget(43), batch_size=5, num_seeds=1, key=key)(np.asarray([0.01]))
 
 
 def test_a_target_that_is_met_at_the_start_is_refused(key):
@@ -118,7 +132,7 @@ def test_every_lane_is_the_run_of_its_seed_and_rate(monkeypatch, key):
         start = method.init(problem.init(init_key))
         return record(start, None), descent.run(method, start, problem.train, batching.cut(stream, 3), record)[1]
 
-    assert np.isfinite(found.updates).all()
+    assert np.isfinite(found.costs).all()
     for seed, keys in enumerate(zip(*(jax.random.split(k, 2) for k in jax.random.split(key)), strict=True)):
         for i, rate in enumerate(rates):
             values = np.r_[losses(*keys, rate)][evaluated]
@@ -126,13 +140,13 @@ def test_every_lane_is_the_run_of_its_seed_and_rate(monkeypatch, key):
             part = (target.value - values[end - 1]) / (values[end] - values[end - 1])
             before, after = evaluated[end - 1], evaluated[end]
             expected = np.exp((1 - part) * np.log(before) + part * np.log(after)) if before else part * after
-            assert found.updates[i, seed] == pytest.approx(expected, rel=1e-6)
+            assert found.costs[i, seed] == pytest.approx(expected, rel=1e-6)
     monkeypatch.setattr(lanes, "IN_FLIGHT", {"cpu": 6})
     monkeypatch.setattr(targets, "CHUNK", 7)
     grouped = search(problem, momentum, target, num_lanes=8, batch_size=3, num_seeds=2, key=key)(
         rates, max_examples=900
     )
-    np.testing.assert_allclose(grouped.updates, found.updates, rtol=1e-9)
+    np.testing.assert_allclose(grouped.costs, found.costs, rtol=1e-9)
 
 
 def test_lanes_are_run_in_equal_groups_that_fit():
@@ -256,7 +270,7 @@ def test_the_search_ends_with_the_clock_and_keeps_what_arrived_before():
     # The clock ends the second grid before anything arrives.
     calls = iter([[[9], [8], [7], [6]], *[np.full((4, 1), np.inf)] * 9])
     found = pilots.tune(lambda rates, **limits: pilot(rates, next(calls)), GRID)
-    assert found.updates[found.best] == 6
+    assert found.costs[found.best] == 6
 
 
 def test_the_nearest_value_is_that_of_all_grids():

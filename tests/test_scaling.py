@@ -39,6 +39,21 @@ def test_rates_that_obey_a_law_give_it_and_its_power_back(power):
     np.testing.assert_allclose(law([512, 10**6]), exact(256), rtol=1e-12)  # no rate above those that worked
 
 
+def test_losses_that_obey_their_law_give_it_back():
+    exact = 0.03 * (1 + SIZES / 60) ** 2
+    law = scaling.fit_losses(SIZES.tolist(), exact[:, None] * np.ones(3), num_examples=4096)
+    assert (law.power, law.num_examples) == (2.0, 4096)
+    np.testing.assert_allclose([law.least_loss, law.critical_batch_size], [0.03, 60], rtol=0.03)
+    np.testing.assert_allclose(law([1, 100]), 0.03 * (1 + np.asarray([1, 100]) / 60) ** 2, rtol=0.02)
+    low, middle, high = law.interval(100)
+    assert low < middle < high < 2 * middle
+    # Losses that do not depend on the batch size: a flat law.
+    flat = scaling.fit_losses(SIZES.tolist(), np.full((3, 3), 0.5), num_examples=4096)
+    np.testing.assert_allclose(flat([1, 32, 256]), 0.5, rtol=0.02)
+    with pytest.raises(ValueError, match="losses must be positive and finite"):
+        scaling.fit_losses([4, 32], np.asarray([[1.0], [-1.0]]), num_examples=64)
+
+
 def test_two_rates_are_a_law_of_power_one():
     exact = 0.7 / (1 + 40 / SIZES)
     law = scaling.fit_rates([4, 256], exact[[0, 2]].tolist())
