@@ -3,7 +3,7 @@
 >>> row = {"model": "mlp", "variant": "sharded", "batch_size": 2, "skipped": "one device only"}
 >>> ceilings = {"flops_per_second": 1e11, "bytes_per_second": 1e10}
 >>> print(table([row], ceilings).splitlines()[-1])
-sharded          2  skipped: one device only
+sharded     2  skipped: one device only
 """
 
 import contextlib

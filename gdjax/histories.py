@@ -6,7 +6,7 @@
 >>> run = of_lanes(problem, 64, 4, (problem.train, problem.train), keys, 3, watch=lambda fraction: None)
 >>> history = run(np.asarray([0.01, 0.03, 0.1]))
 >>> history["loss"].shape, history["examples"][0, 0]
-((2, 3, 5), array([   0,  256,  512,  768, 1024], dtype=int32))
+((2, 3, 5), array([   0, 1024, 2048, 3072, 4096], dtype=int32))
 """
 
 import itertools

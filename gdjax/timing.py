@@ -123,7 +123,12 @@ def seconds(function: Callable, *args, budget: float = 1.0, repeats: int = 3) ->
 
 
 def measured_in_turn(
-    functions: Sequence[Callable], inputs: Sequence[Sequence[tuple]], *, budget: float = 1.0, within: float = 0.02
+    functions: Sequence[Callable],
+    inputs: Sequence[Sequence[tuple]],
+    *,
+    budget: float = 1.0,
+    within: float = 0.02,
+    rest: float = 0.0,
 ) -> list[list[float]]:
     """Return the run times of each function in seconds, all run in turn, each until its median is known.
 
@@ -137,6 +142,8 @@ def measured_in_turn(
         budget: seconds of counted runs for each function; MIN_RUNS runs may take up to PATIENCE times as long, and one
             is always made. All end when the first has used up the budgets of all.
         within: the relative half-width of the median's interval at which a function is known, from MIN_RUNS runs on.
+        rest: seconds to wait before each run, out of the budget: threads of another library may keep a core busy after
+            its own run.
 
     Raises:
         ValueError: for no functions, or one without inputs.
@@ -147,11 +154,12 @@ def measured_in_turn(
     running, warm, turn = list(range(len(functions))), False, 0
     while running:
         for i in sorted({0, *running}, reverse=bool(turn % 2)):
+            time.sleep(rest)
             elapsed = timed(functions[i], *inputs[i][turn % len(inputs[i])])[1]
             if warm:
                 times[i].append(elapsed)
         if warm:
-            running = [i for i in running if not _known(times[i], budget, within)]
+            running = [i for i in running if not _known(times[i], budget - rest * len(times[i]), within)]
             if sum(times[0]) >= budget * len(functions) and len(times[0]) >= MIN_RUNS:
                 break
         warm, turn = True, turn + 1

@@ -294,6 +294,14 @@ def test_a_file_to_compare_with_must_be_a_result_of_bench(tmp_path, content):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("devices", "message"), [(0, "must be at least 1"), (3, "comes too late")])
+def test_a_cpu_is_split_before_it_is_used_or_not_at_all(tmp_path, devices, message):
+    jax.devices()
+    with pytest.raises(ValueError, match=f"devices={devices} {message}"):
+        bench_report.Bench(devices=devices, out=tmp_path / "out").run()
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_profile_is_a_trace_for_perfetto(tmp_path):
     with timing.profiled(tmp_path / "trace"):
         jax.block_until_ready(jax.jit(lambda x: x @ x)(jnp.ones((8, 8))))
