@@ -1,9 +1,11 @@
 """What every command is asked, and how it ends. Nothing heavy is imported before a command runs."""
 
+import _thread
 import contextlib
 import dataclasses
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -41,7 +43,8 @@ def ended(*, debug: bool = False) -> Iterator[None]:
     """
     try:
         try:
-            yield
+            with _interruptions_kept():
+                yield
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
@@ -61,6 +64,26 @@ def ended(*, debug: bool = False) -> Iterator[None]:
         first, *_ = f"{error}".strip().splitlines() or [""]
         what = ": ".join(filter(None, (type(error).__name__, first)))
         sys.exit(_complain(f"{what} (--debug shows where)", 1))
+
+
+@contextlib.contextmanager
+def _interruptions_kept() -> Iterator[None]:
+    """Interrupt again where Ctrl-C comes in a callback whose errors Python drops.
+
+    jax has one for the garbage collector.
+    """
+
+    def again(dropped: Any) -> None:
+        if dropped.exc_type is KeyboardInterrupt:
+            threading.Timer(0.01, _thread.interrupt_main).start()
+        else:
+            before(dropped)
+
+    before, sys.unraisablehook = sys.unraisablehook, again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def run(command: Any, do: Callable[[Any], None]) -> None:

@@ -189,6 +189,22 @@ def test_every_exception_has_its_exit_status(monkeypatch, capsys, error, status,
     assert capsys.readouterr().err == line + "\n"
 
 
+def test_ctrl_c_in_a_callback_of_the_garbage_collector_is_not_lost(monkeypatch, capsys, listening):
+    class Callback:
+        def __del__(self):
+            raise KeyboardInterrupt
+
+    def work():
+        Callback()
+        time.sleep(5)
+
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as end, command.ended():
+        work()
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "gdjax: interrupted\n"
+
+
 def test_a_reader_who_has_seen_enough_is_no_error(monkeypatch, capsys):
     reading, writing = os.pipe()
     os.close(reading)
