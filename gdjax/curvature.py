@@ -18,7 +18,6 @@ gradient: None where a leaf of the parameters is not floating-point. H is the He
 '4.6667 +- 2.3333'
 """
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -268,8 +267,7 @@ def _flatten(vectors: Params, train: Params) -> tuple[jax.Array, Callable[[jax.A
             offset += target.size
         return jax.tree.unflatten(structure, parts)
 
-    rows = [leaf.reshape(k, math.prod(leaf.shape[1:])).astype(dtype) for leaf in leaves]
-    return jnp.concatenate(rows, axis=1), unflatten
+    return jnp.concatenate([leaf.reshape(k, -1).astype(dtype) for leaf in leaves], axis=1), unflatten
 
 
 def _check_vector(vector: Params, train: Params) -> None:

@@ -1,8 +1,10 @@
 """Tests run in float64, with implicit rank and dtype promotion forbidden, so that a formula is checked as written.
 
-JAX's own checks are an environment variable away: `JAX_DEBUG_NANS=1 python -m pytest`, or JAX_CHECK_TRACER_LEAKS=1.
+`JAX_ENABLE_X64=0 python -m pytest tests/test_properties.py` checks in float32: the tolerances there are those of the
+dtypes.
 """
 
+import os
 import signal
 
 import hypothesis
@@ -10,7 +12,7 @@ import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 2)  # for the tests of sharding; all else runs on the first
-jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_enable_x64", os.environ.get("JAX_ENABLE_X64", "1") != "0")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Programs here are small and run once: half of the time would go into optimising them.

@@ -255,7 +255,7 @@ ROWS = {
     "bool": np.arange(7) % 2 == 0,
     "half": jnp.arange(14, dtype=jnp.bfloat16).reshape(7, 2),
     "key": jax.random.split(jax.random.key(0), 7),
-    "empty": np.zeros((7, 0)),
+    "empty": np.zeros((7, 0), np.float32),
     "none": None,
 }
 
