@@ -25,7 +25,7 @@ def on_files(files, config):
     files.append(File.generated(config, "index.md", content=(ROOT / "README.md").read_text()))
     for name in MODULES:
         files.append(File.generated(config, f"gdjax/{name}.md", content=f"::: gdjax.{name}\n"))
-    experiments = ("experiments/*.py", "experiments/README.md", "experiments/results/*/figure.png")
+    experiments = ("experiments/*.py", "experiments/README.md", "experiments/results/*/*")
     for pattern in (*experiments, "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff"):
         for path in sorted(ROOT.glob(pattern)):
             files.append(File.generated(config, str(path.relative_to(ROOT)), abs_src_path=str(path)))

@@ -145,6 +145,8 @@ def race(name: str, folder: Path, num_updates: int, repeats: int, key: jax.Array
 
 
 def main(options: experiment.Options) -> experiment.Result:
+    if jax.config.read("jax_enable_x64"):
+        raise ValueError("x64=True: the C programs compute in float32; leave out --x64")
     rows, verdicts = [], []
     with tempfile.TemporaryDirectory() as folder:
         for name, (_, num_updates, aim) in list(MODELS.items())[: 1 if options.smoke else None]:
