@@ -298,7 +298,7 @@ def test_a_file_to_compare_with_must_be_a_result_of_bench(tmp_path, content):
 def test_a_cpu_is_split_before_it_is_used_or_not_at_all(tmp_path, devices, message):
     jax.devices()
     with pytest.raises(ValueError, match=f"devices={devices} {message}"):
-        bench_report.Bench(devices=devices, out=tmp_path / "out").run()
+        bench_report.Bench(devices=devices, common=Common(out=tmp_path / "out")).run()
     assert not (tmp_path / "out").exists()
 
 
