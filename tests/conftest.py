@@ -29,6 +29,13 @@ def key():
 
 
 @pytest.fixture
+def nans():
+    """Let NaN be: the test makes it on purpose. For runs with JAX_DEBUG_NANS=1."""
+    with jax.debug_nans(False):
+        yield
+
+
+@pytest.fixture
 def listening():
     """Hear Ctrl-C, which a shell tells the processes in its background to ignore."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)

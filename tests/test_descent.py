@@ -206,6 +206,7 @@ def test_the_step_is_traced_once_for_any_number_of_updates_rates_and_seeds(examp
     assert losses.shape == (3, 2, 10)
 
 
+@pytest.mark.usefixtures("nans")
 def test_a_diverging_lane_leaves_its_neighbours_as_they_are(examples, key):
     def train(learning_rate):
         method = descent.method(gradients.mean(mlp_loss), optax.sgd(learning_rate))
@@ -303,6 +304,7 @@ def test_the_gradient_rule_looks_at_the_gradient_it_is_given():
         ([2.0, np.nan, 1.0, 1.5, 1.5, 1.5], 6),  # NaN is none either, but 1 after it is
     ],
 )
+@pytest.mark.usefixtures("nans")
 def test_no_improvement_counts_the_values_in_a_row_that_are_not_below_the_best(values, num_updates):
     values = jnp.asarray(values)
     rule = descent.no_improvement(3, lambda state, info: values[state.num_examples - 1])
