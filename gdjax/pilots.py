@@ -65,12 +65,13 @@ class Pilot:
         """Return (the best learning rate, costs [S] there), by a parabola through log costs against log rate.
 
         The parabola goes through the best rate and its neighbours, and is taken for its top only: costs at it are
-        those of the best rate, scaled.
+        those of the best rate, scaled. Where a neighbour is LATE times as bad or worse, as beside the rates that
+        diverge, a parabola would promise too much, and the best rate stands.
         """
         i = self.best
         logs = np.log(self.costs.mean(1))
         x = np.log(self.learning_rates)
-        if self.at_edge or not np.isfinite(logs[i - 1 : i + 2]).all():
+        if self.at_edge or not (logs[i - 1 : i + 2] < logs[i] + math.log(LATE)).all():
             return float(self.learning_rates[i]), self.costs[i]
         a, b, _ = np.polyfit(x[i - 1 : i + 2] - x[i], logs[i - 1 : i + 2], 2)
         shift = float(np.clip(-b / (2 * a), x[i - 1] - x[i], x[i + 1] - x[i])) if a > 0 else 0.0

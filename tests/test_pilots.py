@@ -190,15 +190,15 @@ def pilot(rates, updates, diverged=None, best_metric=0.1):
 
 
 def test_the_optimum_is_the_top_of_a_parabola_in_logarithms():
-    rates = np.asarray([0.1, 0.2, 0.3, 0.9])
+    rates = np.asarray([0.1, 0.2, 0.3, 0.5])
     updates = 50 * np.exp(0.7 * np.log(rates / 0.25) ** 2)[:, None] * np.asarray([0.9, 1.1])
     rate, best = pilot(rates, updates).optimum()
     assert rate == pytest.approx(0.25)
     np.testing.assert_allclose(best, [45, 55])
 
 
-@pytest.mark.parametrize("updates", [[[5], [6], [7]], [[7], [5], [np.inf]], [[np.inf], [5], [9]]])
-def test_without_two_neighbours_the_optimum_is_the_best_rate(updates):
+@pytest.mark.parametrize("updates", [[[5], [6], [7]], [[7], [5], [np.inf]], [[np.inf], [5], [9]], [[7], [5], [11]]])
+def test_without_two_near_neighbours_the_optimum_is_the_best_rate(updates):
     found = pilot([1, 2, 4], updates)
     rate, best = found.optimum()
     assert (rate, best) == ([1, 2, 4][found.best], 5)
