@@ -31,7 +31,7 @@ class Compare:
     """A built-in name (digits-mlp, least-squares, logistic, noisy-quadratic; with --data, mnist-mlp,
     fashion-mnist-cnn, cifar10-cnn, a9a-logistic, power-plant, tiny-shakespeare), or package.module:attribute naming a
     gdjax Problem or a function that returns one; the current folder is searched first."""
-    batch_sizes: tuple[int | Literal["full"], ...] | None = None
+    batch_sizes: tuple[int | Literal["full"], ...] = ()
     """Examples per update, 'full' for all of them. Default: 1 32 full."""
     learning_rate: float | None = None
     """One learning rate for all batch sizes. Default: tuned for each on a logarithmic grid, by final training loss."""
@@ -95,7 +95,7 @@ class Advise:
     function that returns one; the current folder is searched first."""
     optimizer: str = "sgd"
     """sgd, momentum, adam, or package.module:factory, a function learning_rate -> optax transformation."""
-    batch_sizes: tuple[int | Literal["full"], ...] | None = None
+    batch_sizes: tuple[int | Literal["full"], ...] = ()
     """Batch sizes to choose from. Default: the powers of two below N, and N."""
     budget: float = 120.0
     """Seconds that all of it may take."""

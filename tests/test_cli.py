@@ -128,7 +128,10 @@ def test_a_diverging_run_is_reported_and_the_command_finishes(gdjax):
         (["compare", "--json", "absent/out.json"], "json='absent/out.json' cannot be written"),
         (["compare", "--process-id", "0"], "process_id=0: give all three"),
         (["compare", "--num-epoch", "3"], "Unrecognized options: --num-epoch, 3; see gdjax compare --help"),
-        (["compare", "--batch-sizes", "1", "all"], "Error parsing --batch-sizes: no type matching"),
+        (
+            ["compare", "--batch-sizes", "1", "all"],
+            "--batch-sizes: Could not find valid parse for arguments: ['1', 'all']",
+        ),
         (
             ["compare", "--num-epochs", "1.5"],
             "Error parsing --num-epochs: invalid literal for int() with base 10: '1.5'",
