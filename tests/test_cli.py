@@ -136,7 +136,7 @@ def test_a_diverging_run_is_reported_and_the_command_finishes(gdjax):
             ["compare", "--num-epochs", "1.5"],
             "Error parsing --num-epochs: invalid literal for int() with base 10: '1.5'",
         ),
-        (["advise"], "Missing from gdjax advise: --target"),
+        (["advise"], "give exactly one of --target"),
         (["bench", "--compare", "absent.json"], "compare='absent.json' cannot be read"),
         (["compute"], "compute; see gdjax --help"),
         ([], "give a command, one of compare, advise, bench; see gdjax --help"),
