@@ -30,6 +30,7 @@ from gdjax.choices import (
     next_pilot,
     next_to_verify,
     predict,
+    settle,
 )
 from gdjax.lanes import Optimizer
 from gdjax.pilots import Pilot
@@ -94,8 +95,7 @@ def advise(
     refitted = any(choice.measured is not None and not choice.inside for choice in known)
     if refitted:
         law, rates = fit(found, verified)
-    for choice in known:
-        choice.expected_updates = float(law(choice.batch_size)) if choice.measured is None else choice.measured_updates
+    settle(known, law)
     usable = [choice for choice in known if choice.fits]
     pick = fastest(verified or usable)
     times = np.asarray([choice.expected_seconds for choice in usable])

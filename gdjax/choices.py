@@ -220,6 +220,16 @@ def predict(
     return predicted
 
 
+def settle(choices: Sequence[Choice], law: scaling.UpdatesLaw | scaling.LossLaw) -> None:
+    """Set the updates that are expected in the end: measured, or predicted by the last law; a budget's are E // B."""
+    for choice in choices:
+        if choice.measured is not None:
+            choice.expected_updates = choice.measured_updates
+        else:
+            budget = isinstance(law, scaling.LossLaw)
+            choice.expected_updates = choice.updates[1] if budget else float(law(choice.batch_size))
+
+
 def next_to_verify(choices: Sequence[Choice], tried: Sequence[int]) -> Choice | None:
     """Return what to run next, None where enough was run; `tried` are batch sizes that were run or could not be.
 

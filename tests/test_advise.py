@@ -288,6 +288,11 @@ def test_with_a_budget_the_fastest_within_the_interval_of_the_least_loss_is_best
     # Student's t of 4 degrees, times the deviation 0.079, over sqrt(5).
     assert known[3].loss_limit == pytest.approx(1 + 2.1318 * 0.079057 / 5**0.5, rel=1e-4)
     assert choices.fastest(known[3:6]) is known[4]
+    choices.settle(known, law)
+    assert [choice.expected_updates for choice in known[:4]] == [4096, 2048, 1024, 1.0]  # the last one was run
+    updates = scaling.fit([4, 32], np.asarray([[100.0], [30.0]]))
+    choices.settle(known, updates)
+    assert known[0].expected_updates == pytest.approx(float(updates(known[0].batch_size)))
 
 
 def test_the_command_spends_a_budget(command, capsys):
