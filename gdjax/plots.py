@@ -136,6 +136,7 @@ def advice(found: Advice, title: str) -> "Figure":
     for axis, label in ((costs, cost), (speed, "seconds per update"), (times, time)):
         axis.set(xlabel="batch size (examples)", ylabel=label)
     trade.set(xlabel=time, ylabel=price)
+    trade.tick_params(axis="x", which="minor", labelrotation=45)  # it may span less than a decade
     for axis in (costs, speed, times, trade):
         axis.set(xscale="log", yscale="log")
         axis.legend(frameon=False, fontsize="small")
