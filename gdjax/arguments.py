@@ -4,6 +4,7 @@ Beside what tyro does, a mistake is a ValueError with the text of one line, noth
 and there is --version.
 
 >>> import dataclasses
+>>> from typing import Literal
 >>> @dataclasses.dataclass(frozen=True)
 ... class Train:
 ...     num_epochs: int = 3
@@ -21,7 +22,7 @@ import itertools
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal  # noqa: F401 (the docstring's)
+from typing import Any
 
 import gdjax
 

@@ -1,9 +1,10 @@
 """A loop of small operations as one kernel of a CPU, instead of a queue of small kernels.
 
 XLA compiles every operation of a loop to a kernel of its own, or a few together, and starts one after the other: at
-batch size 1 a small network has some 25 of them in an update, and starting them takes longer than what they do. A loop
-compiled as a whole has one. Operations that XLA leaves to a library cannot be inside: products of two matrices (hence,
-in most models, batches of more than one example), convolutions, sorting (hence, drawing a stream).
+batch size 1 a small network has some 25 of them in an update, and starting them takes a quarter of its time
+(experiments/b1_race.py). A loop compiled as a whole has one. Operations that XLA leaves to a library cannot be inside:
+products of two matrices (hence, in most models, batches of more than one example), convolutions, sorting (hence,
+drawing a stream).
 
 >>> import jax.numpy as jnp
 >>> one = one_kernel(lambda x: jax.lax.fori_loop(0, 3, lambda i, x: x @ jnp.ones((2, 2)), x))
@@ -28,7 +29,7 @@ def one_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     Where something inside is left to a library, compilation ends in a `jax.errors.JaxRuntimeError`: "Fusion kind not
     implemented on CPU", or "Failed to materialize symbols".
 
-    Source: the mark that XLA's own SmallWhileLoopHoistingPass puts on loops that touch less than a kilobyte.
+    Source: the mark that XLA's own SmallWhileLoopHoistingPass puts on loops that touch little memory.
     """
 
     def marked(*args):
