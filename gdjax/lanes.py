@@ -94,7 +94,7 @@ def runs(
         rates = jnp.asarray(np.resize(learning_rates, total), float)
         states = begin([params[seed] for seed in seeds], rates)
         used = np.arange(total) < num_seeds * num_rates
-        values = evaluate(states.params, jnp.asarray(np.full(total, np.nan), float), used, examples)
+        values = evaluate(states.params, jnp.full(total, jnp.inf, float), used, examples)
         return Lanes(states, rates, jax.random.split(stream_key, num_seeds), seeds, None, values, 0)
 
     def advance(lanes: Lanes, num_updates: int, active: np.ndarray, *, batch_size: int) -> Lanes:

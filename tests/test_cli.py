@@ -103,6 +103,7 @@ def test_a_best_rate_at_the_edge_is_marked_in_the_table(gdjax):
     assert rate.endswith("(edge)")
 
 
+@pytest.mark.usefixtures("nans")
 def test_a_diverging_run_is_reported_and_the_command_finishes(gdjax):
     status, printed, complained = gdjax(
         *("compare", "--problem", "least-squares", "--batch-sizes", "1024", "--num-epochs", "120"),

@@ -162,6 +162,7 @@ def test_a_given_rate_is_not_tuned():
     assert compare.tune(lambda rates: rates, np.asarray([0.5]), grow=False) == {0.5: 0.5}
 
 
+@pytest.mark.usefixtures("nans")
 def test_a_diverged_run_is_reported_as_diverged():
     data = datasets.gaussian_regression(jax.random.key(0), num_examples=16, dimension=2)
     linear = problems.least_squares(data)

@@ -32,7 +32,7 @@ def test_a_valid_problem_counts_its_examples():
         ({"test": (jnp.ones((5, 2)), jnp.ones(5, int))}, r"test examples are .*int64.* but training .*float64"),
         ({"test": (jnp.ones((2, 2)), jnp.ones(3))}, r"every leaf of test .* test\[0\]: 2, test\[1\]: 3"),
         (
-            {"train": (jnp.ones((5, 2)).at[3, 1].set(jnp.nan), jnp.ones(5))},
+            {"train": (np.diag([1.0, np.nan]), np.ones(2))},
             r"train\[0\] holds 1 values .* allow_nonfinite",
         ),
         ({"train": (jnp.ones((5, 2)), jnp.full(5, jnp.inf))}, r"train\[1\] holds 5 values"),
@@ -55,8 +55,8 @@ def test_bad_input_is_refused_when_the_problem_is_made(change, message):
 
 
 def test_nonfinite_data_are_accepted_when_asked_for():
-    train = (jnp.ones((5, 2)).at[0, 0].set(jnp.nan), jnp.ones(5))
-    assert Problem(**(VALID | {"train": train}), allow_nonfinite=True).num_examples == 5
+    train = (np.diag([1.0, np.nan]), np.ones(2))
+    assert Problem(**(VALID | {"train": train}), allow_nonfinite=True).num_examples == 2
 
 
 def test_a_problem_can_be_made_under_vmap():

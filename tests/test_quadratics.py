@@ -114,6 +114,7 @@ def test_stationary_variances_are_where_the_recursions_end():
     assert (gain < 1).all()
 
 
+@pytest.mark.usefixtures("nans")
 @pytest.mark.parametrize("beta", [0.0, BETA])
 def test_the_recursion_blows_up_just_above_the_largest_stable_rate_and_not_below(beta):
     def variance(rate):
@@ -140,6 +141,7 @@ METHODS = {
 }
 
 
+@pytest.mark.usefixtures("nans")
 @pytest.mark.parametrize("name", METHODS)
 def test_updates_to_target_are_found_one_by_one(name):
     h, limit = 1 / np.arange(1.0, 21), 3000

@@ -139,6 +139,7 @@ def test_the_chunk_is_as_large_as_the_memory_that_is_free(monkeypatch, tmp_path)
     assert len(list(tmp_path.glob("chunk-*"))) == 3
 
 
+@pytest.mark.usefixtures("nans")
 def test_a_lane_that_diverges_leaves_the_others_bit_for_bit_as_they_are():
     wild = LANES | {"rate": np.where(np.arange(21) % 4 == 1, 1e6, LANES["rate"])}
     wild["rate"][9] = 1e308
