@@ -23,7 +23,7 @@ FACTOR, NUM_RATES, MAX_EPOCHS = 2.0, 6, 200
 def tuned_at_every_size(problem, optimizer, first_rate, target, sizes, num_seeds, key):
     """Return {B: Pilot}, each over a grid around the best rate of the size before, moved where that is at its edge."""
     found, rate = {}, first_rate
-    runs = lanes.runs(problem, optimizer, metric=target.metric, on=target.on)
+    runs = lanes.runs(problem, optimizer, metric=target.metric, on=target.on, num_lanes=NUM_RATES * num_seeds)
     search = partial(pilots.search(runs, target), num_seeds=num_seeds, key=key)
     for size in sizes:
         grid = rate * FACTOR ** (np.arange(NUM_RATES) - (NUM_RATES - 1) / 2)

@@ -6,19 +6,17 @@ for all others by the laws of `scaling`. Then the advice is put to the test: the
 some between are run with fresh seeds, and what was predicted is printed beside what was measured.
 """
 
-import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from gdjax import lanes, noise, optimizers, pilots, scaling
+from gdjax.advise_pilots import MAX_EPOCHS, NUM_COARSE, PILOT_SHARE, Clock, Progress, pilots_at_some
 from gdjax.choices import (
-    NUM_FRESH,
     NUM_SEEDS,
     Advice,
     Choice,
@@ -26,8 +24,6 @@ from gdjax.choices import (
     fastest,
     fit,
     least_memory,
-    nearest,
-    next_pilot,
     next_to_verify,
     predict,
     settle,
@@ -38,16 +34,7 @@ from gdjax.problem import Problem
 from gdjax.targets import Budget, Goal
 from gdjax.throughput import throughput
 
-COARSE, FINE = 10**0.5, 2.0  # factors between neighbouring rates of the first pilot's grid and of the others'
-NUM_COARSE, NUM_FINE = 8, 5
-FIRST_BATCH_SIZE = 32  # of the first pilot
-MAX_PILOTS = 5
-MAX_EPOCHS = 200
-FIRST_SHARE, TIMING_SHARE, PILOT_SHARE = 0.4, 0.55, 0.8  # of the budget that may be gone when these stages end
 COMPILING = 5.0  # seconds that a program may take to compile before its runs begin
-
-Progress = Callable[[str, float], None]
-"""(what is being done, fraction of the budget spent)."""
 
 
 def advise(
@@ -78,13 +65,13 @@ def advise(
     """
     sizes = _check(problem, goal, batch_sizes, budget)
     make, first_rate = optimizers.named(optimizer)
-    clock = _Clock(time.perf_counter(), budget, MAX_EPOCHS * problem.num_examples, progress)
+    clock = Clock(time.perf_counter(), budget, MAX_EPOCHS * problem.num_examples, progress)
     pilot_key, fresh_key, noise_key = jax.random.split(jax.random.key(seed), 3)
-    runs = lanes.runs(problem, make, metric=goal.metric, on=goal.on, num_lanes=NUM_SEEDS * NUM_COARSE)
+    runs = lanes.runs(problem, make, metric=goal.metric, on=goal.on, num_lanes=NUM_COARSE)
     search = pilots.search(runs, goal)
     unknown: list[str] = []
 
-    found, known = _pilots(search, sizes, first_rate, goal, pilot_key, clock, unknown, partial(
+    found, known = pilots_at_some(search, sizes, first_rate, goal, pilot_key, clock, unknown, partial(
         throughput, problem, make, sizes, progress=clock.show))  # fmt: skip
     scales = _noise_scales(problem, runs, next(iter(found.values())), noise_key, clock, unknown)
     law, rates = fit(found)
@@ -119,76 +106,6 @@ def advise(
     )
 
 
-class _Clock(NamedTuple):
-    """When the work began, the seconds it and the examples a run may take, and who is told."""
-
-    began: float
-    budget: float
-    max_examples: int
-    progress: Progress
-
-    def until(self, share: float) -> float:
-        return self.began + share * self.budget
-
-    def late(self, share: float, *, cost: float = 0.0) -> bool:
-        return time.perf_counter() + cost > self.until(share)
-
-    def show(self, stage: str) -> None:
-        self.progress(stage, min(1.0, (time.perf_counter() - self.began) / self.budget))
-
-
-def _pilots(search, sizes, first_rate, goal: Goal, key, clock: _Clock, unknown: list[str], time_all):
-    """Return ({batch size: Pilot}, the choices with their times): the first pilot, the clock, and further pilots."""
-    first = nearest(sizes, FIRST_BATCH_SIZE)
-    grid = first_rate * COARSE ** (np.arange(NUM_COARSE) - (NUM_COARSE - 1) / 2)
-    pilot = _pilot(search, first, grid, key, clock, FIRST_SHARE)
-    _check_reached(pilot, goal, clock)
-    if isinstance(goal, Budget):  # unlike the time to a target, the loss depends steeply on the rate
-        pilot = _pilot(search, first, _fine(pilot.optimum()[0]), key, clock, FIRST_SHARE)
-        _check_reached(pilot, goal, clock)
-    found = {first: pilot}
-    known = time_all(learning_rate=pilot.optimum()[0], deadline=clock.until(TIMING_SHARE))
-    allowed = known
-    while len(found) < MAX_PILOTS and (size := next_pilot(found, allowed)) is not None:
-        if clock.late(PILOT_SHARE):
-            unknown.append(f"a pilot at batch size {size}: the budget did not allow it")
-            break
-        # Beyond the pilots there is no law of rates yet: below them, in proportion; above, as the square root.
-        near = nearest(list(found), size)
-        ratio = size / near
-        rate = found[near].optimum()[0] * ratio ** (1 if ratio < 1 else 0.5)
-        pilot = _pilot(search, size, _fine(rate), key, clock, PILOT_SHARE)
-        if pilot.found:
-            found[size] = pilot
-        else:  # and none beyond it is tried
-            unknown.append(f"updates to the target at batch size {size}: no learning rate reached it in time")
-            allowed = [choice for choice in allowed if (choice.batch_size - size) * (first - size) > 0]
-    if len(found) < 2:
-        allowance = f"budget={clock.budget:g} s" if clock.late(PILOT_SHARE) else f"{MAX_EPOCHS} epochs"
-        raise ValueError(
-            f"{_named(goal)} was reached at batch size {first} and, in {allowance}, at no other, but a prediction "
-            "takes two: allow more, or ask for less"
-        )
-    edges = ", ".join(f"{size}" for size, pilot in found.items() if pilot.at_edge)
-    if edges:
-        unknown.append(f"the best learning rate at batch size {edges}: it is the first or the last of those tried")
-    return found, known
-
-
-def _fine(rate: float) -> np.ndarray:
-    return rate * FINE ** (np.arange(NUM_FINE) - (NUM_FINE - 1) / 2)
-
-
-def _pilot(search, size: int, grid, key, clock: _Clock, share: float) -> Pilot:
-    def watch(updates: int, value: float) -> None:
-        clock.show(f"pilot at batch size {size}: {updates} updates, best {value:.3g}")
-
-    watch(0, math.nan)
-    run = partial(search, batch_size=size, num_seeds=NUM_SEEDS, key=key)
-    limits = {"max_examples": clock.max_examples, "deadline": clock.until(share), "progress": watch}
-    return pilots.tune(run, grid, **limits)
-
-
 def _check(problem: Problem, goal: Goal, batch_sizes: Sequence[int] | None, budget: float) -> list[int]:
     num_examples = problem.num_examples
     if num_examples < 8:
@@ -210,38 +127,8 @@ def _check(problem: Problem, goal: Goal, batch_sizes: Sequence[int] | None, budg
     return sizes
 
 
-def _named(goal: Goal) -> str:
-    return f"the end of examples={goal.num_examples}" if isinstance(goal, Budget) else f"target={goal}"
-
-
-def _check_reached(pilot: Pilot, goal: Goal, clock: _Clock) -> None:
-    if pilot.found:
-        return
-    rates = f"learning rates from {pilot.learning_rates[0]:.2g} to {pilot.learning_rates[-1]:.2g}"
-    if pilot.diverged.any(1).all():
-        raise ValueError(f"the loss diverges at all {rates}: scale the data, the initial parameters or the loss")
-    ended = f"budget={clock.budget:g} s: the share of the first pilot ended before {_named(goal)} was reached"
-    if isinstance(goal, Budget):
-        raise ValueError(f"{ended}: allow more seconds, or spend fewer examples")
-    easier = dataclasses.replace(goal, value=_easier(pilot.best_metric, goal.relation))
-    nearest = f"the nearest was {pilot.best_metric:.4g}"
-    if clock.late(FIRST_SHARE):
-        raise ValueError(f"{ended}; {nearest}: allow more, or try {easier}")
-    raise ValueError(
-        f"target={goal} was not reached with every seed in {MAX_EPOCHS} epochs at {rates}; {nearest}: try {easier}"
-    )
-
-
-def _easier(value: float, relation: str) -> float:
-    """Return `value` in two digits, rounded to where more runs arrive."""
-    if value == 0:
-        return 0.0
-    unit = 10.0 ** (math.floor(math.log10(abs(value))) - 1)
-    return float(f"{(math.ceil if relation == '<=' else math.floor)(value / unit) * unit:.2g}")
-
-
 def _noise_scales(
-    problem: Problem, runs: lanes.Runs, pilot: Pilot, key, clock: _Clock, unknown: list[str]
+    problem: Problem, runs: lanes.Runs, pilot: Pilot, key, clock: Clock, unknown: list[str]
 ) -> list[tuple[int, noise.NoiseScale]]:
     """Measure the noise scale before, half way through and at the end of a run to the target."""
     if clock.late(PILOT_SHARE):
@@ -265,12 +152,12 @@ def _noise_scales(
     return scales
 
 
-def _verify(known: Sequence[Choice], search, key, clock: _Clock, unknown: list[str]) -> None:
+def _verify(known: Sequence[Choice], search, key, clock: Clock, unknown: list[str]) -> None:
     """Run some choices at their predicted rates with fresh seeds, and time their steps anew; fills them in."""
     tried: list[int] = []
     while choice := next_to_verify(known, tried):
         tried.append(choice.batch_size)
-        cost = NUM_FRESH * choice.updates[2] * choice.seconds_per_update
+        cost = NUM_SEEDS * choice.updates[2] * choice.seconds_per_update
         if clock.late(1.0, cost=2 * cost + COMPILING):
             unknown.append(f"batch size {choice.batch_size}, unverified: its runs did not fit into the budget")
             continue
@@ -278,7 +165,7 @@ def _verify(known: Sequence[Choice], search, key, clock: _Clock, unknown: list[s
         pilot = search(
             np.asarray([choice.learning_rate]),
             batch_size=choice.batch_size,
-            num_seeds=NUM_FRESH,
+            num_seeds=NUM_SEEDS,
             key=key,
             max_examples=math.ceil(3 * choice.updates[2]) * choice.batch_size,
             deadline=clock.until(1.0),

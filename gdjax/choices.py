@@ -11,7 +11,7 @@ from gdjax import intervals, noise, scaling
 from gdjax.pilots import Pilot
 from gdjax.targets import Budget, Goal
 
-NUM_SEEDS, NUM_FRESH = 3, 5  # runs of a pilot at each rate, and runs that verify
+NUM_SEEDS = 3  # runs of a pilot at its best rate, and runs that verify
 STEP = 8  # factor between the batch sizes of pilots
 
 
@@ -25,12 +25,12 @@ class Choice:
         memory: bytes of one compiled run of updates beside arguments and results, or None.
         fits: whether the step compiled and ran.
         learning_rate: predicted.
-        updates: predicted (low, middle, high), the 90 % interval for the mean of NUM_FRESH runs; with a budget of E
+        updates: predicted (low, middle, high), the 90 % interval for the mean of NUM_SEEDS runs; with a budget of E
             examples to spend, three times E // B.
         loss: with a budget, predicted as well, and the deviation of its logarithm from seed to seed, `seed_error`.
-        measured: updates of the runs that verified, [NUM_FRESH], infinite where the target, or the end of the budget,
+        measured: updates of the runs that verified, [NUM_SEEDS], infinite where the target, or the end of the budget,
             was not reached; or None.
-        measured_loss: with a budget, what these runs ended at, [NUM_FRESH].
+        measured_loss: with a budget, what these runs ended at, [NUM_SEEDS].
         measured_seconds_per_update: measured anew beside them.
         expected_updates: what is known in the end: measured where it was run, otherwise predicted by the last laws.
         time_again: times the compiled training loop once more, seconds per update.
@@ -86,8 +86,8 @@ class Choice:
 
     @property
     def loss_limit(self) -> float:
-        """The upper end of the 90 % interval, over seeds, of `expected_loss` as the mean of NUM_FRESH runs."""
-        quantile = intervals.student(NUM_FRESH - 1, confidence=0.9) / NUM_FRESH**0.5
+        """The upper end of the 90 % interval, over seeds, of `expected_loss` as the mean of NUM_SEEDS runs."""
+        quantile = intervals.student(NUM_SEEDS - 1, confidence=0.9) / NUM_SEEDS**0.5
         if self.measured_loss is None:
             return self.loss[1] * math.exp(quantile * self.seed_error)
         return float(self.measured_loss.mean() + quantile * self.measured_loss.std(ddof=1))
@@ -151,10 +151,6 @@ class Advice:
             {"updates": updates, "b_simple": scale.b_simple, "interval": [scale.low, scale.high], "is": scale.verdict}
             for updates, scale in self.noise_scales
         ]
-        pilots = {
-            size: dataclasses.asdict(pilot) | {"goal": str(pilot.goal), "best_learning_rate": pilot.optimum()[0]}
-            for size, pilot in self.pilots.items()
-        }
         return {
             "goal": str(self.goal),
             "advice": self.sentence(),
@@ -163,7 +159,7 @@ class Advice:
             "rate_law": self.rates._asdict(),
             "noise_scales": scales,
             "choices": [choice.summary() for choice in self.choices],
-            "pilots": pilots,
+            "pilots": {size: pilot.summary() for size, pilot in self.pilots.items()},
         }
 
     def sentence(self) -> str:
@@ -211,7 +207,7 @@ def predict(
     """Return the choices with the learning rates and the updates, or the loss, that the laws predict."""
     predicted = []
     for choice in choices:
-        low, middle, high = map(float, law.interval(choice.batch_size, num_seeds=NUM_FRESH))
+        low, middle, high = map(float, law.interval(choice.batch_size, num_seeds=NUM_SEEDS))
         known: dict[str, Any] = {"learning_rate": float(rates(choice.batch_size)), "updates": (low, middle, high)}
         if isinstance(law, scaling.LossLaw):
             updates = float(law.num_examples // choice.batch_size)
@@ -270,7 +266,7 @@ def fit(found: dict[int, Pilot], verified: Sequence[Choice] = ()):
     run = [choice for choice in verified if choice.measured is not None]
     sizes = [*optima, *(choice.batch_size for choice in run)]
     costs = [costs for _, costs in optima.values()]
-    costs += [choice.costs[:NUM_SEEDS] for choice in run]
+    costs += [choice.costs for choice in run]
     rates = scaling.fit_rates(list(optima), [rate for rate, _ in optima.values()])
     if isinstance(goal, Budget):
         return scaling.fit_losses(sizes, np.asarray(costs), num_examples=goal.num_examples), rates

@@ -53,9 +53,8 @@ class Runs(NamedTuple):
 
     Attributes:
         start: `(learning_rates [R], *, num_seeds, key) -> Lanes`, evaluated.
-        advance: `(lanes, num_updates, active [L], *, batch_size) -> Lanes` after so many updates or as many as the
-            stream holds up to the end of an epoch's length, evaluated; lanes that are not active are left where they
-            are, or go on unevaluated. The lanes given are used up.
+        advance: `(lanes, num_updates, active [L], *, batch_size) -> Lanes` after so many updates, evaluated; lanes that
+            are not active are left where they are, or go on unevaluated. The lanes given are used up.
         num_examples: N.
         num_evaluated: examples in an evaluation.
     """
@@ -99,16 +98,20 @@ def runs(
 
     def advance(lanes: Lanes, num_updates: int, active: np.ndarray, *, batch_size: int) -> Lanes:
         most = length // batch_size  # updates that a window holds
-        first, streams = lanes.num_updates % most, lanes.streams
-        if first == 0 or streams is None:
-            windows = [window(key, lanes.num_updates * batch_size) for key in lanes.stream_keys]
-            streams = jnp.stack([windows[seed] for seed in lanes.seeds])
-        count = min(num_updates, most - first)
-        states = train(
-            lanes.states, streams, lanes.learning_rates, active, first, count, problem.train, batch_size=batch_size
-        )
+        states, streams, done = lanes.states, lanes.streams, lanes.num_updates
+        end = done + num_updates
+        while done < end:
+            first = done % most
+            if first == 0 or streams is None:
+                windows = [window(key, done * batch_size) for key in lanes.stream_keys]
+                streams = jnp.stack([windows[seed] for seed in lanes.seeds])
+            count = min(end - done, most - first)
+            states = train(
+                states, streams, lanes.learning_rates, active, first, count, problem.train, batch_size=batch_size
+            )
+            done += count
         values = evaluate(states.params, lanes.values, active, examples)
-        return lanes._replace(states=states, streams=streams, values=values, num_updates=lanes.num_updates + count)
+        return lanes._replace(states=states, streams=streams, values=values, num_updates=done)
 
     return Runs(start, advance, length, len(jax.tree.leaves(examples)[0]))
 

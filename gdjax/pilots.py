@@ -19,9 +19,10 @@ from gdjax.targets import Budget, Goal, best_value
 
 GROWTH = 0.05  # of a run between evaluations: the error of an updates-to-target before interpolation
 EVALUATION_SHARE = 0.5  # of the cost of training that evaluations may take, unless they were rarer than
-EARLY_GROWTH = 0.5  # of a run
+EARLY_GROWTH = 1.0  # of a run between its first evaluations
+EARLIEST = 16  # the first one, in parts of the updates that an evaluation is worth
 LATE = 2.0  # a rate that needs this many times the updates of the best one is not waited for
-MAX_GRIDS = 6
+MAX_MOVES = 8  # beyond the first grid of rates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +33,12 @@ class Pilot:
         goal: the target to reach, or the budget to spend.
         batch_size: B.
         learning_rates: [R].
-        costs: [R, S], updates to the target or the loss after the budget, infinite where it was not reached or spent.
+        costs: [R, S], updates to the target or the loss after the budget, infinite where it was not reached or spent,
+            or not waited for.
         diverged: bool [R, S], where it cannot be.
-        best_metric: the best value, for this goal, that any lane was seen at.
+        best_metrics: [R], the best value, for this goal, that any seed was seen at; NaN where none was finite.
         seconds: wall time of the search, compilation included.
+        tuning: the search that found its one rate, where that was another.
     """
 
     goal: Goal
@@ -43,8 +46,16 @@ class Pilot:
     learning_rates: np.ndarray
     costs: np.ndarray
     diverged: np.ndarray
-    best_metric: float
+    best_metrics: np.ndarray
     seconds: float
+    tuning: "Pilot | None" = None
+
+    def summary(self) -> dict[str, Any]:
+        """Return what was found, for a JSON file."""
+        arrays = ("learning_rates", "costs", "diverged", "best_metrics", "seconds")
+        tuning = self.tuning and self.tuning.summary()
+        best = {"best_learning_rate": self.optimum()[0], "tuning": tuning}
+        return {name: getattr(self, name) for name in arrays} | best
 
     @property
     def found(self) -> bool:
@@ -53,13 +64,21 @@ class Pilot:
 
     @property
     def best(self) -> int:
-        """The rate with the least cost, the mean over seeds."""
-        return int(np.argmin(self.costs.mean(1)))
+        """The rate with the least cost, the mean over seeds; where there is none, the one that came nearest.
+
+        The first, where all diverged.
+        """
+        if self.found:
+            return int(np.argmin(self.costs.mean(1)))
+        sign = 1 if self.goal.relation == "<=" else -1
+        usable = np.isfinite(self.best_metrics) & ~self.diverged.any(1)
+        return int(np.argmin(np.where(usable, sign * self.best_metrics, np.inf)))
 
     @property
     def at_edge(self) -> bool:
         """Whether the best rate is the smallest or largest tried."""
-        return self.best in (0, len(self.learning_rates) - 1)
+        tuned = self.tuning or self
+        return tuned.best in (0, len(tuned.learning_rates) - 1)
 
     def optimum(self) -> tuple[float, np.ndarray]:
         """Return (the best learning rate, costs [S] there), by a parabola through log costs against log rate.
@@ -71,7 +90,7 @@ class Pilot:
         i = self.best
         logs = np.log(self.costs.mean(1))
         x = np.log(self.learning_rates)
-        if self.at_edge or not (logs[i - 1 : i + 2] < logs[i] + math.log(LATE)).all():
+        if not 0 < i < len(x) - 1 or not (logs[i - 1 : i + 2] < logs[i] + math.log(LATE)).all():
             return float(self.learning_rates[i]), self.costs[i]
         a, b, _ = np.polyfit(x[i - 1 : i + 2] - x[i], logs[i - 1 : i + 2], 2)
         shift = float(np.clip(-b / (2 * a), x[i - 1] - x[i], x[i + 1] - x[i])) if a > 0 else 0.0
@@ -79,11 +98,13 @@ class Pilot:
 
 
 def search(runs: Runs, goal: Goal) -> Callable[..., Pilot]:
-    """Return `(learning_rates [R], *, batch_size, num_seeds, key, max_examples, deadline, progress) -> Pilot`.
+    """Return `(learning_rates [R], *, batch_size, num_seeds, key, max_examples, deadline, ...) -> Pilot`.
 
-    It trains every rate with every seed until the best rate is known, `max_examples` examples are seen, or the clock
-    (`time.perf_counter`) passes `deadline`; a search that it ends is reported as it stands. With a
-    budget to spend, `max_examples` is that budget. `progress` is called with the updates made and the best value.
+    It trains every rate with every seed until the best rate and those beside it are known, `max_examples` examples are
+    seen, or the clock (`time.perf_counter`) passes `deadline`; a search that it ends is reported as it stands. With a
+    budget to spend, `max_examples` is that budget. No rate is waited for longer than `late` times the updates of the
+    best one, or of `least`, which another is known to take. `progress` is called with the updates made and the best
+    value.
 
     Args:
         runs: from `lanes.runs`, judged by the metric of `goal`; one for all batch sizes.
@@ -102,8 +123,11 @@ def search(runs: Runs, goal: Goal) -> Callable[..., Pilot]:
         key: jax.Array,
         max_examples: int = 0,
         deadline: float = math.inf,
+        least: float = math.inf,
+        late: float = LATE,
         progress: Callable[[int, float], None] = lambda updates, metric: None,
     ) -> Pilot:
+        better = np.fmin if goal.relation == "<=" else np.fmax
         began, shape = time.perf_counter(), (num_seeds, len(learning_rates))
         max_updates = max(1, (goal.num_examples if isinstance(goal, Budget) else max_examples) // batch_size)
         lanes = runs.start(learning_rates, num_seeds=num_seeds, key=key)
@@ -112,39 +136,51 @@ def search(runs: Runs, goal: Goal) -> Callable[..., Pilot]:
         def seen(lanes: Lanes) -> np.ndarray:
             return np.asarray(lanes.values, float)[: math.prod(shape)].reshape(shape)
 
-        values = seen(lanes)
-        costs, diverged = np.full(shape, np.inf), ~np.isfinite(values)
-        nearest, done = best_value(values, goal), 0
+        values, done = seen(lanes), 0
+        costs, diverged, nearest = np.full(shape, np.inf), ~np.isfinite(values), values
         if not isinstance(goal, Budget) and goal.reached(values).all():
-            raise ValueError(f"target={goal} is met before any update, at {nearest:.4g}: ask for more")
+            raise ValueError(f"target={goal} is met before any update, at {best_value(values, goal):.4g}: ask for more")
         while done < max_updates and time.perf_counter() < deadline:
             # A rate that diverges with one seed is not waited for with the others.
             active = np.isinf(costs) & ~diverged.any(0)
-            late_by = math.inf if isinstance(goal, Budget) else LATE * costs.mean(0).min()
-            if not active.any() or done > late_by:
+            if not isinstance(goal, Budget):
+                active &= _worth_waiting(costs.mean(0), late * min(least, costs.mean(0).min()), done)
+            if not active.any():
                 break
-            count = min(_until_evaluated(goal, done, runs.num_evaluated, batch_size), max_updates - done)
+            count = min(_until_evaluated(goal, done, runs, batch_size), max_updates - done)
             lanes = runs.advance(lanes, count, np.append(active.reshape(-1), unused), batch_size=batch_size)
             before, done = (done, values), lanes.num_updates
             values = seen(lanes)
             _note_costs(costs, goal, active, before, (done, values), ended=done == max_updates)
             diverged |= ~np.isfinite(values)
-            nearest = best_value(np.append(values, nearest), goal)
-            progress(done, nearest)
+            nearest = better(nearest, np.where(np.isfinite(values), values, np.nan))
+            progress(done, best_value(nearest, goal))
         rates = np.asarray(learning_rates, float)
+        nearest = np.asarray([best_value(column, goal) for column in nearest.T])
         return Pilot(goal, batch_size, rates, costs.T, diverged.T, nearest, time.perf_counter() - began)
 
     return run
 
 
-def _until_evaluated(goal: Goal, done: int, num_evaluated: int, batch_size: int) -> int:
+def _worth_waiting(costs: np.ndarray, latest: float, done: int) -> np.ndarray:
+    """Return which rates [R] are waited for after `done` updates.
+
+    All, until one arrives with every seed; then those beside it, which its parabola goes through, and not for long.
+    """
+    waiting = np.ones(len(costs), bool)
+    if np.isfinite(costs).any():
+        waiting = np.abs(np.arange(len(costs)) - costs.argmin()) <= 1
+    return waiting & (done <= latest)
+
+
+def _until_evaluated(goal: Goal, done: int, runs: Runs, batch_size: int) -> int:
     """Return how many updates to make before lanes are evaluated."""
     early = math.ceil(EARLY_GROWTH * done)
-    if isinstance(goal, Budget):  # all that has to be known on the way is which lanes diverge
-        return max(1, early)
+    if isinstance(goal, Budget):  # all that has to be known on the way is which lanes diverge, and the time
+        return max(1, min(early, runs.num_examples // batch_size))
     # Evaluating an example costs a third of training on it.
-    fewest = max(1, round(num_evaluated / (3 * EVALUATION_SHARE * batch_size)))
-    return max(1, math.ceil(GROWTH * done), min(fewest, early))
+    fewest = runs.num_evaluated / (3 * EVALUATION_SHARE * batch_size)
+    return max(1, math.ceil(GROWTH * done), round(min(fewest, max(early, fewest / EARLIEST))))
 
 
 def _note_costs(costs, goal: Goal, active, before, after, *, ended: bool) -> None:
@@ -164,22 +200,21 @@ def _note_costs(costs, goal: Goal, active, before, after, *, ended: bool) -> Non
 
 
 def tune(run: Callable[..., Pilot], learning_rates: np.ndarray, **limits: Any) -> Pilot:
-    """Search a logarithmic grid that moves until its best rate has a neighbour on both sides.
+    """Search a logarithmic grid, and one rate after another beyond it until the best one has two neighbours.
 
-    Every grid has the same number of rates, so that one compiled program serves them all. Where nothing arrives, the
-    grid moves away from rates that diverge, or up where none does, and the search ends where it holds both.
+    Where nothing arrives, it goes on beyond the rate that came nearest, below all of them where all diverge, and ends
+    where that one has two neighbours.
     """
     found = run(learning_rates, **limits)
-    factor, steps = learning_rates[1] / learning_rates[0], np.arange(len(learning_rates))
-    for _ in range(MAX_GRIDS - 1):
-        if time.perf_counter() > limits.get("deadline", math.inf) or (found.found and not found.at_edge):
+    factor = learning_rates[1] / learning_rates[0]
+    for _ in range(MAX_MOVES):
+        if not found.at_edge or time.perf_counter() > limits.get("deadline", math.inf):
             break
-        if not found.found and found.diverged[-1].any() and not found.diverged[0].any():
-            break
-        up = found.best > 0 if found.found else not found.diverged[0].any()
-        edge = found.learning_rates[-1 if up else 0]
-        grid = edge * factor ** (steps - 1 if up else steps - steps[-2])  # two rates once more, as neighbours
-        found = _merged(found, run(grid, **limits))
+        up = found.best > 0
+        beyond = found.learning_rates[-1 if up else 0]
+        num_new = len(learning_rates) if found.diverged.any(1).all() else 1
+        new = np.sort(beyond * factor ** ((1 if up else -1) * np.arange(1.0, num_new + 1)))
+        found = _merged(found, run(new, least=found.costs.mean(1).min(), **limits))
     return found
 
 
@@ -195,16 +230,11 @@ def _crossing(start: int, end: int, before: np.ndarray, after: np.ndarray, value
 
 
 def _merged(first: Pilot, second: Pilot) -> Pilot:
-    """Return both pilots as one; a rate in both has arrived where it did in either, the same seeds having run twice."""
-    rates = np.concatenate([first.learning_rates, second.learning_rates])
-    order = np.argsort(rates)
-    new = np.diff(np.log(rates[order]), prepend=-np.inf) > 1e-6  # the same rate may differ in its last digits
-    starts = np.flatnonzero(new)
-    return dataclasses.replace(
-        second,
-        learning_rates=rates[order][starts],
-        costs=np.minimum.reduceat(np.concatenate([first.costs, second.costs])[order], starts),
-        diverged=np.logical_or.reduceat(np.concatenate([first.diverged, second.diverged])[order], starts),
-        best_metric=best_value(np.asarray([first.best_metric, second.best_metric]), first.goal),
-        seconds=first.seconds + second.seconds,
-    )
+    """Return both pilots as one, rates ascending."""
+    order = np.argsort(np.concatenate([first.learning_rates, second.learning_rates]))
+
+    def both(name: str) -> np.ndarray:
+        return np.concatenate([getattr(first, name), getattr(second, name)])[order]
+
+    names = ("learning_rates", "costs", "diverged", "best_metrics")
+    return dataclasses.replace(second, **{name: both(name) for name in names}, seconds=first.seconds + second.seconds)

@@ -49,6 +49,13 @@ class Target:
         """Return where `value` meets the target; NaN does not."""
         return value <= self.value if self.relation == "<=" else value >= self.value
 
+    def easier(self, value: float) -> "Target":
+        """Return the target at `value` in two digits, rounded to where more runs arrive."""
+        if value != 0:
+            unit = 10.0 ** (math.floor(math.log10(abs(value))) - 1)
+            value = float(f"{(math.ceil if self.relation == '<=' else math.floor)(value / unit) * unit:.2g}")
+        return dataclasses.replace(self, value=value)
+
 
 @dataclasses.dataclass(frozen=True)
 class Budget:

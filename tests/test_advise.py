@@ -4,6 +4,7 @@ import json
 import math
 import os
 import sys
+import time
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 
 from gdjax import (
     advise,
+    advise_pilots,
     batching,
     choices,
     cli,
@@ -36,7 +38,7 @@ def pilot(size, updates, *, rate=0.1):
     """Return a pilot with its best rate in the middle of three, the others of no use, 10 % spread over its seeds."""
     runs = np.full((3, 3), np.inf)
     runs[1] = updates * np.asarray([0.9, 1.0, 1.1])
-    return Pilot(TARGET, size, rate * np.asarray([0.1, 1, 10]), runs, np.zeros((3, 3), bool), 0.1, 1.0)
+    return Pilot(TARGET, size, rate * np.asarray([0.1, 1, 10]), runs, np.zeros((3, 3), bool), np.full(3, 0.1), 1.0)
 
 
 def timed(sizes, *, fixed):
@@ -98,7 +100,7 @@ def test_predictions_are_the_laws():
     law = scaling.fit([4, 32], np.asarray([[100.0, 120.0], [40.0, 50.0]]))
     rates = scaling.fit_rates([4, 32], [0.1, 0.2])
     [choice] = choices.predict(timed([8], fixed=30), law, rates)
-    np.testing.assert_allclose(choice.updates, law.interval(8, num_seeds=choices.NUM_FRESH))
+    np.testing.assert_allclose(choice.updates, law.interval(8, num_seeds=choices.NUM_SEEDS))
     np.testing.assert_allclose(choice.seconds, np.multiply(choice.updates, 38e-6))
     assert choice.learning_rate == pytest.approx(float(rates(8)))
 
@@ -155,7 +157,7 @@ def test_the_least_memory_is_the_smallest_batch_where_it_is_unknown():
     [(0.1201, "<=", 0.13), (0.9549, ">=", 0.95), (-1.234, "<=", -1.2), (0.0, "<=", 0.0), (2.0, "<=", 2.0)],
 )
 def test_the_target_that_is_suggested_was_reached(value, relation, easier):
-    assert advise._easier(value, relation) == easier
+    assert Target("loss", "train", relation, 0.1).easier(value) == Target("loss", "train", relation, easier)
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +250,7 @@ def test_the_command_predicts_verifies_and_advises(command, monkeypatch, capsys,
     assert found.unknown == []
     assert list(found.pilots) == [48, 4]  # 48 is the nearest to 32
     assert [choice.batch_size for choice in found.choices] == [4, 16, 48]
-    assert all(choice.measured.shape == (choices.NUM_FRESH,) for choice in found.choices)
+    assert all(choice.measured.shape == (choices.NUM_SEEDS,) for choice in found.choices)
     pick = found[found.batch_size]
     assert pick.measured_seconds == min(choice.measured_seconds for choice in found.choices)
     assert found.refitted == any(not choice.inside for choice in found.choices)
@@ -262,7 +264,7 @@ def test_the_command_predicts_verifies_and_advises(command, monkeypatch, capsys,
     problem = sys.modules["advised_module"].problem
     search = pilots.search(lanes.runs(problem, sys.modules["advised_module"].heavy_ball), found.goal)
     rate = np.asarray([found[16].learning_rate])
-    again = search(rate, batch_size=16, num_seeds=5, key=fresh, max_examples=10**5)
+    again = search(rate, batch_size=16, num_seeds=3, key=fresh, max_examples=10**5)
     np.testing.assert_allclose(found[16].measured, again.costs[0], rtol=1e-9)
 
     table = printed.err.splitlines()
@@ -281,12 +283,12 @@ def test_with_a_budget_the_fastest_within_the_interval_of_the_least_loss_is_best
     best = choices.fastest(known)
     limit = known[0].loss_limit
     assert known[0].loss[1] < best.loss[1] <= limit < known[known.index(best) + 1].loss[1]
-    for choice, loss, seconds in ((known[3], 1.0, 3.0), (known[4], 1.05, 2.0), (known[5], 1.2, 1.0)):
-        choice.measured = np.full(5, 1.0)
-        choice.measured_loss = loss + 0.1 * np.asarray([-1, -0.5, 0, 0.5, 1])
+    for choice, loss, seconds in ((known[3], 1.0, 3.0), (known[4], 1.15, 2.0), (known[5], 1.2, 1.0)):
+        choice.measured = np.full(3, 1.0)
+        choice.measured_loss = loss + 0.1 * np.asarray([-1, 0, 1])
         choice.measured_seconds_per_update = seconds
-    # Student's t of 4 degrees, times the deviation 0.079, over sqrt(5).
-    assert known[3].loss_limit == pytest.approx(1 + 2.1318 * 0.079057 / 5**0.5, rel=1e-4)
+    # Student's t of 2 degrees, times the deviation 0.1, over sqrt(3).
+    assert known[3].loss_limit == pytest.approx(1 + 2.91999 * 0.1 / 3**0.5, rel=1e-4)
     assert choices.fastest(known[3:6]) is known[4]
     choices.settle(known, law)
     assert [choice.expected_updates for choice in known[:4]] == [4096, 2048, 1024, 1.0]  # the last one was run
@@ -304,13 +306,13 @@ def test_the_command_spends_a_budget(command, capsys):
     result = strict(printed.out)
     rows = {row["batch_size"]: row for row in result["choices"]}
     assert [row["updates"][1] for row in rows.values()] == [50, 12, 4]
-    assert all(len(row["measured_loss"]) == choices.NUM_FRESH for row in rows.values())
+    assert all(len(row["measured_loss"]) == choices.NUM_SEEDS for row in rows.values())
     least = min(rows.values(), key=lambda row: row["expected_loss"])
     assert rows[result["batch_size"]]["expected_loss"] <= 1.5 * least["expected_loss"]
     # The runs that verify are those of the last updates of `descent.run` on the same streams.
     problem, rate = sys.modules["advised_module"].problem, rows[16]["learning_rate"]
     for seed, keys in enumerate(
-        zip(*(jax.random.split(k, 5) for k in jax.random.split(jax.random.split(jax.random.key(0), 3)[1])), strict=True)
+        zip(*(jax.random.split(k, 3) for k in jax.random.split(jax.random.split(jax.random.key(0), 3)[1])), strict=True)
     ):
         method = descent.method(gradients.mean(problem.loss), optax.sgd(rate))
         stream = batching.reshuffled(keys[1], 48, length=12 * 16)
@@ -363,3 +365,31 @@ def test_a_mistake_is_one_line_exit_status_2_and_no_file(command, capsys, tmp_pa
         x, y = sys.modules["advised_module"].problem.train
         least = np.linalg.lstsq(np.asarray(x), np.asarray(y), rcond=None)[1][0] / 2 / len(y)
         assert least < suggested < 1.2 * least + 1e-3
+
+
+def made_up(too_high, asked):
+    """A search that takes 100 updates, at any rate with one seed, and with several at none from `too_high` on."""
+
+    def search(rates, *, batch_size, num_seeds, key, max_examples, deadline, progress, least=math.inf):
+        asked.append((list(rates), num_seeds, max_examples))
+        costs = np.full((len(rates), num_seeds), 100.0)
+        costs[:, -1] = np.where((num_seeds > 1) & (rates >= too_high), np.inf, 100 * np.exp(np.log(rates / 0.1) ** 2))
+        return Pilot(TARGET, batch_size, rates, costs, ~np.isfinite(costs), np.full(len(rates), 0.2), 1.0)
+
+    return search
+
+
+@pytest.mark.parametrize(("too_high", "rates"), [(0.2, [0.1]), (0.08, [0.1, 0.0707]), (0.01, [0.1, 0.0707, 0.05])])
+def test_a_pilot_is_tuned_with_one_seed_and_repeated_lower_where_several_do_not_arrive(too_high, rates):
+    asked = []
+    clock = advise_pilots.Clock(time.perf_counter(), 1e3, 10**9, lambda stage, fraction: None)
+    found = advise_pilots._pilot(made_up(too_high, asked), 8, 0.1, None, clock, 1.0, max_examples=5000)
+    assert asked[0] == ([0.05, 0.1, 0.2], 1, 5000)
+    np.testing.assert_allclose(
+        [rate for [rate], num_seeds, _ in asked[1:] if num_seeds == choices.NUM_SEEDS], rates, 1e-2
+    )
+    assert {most for *_, most in asked[1:]} == {advise_pilots.ALLOWANCE * 100 * 8}
+    assert found.found == (too_high > 0.05)
+    assert found.tuning is not None
+    assert not found.at_edge
+    assert found.optimum()[0] == pytest.approx(rates[-1], rel=1e-2)

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import math
 import time
@@ -76,15 +77,21 @@ def test_updates_to_a_target_are_those_of_the_closed_form(key):
     rates = np.asarray([0.01, 0.035, 0.045, 0.06, 3.0])
     found = run(rates, max_examples=100_000)
     exact = math.log(2e-4) / (2 * np.log(1 - rates[:4]))
-    np.testing.assert_allclose(found.costs[1:4], np.repeat(exact[1:, None], 2, axis=1), rtol=pilots.GROWTH / 2)
-    assert np.isinf(found.costs[[0, 4]]).all()  # over twice the updates of the best, and never
+    np.testing.assert_allclose(found.costs[2:4], np.repeat(exact[2:, None], 2, axis=1), rtol=pilots.GROWTH / 2)
+    assert np.isinf(found.costs[[0, 1, 4]]).all()  # not beside the best, and never
+    late = run(rates[[0, 3]], max_examples=100_000)
+    assert np.isinf(late.costs[0]).all()  # over twice the updates of the best
     np.testing.assert_array_equal(found.diverged[:4], False)
     assert (found.best, found.found, found.at_edge) == (3, True, False)
-    assert 0 <= found.best_metric <= 1e-4
+    assert 0 <= found.best_metrics[3] <= 1e-4 < found.best_metrics[0] < 0.5
+    only = run(rates[2:4], max_examples=100_000, late=1.0)
+    assert np.isinf(only.costs[0]).all()
+    assert not run(rates[2:3], max_examples=100_000, least=exact[2] / pilots.LATE / 1.1).found
+    assert run(rates[2:3], max_examples=100_000, least=exact[2] / pilots.LATE * 1.1).found
     # Not before a lane has arrived, and as it stands, where the examples or the clock end first.
     assert run(rates, max_examples=50).found is False
     late = run(rates, max_examples=10**9, deadline=time.perf_counter() - 1)
-    assert (late.found, late.best_metric) == (False, 0.5)
+    assert (late.found, late.best_metrics.tolist()) == (False, [0.5] * 5)
 
 
 def test_the_loss_after_a_budget_is_that_of_the_closed_form(key):
@@ -183,10 +190,10 @@ def test_a_crossing_lies_between_two_evaluations():
 TARGET = Target("loss", "train", "<=", 0.1)
 
 
-def pilot(rates, updates, diverged=None, best_metric=0.1):
+def pilot(rates, updates, diverged=None, best_metrics=0.1):
     updates = np.asarray(updates, float)
     diverged = np.zeros(updates.shape, bool) if diverged is None else np.asarray(diverged)
-    return Pilot(TARGET, 8, np.asarray(rates, float), updates, diverged, best_metric, 1.0)
+    return Pilot(TARGET, 8, np.asarray(rates, float), updates, diverged, best_metrics * np.ones(len(updates)), 1.0)
 
 
 def test_the_optimum_is_the_top_of_a_parabola_in_logarithms():
@@ -210,11 +217,11 @@ def fake(best_rate, *, cliff=math.inf, grids=None, reachable=True):
     def run(rates, **limits):
         if grids is not None:
             grids.append(rates)
-        updates = np.where(rates > cliff, np.inf, 100 * np.exp(0.3 * np.log(rates / best_rate) ** 2))
+        updates = np.where(rates > cliff, np.inf, 100 * np.exp(np.minimum(0.3 * np.log(rates / best_rate) ** 2, 99)))
         updates = np.where(updates > pilots.LATE * updates.min(), np.inf, updates)
         if not reachable:
             updates[:] = np.inf
-        return pilot(rates, updates[:, None] * np.ones(2), np.repeat((rates > cliff)[:, None], 2, 1), 1 / len(rates))
+        return pilot(rates, updates[:, None] * np.ones(2), np.repeat((rates > cliff)[:, None], 2, 1), 1 / (1 + rates))
 
     return run
 
@@ -223,43 +230,55 @@ GRID = 10.0 ** np.arange(-2, 2)
 
 
 @pytest.mark.parametrize("best_rate", [3e-7, 0.004, 0.2, 30.0, 4e4])
-def test_the_grid_moves_until_the_best_rate_has_two_neighbours(best_rate):
+def test_rates_are_added_until_the_best_one_has_two_neighbours(best_rate):
     grids = []
     found = pilots.tune(fake(best_rate, grids=grids), GRID)
     assert found.found
     assert not found.at_edge
     assert abs(np.log10(found.learning_rates[found.best] / best_rate)) <= 0.5
-    assert {len(grid) for grid in grids} == {4}  # one compiled program
+    assert [len(grid) for grid in grids] == [4] + [1] * (len(grids) - 1)
     np.testing.assert_allclose(np.diff(np.log10(found.learning_rates)), 1)  # each rate once, ascending
+    assert found.costs[:, 0].argmin() == found.best
 
 
-def test_the_grid_moves_below_rates_that_diverge():
+def test_no_rate_is_waited_for_longer_than_the_best_so_far_allows():
+    kept = []
+    found = pilots.tune(lambda rates, **limits: kept.append(limits.get("least")) or fake(3e-4)(rates), GRID)
+    assert kept[0] is None
+    assert kept[1] == found.costs[found.learning_rates >= 0.009].min()
+    assert kept[2] < kept[1]
+
+
+def test_the_search_goes_below_rates_that_diverge():
     found = pilots.tune(fake(3e-6, cliff=1e-5), GRID)
-    assert found.learning_rates[found.best] == pytest.approx(1e-5, rel=1e-6) or not found.at_edge
     assert found.found
-
-
-def test_tiny_rates_are_told_apart():
-    found = pilots.tune(fake(1e-11), 1e-10 * GRID)
-    np.testing.assert_allclose(np.diff(np.log10(found.learning_rates)), 1)
     assert not found.at_edge
+    assert found.learning_rates[found.best] == pytest.approx(1e-6, rel=1e-6)
 
 
-@pytest.mark.parametrize(("cliff", "direction"), [(0.0, -1), (math.inf, 1)])
-def test_the_search_gives_up_in_the_end(cliff, direction):
-    """Where everything diverges it goes down, where nothing does and nothing arrives up, MAX_GRIDS grids in all."""
+@pytest.mark.parametrize(("cliff", "direction", "num_new"), [(0.0, -1, 4), (math.inf, 1, 1)])
+def test_the_search_gives_up_in_the_end(cliff, direction, num_new):
+    """Where everything diverges it goes down, where nothing arrives to where the nearest was, MAX_MOVES times."""
     grids = []
     found = pilots.tune(fake(1.0, cliff=cliff, grids=grids, reachable=False), GRID)
     assert not found.found
-    assert len(grids) == pilots.MAX_GRIDS
+    assert [len(grid) for grid in grids] == [4] + [num_new] * pilots.MAX_MOVES
     assert all(direction * (b[0] - a[0]) > 0 for a, b in itertools.pairwise(grids))
     assert found.diverged.all() == (cliff == 0)
 
 
-def test_between_rates_that_diverge_and_rates_that_do_not_arrive_nothing_is_left_to_try():
+def test_where_the_nearest_rate_has_two_neighbours_nothing_is_left_to_try():
     grids = []
-    assert not pilots.tune(fake(1.0, cliff=0.5, grids=grids, reachable=False), GRID).found
-    assert len(grids) == 1
+    found = pilots.tune(fake(1.0, cliff=0.5, grids=grids, reachable=False), GRID)
+    assert (found.found, found.best, len(grids)) == (False, 1, 1)  # the nearest but for those that diverged
+
+
+@pytest.mark.parametrize(("target", "best"), [(TARGET, 2), (Target("accuracy", "test", ">=", 0.9), 1)])
+def test_the_nearest_rate_is_nearest_in_the_sense_of_the_target(target, best):
+    found = Pilot(
+        target, 8, GRID, np.full((4, 1), np.inf), np.zeros((4, 1), bool), np.asarray([0.4, 0.6, 0.3, np.nan]), 1
+    )
+    assert found.best == best
 
 
 def test_the_search_ends_with_the_clock_and_keeps_what_arrived_before():
@@ -267,15 +286,21 @@ def test_the_search_ends_with_the_clock_and_keeps_what_arrived_before():
     found = pilots.tune(fake(1e9, grids=grids), GRID, deadline=time.perf_counter() - 1)
     assert (len(grids), found.at_edge) == (1, True)
 
-    # The clock ends the second grid before anything arrives.
-    calls = iter([[[9], [8], [7], [6]], *[np.full((4, 1), np.inf)] * 9])
+    # The clock ends the second search before anything arrives.
+    calls = iter([[[9], [8], [7], [6]], *[[[np.inf]]] * 9])
     found = pilots.tune(lambda rates, **limits: pilot(rates, next(calls)), GRID)
     assert found.costs[found.best] == 6
+    assert not found.at_edge
 
 
-def test_the_nearest_value_is_that_of_all_grids():
-    calls = iter([pilot(GRID, np.full((4, 1), np.inf), None, 0.3), pilot(10 * GRID, [[1], [2], [1], [3]], None, 0.4)])
-    assert pilots.tune(lambda rates, **limits: next(calls), GRID).best_metric == 0.3
+def test_the_best_of_values():
     assert targets.best_value(np.asarray([np.nan, 0.2, 0.7]), TARGET) == 0.2
     assert targets.best_value(np.asarray([np.nan, 0.2, 0.7]), Target("accuracy", "test", ">=", 1.0)) == 0.7
     assert math.isnan(targets.best_value(np.asarray([np.nan, np.inf]), TARGET))
+
+
+def test_what_a_pilot_says_of_itself_holds_its_tuning():
+    tuned = pilot([1, 2, 4], [[np.inf], [5], [7]])
+    said = dataclasses.replace(pilot([2], [[4, 5, 6]]), tuning=tuned).summary()
+    assert (said["best_learning_rate"], said["tuning"]["best_learning_rate"], said["tuning"]["tuning"]) == (2, 2, None)
+    assert said["costs"].tolist() == [[4, 5, 6]]
