@@ -128,9 +128,12 @@ def advice(found: Advice, title: str) -> "Figure":
     points = [(c.expected_seconds, c.expected_loss if spent else c.expected_updates * c.batch_size) for c in choices]
     points, on = np.asarray(points), np.isin(sizes, found.pareto)
     trade.plot(*points[~on].T, "o", color=COLOURS[6], fillstyle="none", label="beaten in both")
-    trade.plot(*points[on].T, "o-", color=COLOURS[0], label="Pareto set")
-    for (x, y), size in zip(points[on], sizes[on], strict=True):
-        trade.annotate(f" {size}", (x, y), fontsize="small")
+    trade.plot(*points[on][points[on][:, 0].argsort()].T, "o-", color=COLOURS[0], label="Pareto set")
+    labelled, apart = -np.inf, 0.07 * np.ptp(np.log(points[:, 0]))
+    for (x, y), size in sorted(zip(points[on].tolist(), sizes[on], strict=True)):  # the fastest first
+        if np.log(x) > labelled + apart:
+            trade.annotate(f" {size}", (x, y), fontsize="small")
+            labelled = np.log(x)
     cost, price = ("loss after the budget",) * 2 if spent else ("updates to target", "examples to target")
     time = "seconds to spend the budget" if spent else "seconds to target"
     for axis, label in ((costs, cost), (speed, "seconds per update"), (times, time)):
