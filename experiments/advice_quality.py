@@ -5,7 +5,7 @@ Question    For several problems: how much longer than the best batch size found
 Prediction  Regret (time to target at the advised batch size and rate over the best found exhaustively) at most 1.10 at
             the median and 1.30 at worst; predictions within a factor of 1.3 at the median and nine in ten inside their
             90 % interval; cost at most a quarter of the search's.
-Cost        1 minute on two CPU cores; --full, with the data sets in the folder GDJAX_DATA, 15 minutes. With --kept
+Cost        1 minute on two CPU cores; --full, with the data sets in the folder GDJAX_DATA, 20 minutes. With --kept
             FOLDER every problem's row is kept there when it is finished and read from there another time, and
             --problems names those to judge, so that it can be done in parts.
 
@@ -162,7 +162,7 @@ def main(options: Options) -> experiment.Result:
     if unknown := set(options.problems or ()) - set(cases):
         raise ValueError(f"problems={sorted(unknown)} are not among {', '.join(cases)} (--full has more)")
     names = options.problems or list(cases)[: 1 if options.smoke else None]
-    sizes, budget = ([16, 128], 60) if options.smoke else (None, 300)
+    sizes, budget = ([16, 128], 60) if options.smoke else (None, 900)
     rows = [
         kept_row(options, name, partial(judge_one, *cases[name], budget=budget, seed=options.seed, sizes=sizes))
         for name in names
