@@ -58,7 +58,12 @@ def parse(
         "prog": prog,
         "description": f"{description}\n\n{STATUSES} --version shows the version.",
         "args": given,
-        "config": (tyro.conf.HelptextFromCommentsOff, tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+        "config": (
+            tyro.conf.DisallowNone,
+            tyro.conf.HelptextFromCommentsOff,
+            tyro.conf.OmitArgPrefixes,
+            tyro.conf.FlagCreatePairsOff,
+        ),
     }
     said, complaint = io.StringIO(), io.StringIO()  # no terminals, hence no colours
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(complaint):
@@ -78,4 +83,5 @@ def parse(
 def _one_line(box: str) -> str:
     """Return what a box says below its title, up to its first rule or empty line."""
     lines = (re.sub("[│╭╮╰╯─]|-{4,}", "", line).strip() for line in box.splitlines()[1:])
-    return " ".join(" ".join(next(group for said, group in itertools.groupby(lines, bool) if said)).split())
+    said = next(group for text, group in itertools.groupby(lines, bool) if text)
+    return " ".join(" ".join(said).split()).rstrip(".")

@@ -36,10 +36,10 @@ class Bench:
 
     models: tuple[str, ...] = ("mlp-small", "mlp-large", "cnn", "transformer")
     """Of these four, on random data; or problems as `gdjax compare` takes them."""
-    variants: tuple[str, ...] | None = None
-    """python-loop, scan, scan-unrolled, one-kernel, vmapped-seeds, sharded, microbatched, 'per-example: vmap',
-    'per-example: ghost', lanes, or module:function of your own, (problem, learning_rate) -> run (see gdjax.variants).
-    Default: all."""
+    variants: tuple[str, ...] = ()
+    """Of python-loop, scan, scan-unrolled, one-kernel, vmapped-seeds, sharded, microbatched, lanes, and
+    'per-example: vmap', 'per-example: ghost'. Default: all.
+    Or module:function of your own, (problem, learning_rate) -> run (see gdjax.variants)."""
     batch_sizes: tuple[int, ...] = (1, 32, 256)
     """Examples per update."""
     devices: int | None = None

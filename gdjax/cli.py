@@ -28,9 +28,9 @@ class Compare:
     """
 
     problem: str = "digits-mlp"
-    """A built-in name (digits-mlp, least-squares, logistic, noisy-quadratic; with --data, mnist-mlp,
-    fashion-mnist-cnn, cifar10-cnn, a9a-logistic, power-plant, tiny-shakespeare), or package.module:attribute naming a
-    gdjax Problem or a function that returns one; the current folder is searched first."""
+    """A built-in name, or package.module:attribute naming a gdjax Problem or a function that returns one.
+    The current folder is searched first. Built in are digits-mlp, least-squares, logistic, noisy-quadratic;
+    with --data, mnist-mlp, fashion-mnist-cnn, cifar10-cnn, a9a-logistic, power-plant, tiny-shakespeare."""
     batch_sizes: tuple[int | Literal["full"], ...] = ()
     """Examples per update, 'full' for all of them. Default: 1 32 full."""
     learning_rate: float | None = None
@@ -84,15 +84,13 @@ class Advise:
     """
 
     target: str | None = None
-    """What to reach: 'loss<=0.05' or 'accuracy>=0.95'. The loss is that of the training examples, other metrics are
-    those of the test examples, unless train_ or test_ goes before the name; of more than 2048 examples, 2048 are
-    drawn to judge it on."""
+    """What to reach: 'loss<=0.05' or 'accuracy>=0.95'. Of more than 2048 examples, 2048 are drawn to judge it on.
+    The loss is that of training, another metric that of test examples, or as train_ or test_ before the name says."""
     examples: int | None = None
-    """Instead of a target: how many examples to spend, for the least training loss after them. The advice is the
-    fastest batch size whose loss is within the interval, over seeds, of the least one."""
+    """Instead of a target: how many examples to spend, for the least training loss after them.
+    The advice is the fastest batch size whose loss is within the interval, over seeds, of the least one."""
     problem: str = "digits-mlp"
-    """A built-in name (`gdjax compare --help` lists them), or package.module:attribute naming a gdjax Problem or a
-    function that returns one; the current folder is searched first."""
+    """A built-in name, or package.module:attribute, as `gdjax compare --help` says."""
     optimizer: str = "sgd"
     """sgd, momentum, adam, or package.module:factory, a function learning_rate -> optax transformation."""
     batch_sizes: tuple[int | Literal["full"], ...] = ()

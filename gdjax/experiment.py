@@ -10,6 +10,7 @@ An experiment is `main(options) -> Result`. A script ends with `experiment.run(m
 
 import dataclasses
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -63,7 +64,8 @@ def run(main: Callable[[Any], Result], options_type: type[Options] = Options) ->
     name = Path(inspect.getfile(main)).stem
     with command.ended():
         text = getattr(inspect.getmodule(main), "__doc__", None) or ""
-        options = arguments.parse(options_type, prog=f"python -m experiments.{name}", description=text.strip())
+        text = re.sub(r"\n(?!\n)", "\n ", text.strip())  # a help joins lines that are not indented
+        options = arguments.parse(options_type, prog=f"python -m experiments.{name}", description=text)
     command.run(options, lambda options: _run(main, name, options))
 
 

@@ -239,6 +239,7 @@ def test_help_lists_every_option_with_its_text_and_the_exit_statuses(gdjax):
         assert (status, complained) == (0, "")
         explained = [part for part in re.split(r"\n│? {0,3}--(?=\w)", printed)[1:] if len(part.split()) > 3]
         assert {part.split()[0] for part in explained} == {*fields(kind)}
+        assert "{None}" not in printed
     assert arguments.STATUSES in gdjax("--help")[1]
     assert gdjax("--version")[1] == f"gdjax {sys.modules['gdjax'].__version__}\n"
 

@@ -47,6 +47,18 @@ def test_an_experiment_need_not_have_files_and_a_mistake_leaves_no_folder(tmp_pa
     assert "rates=[] must hold a rate" in capsys.readouterr().err
 
 
+def test_help_keeps_question_prediction_and_cost_apart(monkeypatch, capsys):
+    monkeypatch.setattr(
+        sys.modules[__name__], "__doc__", "Is it?\n\nQuestion    Is it\n            so?\nCost        1 s.\n"
+    )
+    with pytest.raises(SystemExit) as end:
+        call(monkeypatch, main, "--help")
+    assert end.value.code == 0
+    assert [line.strip() for line in capsys.readouterr().out.splitlines() if line.strip()][1:5] == [
+        *("Is it?", "Question    Is it", "so?", "Cost        1 s."),
+    ]
+
+
 def test_the_folder_of_data_is_where_data_sets_are_read_from(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("GDJAX_DATA", "/nowhere")  # and restores it at the end
 
