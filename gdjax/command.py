@@ -114,10 +114,13 @@ def saving(name: str, command: Any, *, seed: int) -> Iterator[Callable[..., None
     from gdjax import plots, records
 
     start = time.perf_counter()
-    common = command.common
+    common, stdout = command.common, sys.stdout
     plots.check_installed()
-    with records.run_folder(common.out or records.timestamped(name)) as folder:
-        if common.json not in (None, "-"):
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(records.run_folder(common.out or records.timestamped(name)))
+        if common.json == "-":  # a user's own problem may print
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        elif common.json is not None:
             records.check_writable(Path(common.json), "json")
 
         def save(
@@ -137,11 +140,10 @@ def saving(name: str, command: Any, *, seed: int) -> Iterator[Callable[..., None
             if common.json not in (None, "-"):
                 records.write_json(Path(common.json), result)
             # Nobody may be listening any more: all that was to be kept has been.
-            messages = sys.stderr if common.json == "-" else sys.stdout
-            print(report, file=messages)
-            print(f"Saved {folder / 'result.json'} and {', '.join(['figure.png', *files])}", file=messages)
+            print(report)
+            print(f"Saved {folder / 'result.json'} and {', '.join(['figure.png', *files])}")
             if common.json == "-":
-                sys.stdout.write(records.to_json(result))
+                stdout.write(records.to_json(result))
 
         yield save
 

@@ -162,7 +162,7 @@ def load(spec: str) -> Problem:
     if callable(found) and not isinstance(found, Problem):
         try:
             found = found()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ValueError(f"problem={spec!r}: calling it without arguments raised {error!r}") from error
     if not isinstance(found, Problem):
         raise ValueError(f"problem={spec!r} is a {type(found).__name__}, not a gdjax.problem.Problem")
@@ -187,7 +187,7 @@ def imported(spec: str, argument: str) -> Any:
             f"{argument}={spec!r}: no module named {error.name!r} here or in this environment (looked in {here})"
             + (f"; a file {module_name} is named without '.py'" if module_name.endswith(".py") else "")
         ) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"{argument}={spec!r}: importing {module_name!r} raised {error!r}") from error
     finally:
         sys.path.remove(here)

@@ -63,6 +63,8 @@ def check_writable(path: Path, name: str) -> None:
     with _named_in_errors(name, path):
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if path.exists() and not path.is_file():
+            raise OSError(errno.EINVAL, "it is a device or a pipe, and a file would take its place")
         with tempfile.TemporaryFile(dir=path.parent):
             pass
 

@@ -14,10 +14,7 @@ microbatched 3.625
 per-example: ghost 3.625
 """
 
-import importlib
 import math
-import os
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -31,7 +28,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from gdjax import batching, descent, gradients, kernels
 from gdjax.descent import Method
 from gdjax.gradients import Gradient
-from gdjax.problem import Batch, Params, Problem
+from gdjax.problem import Batch, Params, Problem, imported
 
 Run = Callable[[Params, Batch, jax.Array], tuple[Params, Any]]
 Variant = Callable[[Problem, float], Run]
@@ -232,17 +229,10 @@ def named(spec: str) -> Variant:
     """
     if spec in VARIANTS:
         return VARIANTS[spec]
-    module, _, function = spec.partition(":")
-    if not (module and function) or " " in spec:
+    if ":" not in spec or " " in spec:
         known = ", ".join([*VARIANTS, "lanes"])
         raise ValueError(f"variant={spec!r} is not one of {known}; one of your own is module:function")
-    sys.path.insert(0, os.getcwd())
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"variant={spec!r} cannot be imported: {error}") from error
-    finally:
-        sys.path.remove(os.getcwd())
+    found = imported(spec, "variant")
     if callable(found):
         return cast(Variant, found)
     raise ValueError(f"variant={spec!r} is a {type(found).__name__}, not (problem, learning_rate) -> run")

@@ -27,6 +27,13 @@ unbounded = Problem(lambda key: jnp.zeros(()), lambda w, x: -w * x, jnp.ones(4))
 
 def broken():
     raise TypeError("one\\ntwo")
+
+def prints():
+    print("read the data")
+    return problem
+
+def exits():
+    raise SystemExit(0)
 """
 
 
@@ -94,6 +101,14 @@ def test_json_to_standard_output_is_alone_there(gdjax, folder):
     assert sorted(os.listdir(run)) == ["figure.png", "result.json"]
 
 
+def test_what_a_problem_prints_is_not_in_the_json(gdjax):
+    given = ("compare", "--problem", "my_module:prints", "--batch-sizes", "40", "--num-epochs", "2")
+    status, printed, complained = gdjax(*given, "--learning-rate", "0.1", "--json", "-")
+    assert status == 0, complained
+    assert "rows" in json.loads(printed)
+    assert "read the data" in complained
+
+
 def test_a_best_rate_at_the_edge_is_marked_in_the_table(gdjax):
     status, printed, complained = gdjax(
         "compare", "--problem", "my_module:unbounded", "--batch-sizes", "4", "--num-epochs", "1"
@@ -119,6 +134,7 @@ def test_a_diverging_run_is_reported_and_the_command_finishes(gdjax):
     ("given", "message"),
     [
         (["compare", "--problem", "absent:problem"], "no module named 'absent'"),
+        (["compare", "--problem", "my_module:exits"], "calling it without arguments raised SystemExit(0)"),
         (["compare", "--problem", "digits"], "problem='digits' is not one of digits-mlp"),
         (
             ["compare", "--problem", "my_module:problem", "--batch-sizes", "0"],

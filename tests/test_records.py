@@ -73,6 +73,9 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
             pass
     with pytest.raises(ValueError, match=r"json=.* cannot be written: Is a directory"):
         records.check_writable(tmp_path, "json")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=r"json=.* cannot be written: it is a device or a pipe"):
+        records.check_writable(tmp_path / "pipe", "json")
     with pytest.raises(ValueError, match=r"json=.* cannot be written: No such file or directory"):
         records.check_writable(tmp_path / "absent" / "out.json", "json")
 
