@@ -33,6 +33,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from gdjax import batching, descent, problem
 from gdjax.descent import Info, Method, Record, State
 from gdjax.problem import Batch
+from gdjax.programs import is_key
 
 MAX_POSITION = 2**31  # positions in a stream are int32
 WINDOW_EPOCHS = 8  # costs an eighth more than the epochs themselves; int32[8 N] in memory
@@ -214,7 +215,7 @@ def placed(tree, sharding: NamedSharding | None):
 
 def to_host(x) -> np.ndarray:
     """Copy an array, or the numbers inside an array of keys, into host memory."""
-    return np.array(jax.random.key_data(x) if _is_key(x) else x)
+    return np.array(jax.random.key_data(x) if is_key(x) else x)
 
 
 def to_names(name: str, tree) -> dict[str, np.ndarray]:
@@ -233,10 +234,6 @@ def from_names(name: str, tree, arrays: Mapping[str, np.ndarray]):
 
 
 def _as_key(template, array):
-    if not _is_key(template):
+    if not is_key(template):
         return array
     return jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(template))
-
-
-def _is_key(x) -> bool:
-    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)

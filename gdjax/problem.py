@@ -53,7 +53,7 @@ class Problem:
     Raises:
         ValueError: for an empty data set, leaves that disagree about N, test examples unlike the training
             examples, NaN or infinity in the data, parameters with no floating-point leaf, and a loss or metric
-            that is not a scalar.
+            that is not a scalar or that communicates with the other examples of a batch.
     """
 
     init: Callable[[jax.Array], Params]
@@ -75,11 +75,11 @@ class Problem:
                 raise ValueError(f"test examples are {_example(data, name)} but training examples are {example}")
             if not self.allow_nonfinite:
                 _check_finite(data, name)
-        check_loss(jax.eval_shape(self.loss, params, example))
+        check_loss(_abstract(self.loss, params, example))
         for name, metric in self.metrics.items():
             if name == "loss":
                 raise ValueError("metric 'loss' must have another name: the loss is reported under that one")
-            if jnp.shape(value := jax.eval_shape(metric, params, example)) != ():
+            if jnp.shape(value := _abstract(metric, params, example)) != ():
                 raise ValueError(f"metric {name!r} must return one scalar for one example, but returns {value}")
 
     @property
@@ -208,6 +208,18 @@ def _abstract_params(init: Callable[[jax.Array], Params]) -> Params:
         raise ValueError(
             "init must return a pytree of arrays and work under jax.jit; an Equinox model keeps its functions apart "
             f"with eqx.partition(model, eqx.is_array). What jax says: {error}"
+        ) from error
+
+
+def _abstract(function: Callable[[Params, Example], Any], params: Params, example: Any) -> Any:
+    try:
+        return jax.eval_shape(function, params, example)
+    except NameError as error:
+        if "unbound axis name" not in str(error):
+            raise
+        raise ValueError(
+            "a loss of one example cannot depend on the others of its batch, as BatchNorm in training mode does: use "
+            f"its running averages, or GroupNorm or LayerNorm. What jax says: {error}"
         ) from error
 
 

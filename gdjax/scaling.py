@@ -3,8 +3,8 @@
 The law of updates is S(B) = S_min (1 + B_crit / B) (McCandlish et al. 2018, equation 2.11), that of the best learning
 rate eta(B) = eta_max / (1 + B_* / B)^p, p = 1 for SGD (equation 2.6), 1/2 or 0 for methods that divide by the size of
 the gradient (Malladi et al. 2022): the p that fits best is taken. On a real problem the laws are fits: what they miss
-is measured by their residuals and widens every interval. Where log S is off the law by 0.1 to
-0.15 (standard deviation), the 90 % interval from three pilots covers as often as it says; at 0.2 82 %, at 0.3 73 %.
+is measured by their residuals and widens every interval. Where log S is off the law by 0.1 to 0.15 (standard
+deviation), the 90 % interval from three pilots covers as often as it says; at 0.2 82 %, at 0.3 73 %.
 
 >>> updates = np.asarray([[1030.0, 1010.0], [146.0, 144.0], [28.0, 28.0]])  # 20 (1 + 100 / B)
 >>> law = fit([2, 16, 256], updates)

@@ -45,6 +45,10 @@ def test_a_valid_problem_counts_its_examples():
             r"loss must return one .* returns float64\[2\]: reduce it",
         ),
         ({"loss": lambda params, example: 1}, "loss must return one"),
+        (
+            {"loss": lambda params, example: (params["weight"] @ jax.lax.pmean(example[0], "batch")) ** 2},
+            "a loss of one example cannot depend on the others of its batch",
+        ),
         ({"loss": lambda params, example: (params["weight"].sum(), 0.0)}, "it returns a tuple"),
         ({"metrics": {"margin": lambda params, example: params["weight"]}}, "metric 'margin' must return one scalar"),
     ],
