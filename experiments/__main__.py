@@ -64,8 +64,12 @@ def main() -> None:
             sys.exit(1 if run_all(arguments) else 0)
         case ["gallery"]:
             (FOLDER / "README.md").write_text(gallery())
-        case _:
-            sys.exit(f"{__doc__}")
+        case ["-h" | "--help"]:
+            print(__doc__)
+        case [other, *_]:
+            one = f"python -m experiments.{other if other in experiments() else 'NAME'}"
+            print(f"experiments: {other!r} is not 'all' or 'gallery'; one experiment is {one}", file=sys.stderr)
+            sys.exit(2)
 
 
 if __name__ == "__main__":

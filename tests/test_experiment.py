@@ -1,5 +1,7 @@
 import json
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
@@ -57,6 +59,19 @@ def test_help_keeps_question_prediction_and_cost_apart(monkeypatch, capsys):
     assert [line.strip() for line in capsys.readouterr().out.splitlines() if line.strip()][1:5] == [
         *("Is it?", "Question    Is it", "so?", "Cost        1 s."),
     ]
+
+
+def test_a_name_after_the_package_is_one_line_with_the_command_that_was_meant():
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments", "three_ways", "--smoke"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=Path(__file__).parent.parent,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    [line] = done.stderr.splitlines()
+    assert line.endswith("one experiment is python -m experiments.three_ways")
 
 
 def test_the_folder_of_data_is_where_data_sets_are_read_from(tmp_path, monkeypatch, capsys):
