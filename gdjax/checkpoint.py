@@ -157,12 +157,7 @@ def opened(folder: str | os.PathLike, identity: Identity) -> Iterator[Checkpoint
     check_installed()
     import orbax.checkpoint as ocp
 
-    path = Path(folder).expanduser().resolve()
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"folder={str(folder)!r} cannot be made: {error.strerror or error}") from error
-    records.check_writable(path / "checkpoint", "folder")
+    path = records.writable_folder(folder, "folder").resolve()
     options = ocp.CheckpointManagerOptions(
         max_to_keep=KEPT,
         cleanup_tmp_directories=True,  # of a process that was killed while it wrote

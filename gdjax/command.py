@@ -46,7 +46,8 @@ def ended(*, debug: bool = False) -> Iterator[None]:
             with _interruptions_kept():
                 yield
         finally:
-            sys.stdout.flush()
+            if sys.stdout is not None:  # it was closed by the caller
+                sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to fail when Python ends
         sys.exit(0)
@@ -116,6 +117,8 @@ def saving(name: str, command: Any, *, seed: int) -> Iterator[Callable[..., None
     start = time.perf_counter()
     common, stdout = command.common, sys.stdout
     plots.check_installed()
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed={seed} must have 64 bits: from {-(2**63)} to {2**63 - 1}")
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(records.run_folder(common.out or records.timestamped(name)))
         if common.json == "-":  # a user's own problem may print

@@ -47,15 +47,26 @@ def run_folder(path: str | os.PathLike) -> Iterator[Path]:
     try:
         with _named_in_errors("out", path):
             missing += [ancestor for ancestor in (folder, *folder.parents) if not ancestor.exists()]
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        yield folder
+        yield writable_folder(path, "out")
     except BaseException:
         with contextlib.suppress(OSError):  # not empty: keep what was written
             for ancestor in missing:
                 ancestor.rmdir()
         raise
+
+
+def writable_folder(path: str | os.PathLike, name: str) -> Path:
+    """Return the folder at `path`, made with its parents where there is none, once a file could be made in it.
+
+    Raises:
+        ValueError: names the argument, where that fails, and the reason.
+    """
+    folder = Path(path).expanduser()
+    with _named_in_errors(name, path):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    return folder
 
 
 def check_writable(path: Path, name: str) -> None:

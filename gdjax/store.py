@@ -52,15 +52,10 @@ def locked(path: str | os.PathLike) -> Iterator[Path]:
     Raises:
         ValueError: where the folder cannot be written, is no store and not empty, or is in use.
     """
-    folder = Path(path).expanduser().absolute()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"store={str(path)!r} cannot be written: {error.strerror or error}") from error
+    folder = records.writable_folder(path, "store").absolute()
     others = sorted(file.name for file in folder.iterdir() if file.name != "lock" and not _is_temporary(file))
     if others and "store.json" not in others:
         raise ValueError(f"store={str(path)!r} is no store, but a folder with other files ({others[0]}): use another")
-    records.check_writable(folder / "lock", "store")
     with alone(folder, "store"):
         for file in filter(_is_temporary, folder.iterdir()):
             file.unlink()

@@ -25,6 +25,8 @@ import jax
 import jax.numpy as jnp
 from scipy import special
 
+from gdjax import records
+
 CONFIDENCE = 0.95
 MIN_RUNS = 6  # the least for which the range covers the median with 95 %: 1 - 2^(1 - 6)
 PATIENCE = 10  # budgets that so many runs may take
@@ -225,8 +227,11 @@ def keep_compiled(folder: Path) -> None:
 
     Every program is kept, however small. One with a callback to Python is not: jax cannot keep it. The folder may be
     shared by processes and removed at any time.
+
+    Raises:
+        ValueError: where the folder cannot be written.
     """
-    jax.config.update("jax_compilation_cache_dir", str(folder.expanduser().resolve()))
+    jax.config.update("jax_compilation_cache_dir", str(records.writable_folder(folder, "cache").resolve()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
@@ -236,13 +241,9 @@ def profiled(folder: Path) -> Iterator[None]:
     """Write a trace of what runs inside to `folder`: perfetto_trace.json.gz, under plugins/profile/DATE.
 
     Raises:
-        ValueError: where the folder cannot be made.
+        ValueError: where the folder cannot be written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"profile={str(folder)!r} cannot be made: {error.strerror}") from error
-    with jax.profiler.trace(str(folder), create_perfetto_trace=True):
+    with jax.profiler.trace(str(records.writable_folder(folder, "profile")), create_perfetto_trace=True):
         yield
 
 

@@ -308,7 +308,7 @@ def test_a_profile_is_a_trace_for_perfetto(tmp_path):
     [trace] = tmp_path.rglob("perfetto_trace.json.gz")
     assert trace.stat().st_size > 0
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"profile='.*file' cannot be made"), timing.profiled(tmp_path / "file"):
+    with pytest.raises(ValueError, match=r"profile='.*file' cannot be written"), timing.profiled(tmp_path / "file"):
         pass
 
 

@@ -143,6 +143,8 @@ def test_a_diverging_run_is_reported_and_the_command_finishes(gdjax):
         (["compare", "--problem", "my_module:problem", "--batch-sizes", "41"], "batch_size=41 must be between 1 and N"),
         (["compare", "--out", "my_module.py"], "out='my_module.py' cannot be written: File exists"),
         (["compare", "--json", "absent/out.json"], "json='absent/out.json' cannot be written"),
+        (["compare", "--cache", "my_module.py"], "cache='my_module.py' cannot be written: File exists"),
+        (["compare", "--seed", f"{2**64}"], f"seed={2**64} must have 64 bits"),
         (["compare", "--process-id", "0"], "process_id=0: give all three"),
         (["compare", "--num-epoch", "3"], "Unrecognized options: --num-epoch, 3; see gdjax compare --help"),
         (
@@ -235,6 +237,13 @@ def test_a_reader_who_has_seen_enough_is_no_error(monkeypatch, capsys):
         assert end.value.code == 0
         print("what Python flushes when it ends")
     monkeypatch.undo()
+    assert capsys.readouterr().err == ""
+
+
+def test_nobody_need_listen(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", None)
+    with command.ended():
+        print("nothing is written")
     assert capsys.readouterr().err == ""
 
 

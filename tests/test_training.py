@@ -295,8 +295,8 @@ def devices(num_devices, axis_type=AxisType.Auto):
         ({"data": ()}, "data has no arrays"),
         ({"batch_size": 3, "mesh": devices(2)}, "batch_size=3 cannot be shared equally by the 2 devices.* is 4"),
         ({"mesh": devices(2, AxisType.Explicit)}, "mesh must have Auto axes"),
-        ({"folder": "/proc/run"}, "folder='/proc/run' cannot be made"),
-        ({"folder": __file__}, "folder=.* cannot be made: File exists"),
+        ({"folder": "/proc/run"}, "folder='/proc/run' cannot be written"),
+        ({"folder": __file__}, "folder=.* cannot be written: File exists"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
