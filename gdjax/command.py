@@ -4,6 +4,7 @@ import _thread
 import contextlib
 import dataclasses
 import os
+import signal
 import sys
 import threading
 import time
@@ -67,6 +68,20 @@ def ended(*, debug: bool = False) -> Iterator[None]:
         sys.exit(_complain(f"{what} (--debug shows where)", 1))
 
 
+def end_at_interruption() -> None:
+    """Let Ctrl-C end the process at once until `ended` listens: for a script that imports jax before that.
+
+    There it would be a traceback, or be lost in a callback.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end_at_once)
+
+
+def _end_at_once(signum: int, frame: Any) -> None:
+    os.write(2, b"gdjax: interrupted\n")
+    os._exit(130)
+
+
 @contextlib.contextmanager
 def _interruptions_kept() -> Iterator[None]:
     """Interrupt again where Ctrl-C comes in a callback whose errors Python drops.
@@ -80,6 +95,8 @@ def _interruptions_kept() -> Iterator[None]:
         else:
             before(dropped)
 
+    if signal.getsignal(signal.SIGINT) is _end_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     before, sys.unraisablehook = sys.unraisablehook, again
     try:
         yield

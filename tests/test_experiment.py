@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,19 @@ def test_help_keeps_question_prediction_and_cost_apart(monkeypatch, capsys):
     assert [line.strip() for line in capsys.readouterr().out.splitlines() if line.strip()][1:5] == [
         *("Is it?", "Question    Is it", "so?", "Cost        1 s."),
     ]
+
+
+def test_ctrl_c_while_an_experiment_imports_jax_ends_it(tmp_path, listening):
+    (tmp_path / "jax.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.three_ways", "--smoke"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=Path(__file__).parent.parent,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "gdjax: interrupted\n")
 
 
 def test_a_name_after_the_package_is_one_line_with_the_command_that_was_meant():
