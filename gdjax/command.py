@@ -47,8 +47,7 @@ def ended(*, debug: bool = False) -> Iterator[None]:
             with _interruptions_kept():
                 yield
         finally:
-            if sys.stdout is not None:  # it was closed by the caller
-                sys.stdout.flush()
+            print(end="", flush=True)  # for `print`, unlike `sys.stdout`, a closed standard output is none
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to fail when Python ends
         sys.exit(0)
