@@ -118,7 +118,7 @@ def judge_one(make_problem, target, optimizer, largest, *, budget, seed, sizes=N
 
     fresh = {size: fresh_seconds(size, optima[size][0]) for size in sorted(times, key=times.__getitem__)[:3]}
     best = min(fresh, key=fresh.__getitem__)
-    advised_seconds = fresh_seconds(found.batch_size, found[found.batch_size].learning_rate)
+    advised_seconds = fresh_seconds(found.batch_size, found.learning_rate)
     run = [choice for choice in found.choices if np.isfinite(choice.measured_updates)]
     return {
         "problem": problem.name,

@@ -3,7 +3,8 @@
 Time to a target is updates to the target times seconds per update. The second is measured for every batch size by the
 real training step. The first is measured by pilots at a few batch sizes, each at its best learning rate, and predicted
 for all others by the laws of `scaling`. Then the advice is put to the test: the batch size advised, the extremes and
-some between are run with fresh seeds, and what was predicted is printed beside what was measured.
+some between are run with fresh seeds, and what was predicted is printed beside what was measured. What is advised in
+the end is tuned once more.
 """
 
 import math
@@ -15,10 +16,10 @@ import jax
 import numpy as np
 
 from gdjax import lanes, noise, optimizers, pilots, scaling
+from gdjax.advise_answer import Advice
 from gdjax.advise_pilots import MAX_EPOCHS, NUM_COARSE, PILOT_SHARE, Clock, Progress, pilots_at_some
 from gdjax.choices import (
     NUM_SEEDS,
-    Advice,
     Choice,
     default_batch_sizes,
     fastest,
@@ -35,6 +36,8 @@ from gdjax.targets import Budget, Goal
 from gdjax.throughput import throughput
 
 COMPILING = 5.0  # seconds that a program may take to compile before its runs begin
+TUNING = 2**0.5  # factor between the rates that are tried in the end
+NO_BETTER = 1.25  # such a rate is not waited for longer than this, in times of the best one's updates
 
 
 def advise(
@@ -76,7 +79,7 @@ def advise(
     scales = _noise_scales(problem, runs, next(iter(found.values())), noise_key, clock, unknown)
     law, rates = fit(found)
     known = predict(known, law, rates)
-    _verify(known, search, fresh_key, clock, unknown)
+    runs_at = _verify(known, search, fresh_key, clock, unknown)
 
     verified = [choice for choice in known if np.isfinite(choice.measured_seconds)]
     refitted = any(choice.measured is not None and not choice.inside for choice in known)
@@ -85,6 +88,7 @@ def advise(
     settle(known, law)
     usable = [choice for choice in known if choice.fits]
     pick = fastest(verified or usable)
+    tuned = _tuned(pick, runs_at, search, fresh_key, clock, unknown)
     times = np.asarray([choice.expected_seconds for choice in usable])
     examples = np.asarray([choice.expected_updates * choice.batch_size for choice in usable])
     losses = np.asarray([choice.expected_loss for choice in usable])
@@ -98,6 +102,7 @@ def advise(
         noise_scales=scales,
         refitted=refitted,
         batch_size=pick.batch_size,
+        tuned=tuned,
         fewest_examples=usable[int(np.argmin(examples))].batch_size,
         least_memory=least_memory(usable).batch_size,
         pareto=[choice.batch_size for choice, on in zip(usable, on_front, strict=True) if on],
@@ -152,8 +157,9 @@ def _noise_scales(
     return scales
 
 
-def _verify(known: Sequence[Choice], search, key, clock: Clock, unknown: list[str]) -> None:
+def _verify(known: Sequence[Choice], search, key, clock: Clock, unknown: list[str]) -> dict[int, Pilot]:
     """Run some choices at their predicted rates with fresh seeds, and time their steps anew; fills them in."""
+    runs: dict[int, Pilot] = {}
     tried: list[int] = []
     while choice := next_to_verify(known, tried):
         tried.append(choice.batch_size)
@@ -162,20 +168,33 @@ def _verify(known: Sequence[Choice], search, key, clock: Clock, unknown: list[st
             unknown.append(f"batch size {choice.batch_size}, unverified: its runs did not fit into the budget")
             continue
         clock.show(f"verifying batch size {choice.batch_size}")
-        pilot = search(
-            np.asarray([choice.learning_rate]),
-            batch_size=choice.batch_size,
-            num_seeds=NUM_SEEDS,
-            key=key,
-            max_examples=math.ceil(3 * choice.updates[2]) * choice.batch_size,
-            deadline=clock.until(1.0),
-        )
+        pilot = _fresh(search, choice, key, clock)(np.asarray([choice.learning_rate]))
         if not pilot.found and clock.late(1.0):
             unknown.append(f"batch size {choice.batch_size}, unverified: the budget ended in its runs")
             continue
+        runs[choice.batch_size] = pilot
         [costs] = pilot.costs
         choice.measured = costs
         if isinstance(pilot.goal, Budget):
             choice.measured, choice.measured_loss = np.where(np.isfinite(costs), choice.updates[1], np.inf), costs
         if choice.time_again:
             choice.measured_seconds_per_update = choice.time_again()
+    return runs
+
+
+def _tuned(pick: Choice, runs: dict[int, Pilot], search, key, clock: Clock, unknown: list[str]) -> Pilot | None:
+    """Return the runs of what is advised at its predicted rate, and at others about it where they were faster."""
+    if pick.batch_size not in runs:
+        return None
+    clock.show(f"tuning batch size {pick.batch_size}")
+    found = pilots.widened(_fresh(search, pick, key, clock), runs[pick.batch_size], TUNING, late=NO_BETTER)
+    if found.at_edge:
+        unknown.append(f"the best learning rate at batch size {pick.batch_size}: it is at the edge of those tried")
+    return found
+
+
+def _fresh(search, choice: Choice, key, clock: Clock):
+    """Return `learning_rates -> Pilot` with seeds that no pilot had."""
+    most = math.ceil(3 * choice.updates[2]) * choice.batch_size
+    fixed = {"batch_size": choice.batch_size, "num_seeds": NUM_SEEDS, "key": key, "max_examples": most}
+    return partial(search, **fixed, deadline=clock.until(1.0))

@@ -1,4 +1,4 @@
-"""What is known of each batch size, the speed of its step and the updates predicted and measured, and the advice."""
+"""What is known of each batch size, the speed of its step and the updates predicted and measured, and which is best."""
 
 import dataclasses
 import math
@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from gdjax import intervals, noise, scaling
+from gdjax import intervals, scaling
 from gdjax.pilots import Pilot
-from gdjax.targets import Budget, Goal
+from gdjax.targets import Budget
 
 NUM_SEEDS = 3  # runs of a pilot at its best rate, and runs that verify
 STEP = 8  # factor between the batch sizes of pilots
@@ -106,94 +106,6 @@ class Choice:
         predicted = {"seconds": self.seconds, "examples": tuple(x * self.batch_size for x in self.updates)}
         names += ["measured_updates", "measured_seconds", "expected_seconds", "expected_loss"]
         return {name: getattr(self, name) for name in names} | predicted
-
-
-@dataclasses.dataclass
-class Advice:
-    """Which batch size to use, and what it rests on.
-
-    Attributes:
-        goal: what was to be reached or spent.
-        choices: every batch size that was considered.
-        pilots: {batch size: Pilot}.
-        law, rates: the laws fitted to the pilots, and to what verified where `refitted`.
-        noise_scales: [(updates made, NoiseScale)] along a run of the first pilot.
-        refitted: whether a prediction had been wrong by more than its interval.
-        batch_size: the advice, by time: the `fastest` of what was verified, of what was predicted where nothing was.
-        fewest_examples, least_memory: the advice by examples (energy, money) and by memory.
-        pareto: the batch sizes that no other beats in both time and examples, as they are known in the end; with a
-            budget, in time and loss.
-        unknown: what the budget did not allow to establish.
-        seconds: wall time of it all.
-    """
-
-    goal: Goal
-    choices: list[Choice]
-    pilots: dict[int, Pilot]
-    law: scaling.UpdatesLaw | scaling.LossLaw
-    rates: scaling.RateLaw
-    noise_scales: list[tuple[int, noise.NoiseScale]]
-    refitted: bool
-    batch_size: int
-    fewest_examples: int
-    least_memory: int
-    pareto: list[int]
-    unknown: list[str]
-    seconds: float
-
-    def __getitem__(self, batch_size: int) -> Choice:
-        return next(choice for choice in self.choices if choice.batch_size == batch_size)
-
-    def summary(self) -> dict[str, Any]:
-        """Return everything, for a JSON file."""
-        fields = ("batch_size", "fewest_examples", "least_memory", "pareto", "refitted", "unknown", "seconds")
-        scales = [
-            {"updates": updates, "b_simple": scale.b_simple, "interval": [scale.low, scale.high], "is": scale.verdict}
-            for updates, scale in self.noise_scales
-        ]
-        return {
-            "goal": str(self.goal),
-            "advice": self.sentence(),
-            **{name: getattr(self, name) for name in fields},
-            **{name: number for name, number in self.law._asdict().items() if isinstance(number, float)},
-            "rate_law": self.rates._asdict(),
-            "noise_scales": scales,
-            "choices": [choice.summary() for choice in self.choices],
-            "pilots": {size: pilot.summary() for size, pilot in self.pilots.items()},
-        }
-
-    def sentence(self) -> str:
-        """Return the advice in plain language."""
-        choice = self[self.batch_size]
-        start = f"Use batch size {choice.batch_size} (learning rate {choice.learning_rate:.2g}): "
-        if isinstance(self.goal, Budget):
-            return start + self._after_budget(choice)
-        start += f"{self.goal} "
-        low, middle, high = choice.seconds
-        predicted = f"predicted {middle:.3g} s, {low:.3g} to {high:.3g}"
-        if choice.measured is None:
-            return start + f"after {choice.updates[1]:.0f} updates, {predicted}; not verified."
-        start += f"after {choice.measured_updates:.0f} updates in {choice.measured_seconds:.3g} s ({predicted})"
-        others = [
-            f"{other.measured_seconds / choice.measured_seconds:.3g} x at B = {other.batch_size}"
-            for other in self.choices
-            if other is not choice and np.isfinite(other.measured_seconds)
-        ]
-        return start + (f"; it takes {', '.join(others)}." if others else ".")
-
-    def _after_budget(self, choice: Choice) -> str:
-        low, middle, high = choice.loss
-        predicted = f"predicted {middle:.3g}, {low:.3g} to {high:.3g}"
-        after = f"after {self.goal.num_examples} examples in"  # pyright: ignore[reportAttributeAccessIssue]
-        if choice.measured is None:
-            return f"train_loss {predicted}, {after} {choice.seconds[1]:.3g} s; not verified."
-        others = [
-            f"{other.expected_loss:.3g} in {other.measured_seconds:.3g} s at B = {other.batch_size}"
-            for other in self.choices
-            if other is not choice and np.isfinite(other.measured_seconds)
-        ]
-        start = f"train_loss {choice.expected_loss:.3g} ({predicted}) {after} {choice.measured_seconds:.3g} s"
-        return start + (f"; it is {', '.join(others)}." if others else ".")
 
 
 def default_batch_sizes(num_examples: int) -> list[int]:

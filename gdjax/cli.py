@@ -14,7 +14,7 @@ from gdjax.command import Common, progress, saving
 if TYPE_CHECKING:
     import numpy as np
 
-    from gdjax.choices import Advice
+    from gdjax.advise_answer import Advice
     from gdjax.claims import Claim
     from gdjax.compare import Row
 

@@ -200,19 +200,23 @@ def _note_costs(costs, goal: Goal, active, before, after, *, ended: bool) -> Non
 
 
 def tune(run: Callable[..., Pilot], learning_rates: np.ndarray, **limits: Any) -> Pilot:
-    """Search a logarithmic grid, and one rate after another beyond it until the best one has two neighbours.
+    """Search a logarithmic grid, and beyond it until the best rate has two neighbours, see `widened`."""
+    return widened(run, run(learning_rates, **limits), learning_rates[1] / learning_rates[0], **limits)
+
+
+def widened(run: Callable[..., Pilot], found: Pilot, factor: float, **limits: Any) -> Pilot:
+    """Search one rate after another beyond those found, a `factor` apart, until the best one has two neighbours.
 
     Where nothing arrives, it goes on beyond the rate that came nearest, below all of them where all diverge, and ends
     where that one has two neighbours.
     """
-    found = run(learning_rates, **limits)
-    factor = learning_rates[1] / learning_rates[0]
+    num_rates = len(found.learning_rates)
     for _ in range(MAX_MOVES):
         if not found.at_edge or time.perf_counter() > limits.get("deadline", math.inf):
             break
         up = found.best > 0
         beyond = found.learning_rates[-1 if up else 0]
-        num_new = len(learning_rates) if found.diverged.any(1).all() else 1
+        num_new = num_rates if found.diverged.any(1).all() else 1
         new = np.sort(beyond * factor ** ((1 if up else -1) * np.arange(1.0, num_new + 1)))
         found = _merged(found, run(new, least=found.costs.mean(1).min(), **limits))
     return found

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gdjax import records
-from gdjax.choices import Advice
+from gdjax.advise_answer import Advice
 from gdjax.compare import DIVERGED, Row
 from gdjax.targets import Budget
 

@@ -270,7 +270,15 @@ def test_the_command_predicts_verifies_and_advises(command, monkeypatch, capsys,
     table = printed.err.splitlines()
     assert table[0].split()[:2] == ["B", "rate"]
     assert [line.split()[0] for line in table[1:4]] == ["4", "16", "48"]
-    assert found.sentence().startswith(f"Use batch size {pick.batch_size} (learning rate {pick.learning_rate:.2g}): ")
+    assert found.sentence().startswith(f"Use batch size {pick.batch_size} (learning rate {found.learning_rate:.2g}")
+    # The rate advised is the best of three or more about the predicted one, with the same seeds.
+    tuned = found.tuned.costs.mean(1)
+    at = list(found.tuned.learning_rates)
+    np.testing.assert_allclose(found.tuned.costs[at.index(pick.learning_rate)], pick.measured)
+    assert 0 < tuned.argmin() < len(at) - 1
+    assert found.learning_rate == at[tuned.argmin()]
+    np.testing.assert_allclose(np.diff(np.log2(at)), 0.5)
+    assert result["learning_rate"] == found.learning_rate
     assert found.sentence() in " ".join(printed.err.split())
     assert [row["measured_updates"] for row in result["choices"]] == [c.measured_updates for c in found.choices]
     assert len(found.noise_scales) == 3
