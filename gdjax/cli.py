@@ -108,7 +108,10 @@ class Advise:
             raise ValueError("give exactly one of --target 'loss<=0.05', to reach, and --examples 8192, to spend")
         with saving("advise", self, seed=self.seed) as save:
             problem = problems.named(self.problem)
-            goal = targets.parse_target(self.target, problem) if self.target else targets.Budget(self.examples or 0)
+            if self.target is None:
+                goal = targets.Budget(self.examples or 0)
+            else:
+                goal = targets.parse_target(self.target, problem)
             sizes = [problem.num_examples if size == "full" else size for size in self.batch_sizes or ()]
             with progress() as show:
                 found = advise.advise(

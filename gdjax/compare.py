@@ -266,6 +266,7 @@ def _check(batch_sizes: Sequence[int], num_examples: int, learning_rate, num_epo
         raise ValueError(f"batch_sizes={tuple(batch_sizes)} must be different, and at least one")
     if learning_rate is not None and not 0 < learning_rate < float("inf"):
         raise ValueError(f"learning_rate={learning_rate} must be positive and finite")
-    for name, value in (("num_epochs", num_epochs), ("num_seeds", num_seeds)):
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
+    for name, value, entries in (("num_epochs", num_epochs, num_examples), ("num_seeds", num_seeds, 1)):
+        limit = (2**31 - 1) // entries  # examples seen are counted in int32
+        if not 1 <= value <= limit:
+            raise ValueError(f"{name}={value} must be at least 1 and at most {limit}")

@@ -51,7 +51,8 @@ def of_lanes(problem: Problem, batch_size: int, num_epochs: int, data, keys, num
     start = descent.method(gradients.mean(problem.loss), optax.sgd(0.0)).init
     states = jax.jit(jax.vmap(lambda key: start(problem.init(key))))(init_keys)
     before = jax.jit(jax.vmap(partial(evaluate, problem), (None, 0)))(data, states)
-    streams = np.asarray(jax.jit(jax.vmap(partial(batches, problem, batch_size, num_epochs)))(stream_keys))
+    streams = jax.jit(jax.vmap(partial(batches, problem, batch_size, num_epochs)))(stream_keys)
+    streams = np.asarray(jax.block_until_ready(streams))  # where memory ends, it raises, and NumPy alone would abort
     every = max(1, problem.num_examples // batch_size)
     pieces = _pieces(streams.shape[1], every)
 

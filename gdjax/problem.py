@@ -16,6 +16,7 @@ instance with .mean()
 """
 
 import dataclasses
+import difflib
 import importlib
 import os
 import sys
@@ -196,7 +197,8 @@ def imported(spec: str, argument: str) -> Any:
             name for name, x in vars(module).items() if name[0] != "_" and (callable(x) or isinstance(x, Problem))
         ]
         raise ValueError(
-            f"{argument}={spec!r}: module {module_name!r} has no {attribute!r}; it has {', '.join(public)}"
+            f"{argument}={spec!r}: module {module_name!r} has no {attribute!r}; the nearest that it has: "
+            + (", ".join(difflib.get_close_matches(attribute, public, n=5, cutoff=0)) or "nothing")
         )
     return getattr(module, attribute)
 

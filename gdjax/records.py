@@ -42,10 +42,10 @@ def run_folder(path: str | os.PathLike) -> Iterator[Path]:
     Raises:
         ValueError: where the folder cannot be created or written, with the reason.
     """
-    folder = Path(path).expanduser()
     missing: list[Path] = []
     try:
         with _named_in_errors("out", path):
+            folder = Path(path).expanduser()
             missing += [ancestor for ancestor in (folder, *folder.parents) if not ancestor.exists()]
         yield writable_folder(path, "out")
     except BaseException:
@@ -61,8 +61,8 @@ def writable_folder(path: str | os.PathLike, name: str) -> Path:
     Raises:
         ValueError: names the argument, where that fails, and the reason.
     """
-    folder = Path(path).expanduser()
     with _named_in_errors(name, path):
+        folder = Path(path).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -147,8 +147,9 @@ def atomic(path: str | os.PathLike) -> Iterator[IO[bytes]]:
 def _named_in_errors(name: str, path: str | os.PathLike) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        raise ValueError(f"{name}={str(path)!r} cannot be written: {error.strerror or error}") from error
+    except (OSError, RuntimeError) as error:  # the latter for a home folder of nobody's
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{name}={str(path)!r} cannot be written: {reason}") from error
 
 
 def _plain(value: Any) -> Any:

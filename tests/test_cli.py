@@ -45,7 +45,8 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "my_module", raising=False)
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("GDJAX_DATA", "")  # --data changes it
-    return tmp_path
+    yield tmp_path
+    sys.modules.pop("my_module", None)  # another test has one of this name
 
 
 @pytest.fixture
@@ -155,7 +156,10 @@ def test_a_diverging_run_is_reported_and_the_command_finishes(gdjax):
             ["compare", "--num-epochs", "1.5"],
             "Error parsing --num-epochs: invalid literal for int() with base 10: '1.5'",
         ),
+        (["compare", "--num-epochs", "99999999999"], "num_epochs=99999999999 must be at least 1 and at most 1491308"),
+        (["compare", "--out", "~nobody-of-this-name/out"], "out='~nobody-of-this-name/out' cannot be written"),
         (["advise"], "give exactly one of --target"),
+        (["advise", "--problem", "my_module:problem", "--target", ""], "target='' is not of the form"),
         (["bench", "--compare", "absent.json"], "compare='absent.json' cannot be read"),
         (["compute"], "compute; see gdjax --help"),
         ([], "give a command, one of compare, advise, bench; see gdjax --help"),

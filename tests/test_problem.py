@@ -117,7 +117,7 @@ def test_load_searches_the_current_folder_first(tmp_path, monkeypatch):
         ("absent:problem", "no module named 'absent' here or in this environment"),
         ("needy:problem", "no module named 'a_package_that_is_not_there'"),
         ("broken:problem", "importing 'broken' raised ZeroDivisionError"),
-        ("my_module:absent", "module 'my_module' has no 'absent'; it has problem, make"),
+        ("my_module:absent", "module 'my_module' has no 'absent'; the nearest that it has: "),
         ("my_module:other", "is a int, not a gdjax.problem.Problem"),
         ("my_module:", "is not of the form package.module:attribute"),
         (":problem", "is not of the form package.module:attribute"),
