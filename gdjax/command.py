@@ -1,4 +1,10 @@
-"""What every command is asked, and how it ends. Nothing heavy is imported before a command runs."""
+"""What every command is asked, and how it ends. Nothing heavy is imported before a command runs.
+
+>>> with ended():  # and one line on standard error
+...     raise ValueError("num_seeds=0 must be at least 1")
+Traceback (most recent call last):
+SystemExit: 2
+"""
 
 import _thread
 import contextlib

@@ -2,6 +2,10 @@
 
 Every batch size starts from the same parameters, sees the same stream and the same number of examples. Only the number
 of examples per update differs, and the learning rate, which is tuned for each.
+
+>>> tried = tune(lambda rates: (np.log10(rates) - 1) ** 2, np.asarray([0.01, 0.1, 1.0]))  # the best is beyond the grid
+>>> list(tried), best_rate(tried)
+([0.01, 0.1, 1.0, 10.0, 100.0, 1000.0], 10.0)
 """
 
 import dataclasses

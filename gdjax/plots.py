@@ -1,4 +1,10 @@
-"""Figures. matplotlib is imported when a figure is drawn, and no global state of it is touched."""
+"""Figures. matplotlib is imported when a figure is drawn, and no global state of it is touched.
+
+>>> losses = {"B = 1": [[3.0, 2.0], [5.0, 1.0], [9.0, 0.5]]}  # of three seeds
+>>> figure = curves([1, 2], losses, xlabel="epochs", ylabel="training loss", title="The loss falls")
+>>> figure.axes[0].lines[0].get_ydata()
+array([5., 1.])
+"""
 
 import importlib.util
 import textwrap
