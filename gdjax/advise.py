@@ -152,7 +152,8 @@ def _noise_scales(
         while run.num_updates < end:
             only = np.arange(len(run.values)) == 0
             run = runs.advance(run, end - run.num_updates, only, batch_size=pilot.batch_size)
-        scale = measure(jax.tree.map(lambda leaf: leaf[0], run.states.params), problem.train, measure_key)
+        params = jax.tree.map(lambda leaf: leaf[0], run.states.params)
+        scale = measure(params, problem.train, jax.random.clone(measure_key))  # the same sample each time
         scales.append((end, scale._replace(per_leaf=None)))
     return scales
 

@@ -199,7 +199,8 @@ def best_rate(losses: dict[float, float]) -> float:
 
 
 def _row(problem: Problem, batch_size: int, num_epochs: int, data, keys, learning_rate, progress) -> Row:
-    """Tune, then time, one batch size."""
+    """Tune, then time, one batch size, with the draws that all batch sizes share: keys are used again on purpose."""
+    again = partial(jax.tree.map, jax.random.clone, keys)
     num_examples, num_seeds = problem.num_examples, len(keys[0])
     num_updates = num_epochs * num_examples // batch_size
     grid = np.asarray(LEARNING_RATES if learning_rate is None else (learning_rate,))
@@ -209,7 +210,7 @@ def _row(problem: Problem, batch_size: int, num_epochs: int, data, keys, learnin
         progress(f"B = {batch_size}: {runs}", 0.9 * fraction)
 
     watch(0.0)
-    train_lanes = histories.of_lanes(problem, batch_size, num_epochs, data, keys, len(grid), watch)
+    train_lanes = histories.of_lanes(problem, batch_size, num_epochs, data, again(), len(grid), watch)
     found, sweep_seconds = {}, 0.0
 
     def losses_at(rates: np.ndarray) -> np.ndarray:
@@ -224,13 +225,13 @@ def _row(problem: Problem, batch_size: int, num_epochs: int, data, keys, learnin
     rate = best_rate(losses)
 
     progress(f"B = {batch_size}: timing at learning rate {rate:.3g}", 0.9)
-    init_key, stream_key = keys[0][0], keys[1][0]
+    init_key, stream_key = (keys_of_seeds[0] for keys_of_seeds in again())
     params = problem.init(init_key)
     batches = histories.batches(problem, batch_size, num_epochs, stream_key)
     run = timing.compiled(partial(_descend, problem), data[0], batches, params, rate)
     batch = jax.tree.map(lambda x: x[:batch_size], data[0])
     step = timing.compiled(gradients.mean(problem.loss), params, batch)
-    noise = jax.jit(jax.vmap(partial(gradient_noise, problem, batch_size), (None, 0, 0)))(data[0], *keys)
+    noise = jax.jit(jax.vmap(partial(gradient_noise, problem, batch_size), (None, 0, 0)))(data[0], *again())
     return Row(
         name="stochastic" if batch_size == 1 else "batch" if batch_size == num_examples else "mini-batch",
         batch_size=batch_size,

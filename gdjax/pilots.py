@@ -130,7 +130,8 @@ def search(runs: Runs, goal: Goal) -> Callable[..., Pilot]:
         better = np.fmin if goal.relation == "<=" else np.fmax
         began, shape = time.perf_counter(), (num_seeds, len(learning_rates))
         max_updates = max(1, (goal.num_examples if isinstance(goal, Budget) else max_examples) // batch_size)
-        lanes = runs.start(learning_rates, num_seeds=num_seeds, key=key)
+        # Every batch size and grid of rates has the same draws: the key is used again on purpose.
+        lanes = runs.start(learning_rates, num_seeds=num_seeds, key=jax.random.clone(key))
         unused = np.zeros(len(lanes.values) - math.prod(shape), bool)
 
         def seen(lanes: Lanes) -> np.ndarray:

@@ -36,6 +36,13 @@ def nans():
 
 
 @pytest.fixture
+def replays():
+    """Let keys be used again: the test compares runs of one draw. For runs with JAX_DEBUG_KEY_REUSE=1."""
+    with jax.debug_key_reuse(False):
+        yield
+
+
+@pytest.fixture
 def listening():
     """Hear Ctrl-C, which a shell tells the processes in its background to ignore."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -29,7 +29,7 @@ def tiny(dtype):
 
 @pytest.fixture(scope="module")
 def problem():
-    return tiny("float64")
+    return tiny(float)
 
 
 def by_hand(problem, params, batches):
@@ -72,7 +72,7 @@ def test_every_variant_makes_the_updates_of_descent(problem, name):
         np.testing.assert_allclose(records[0], norms, rtol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("dtype", [float, jnp.float32])
 def test_every_lane_makes_the_updates_of_its_own_batch_size(dtype):
     """12 ticks of 2 examples: 12, 6 and 3 updates; for B = 10 there are 2, and the last 4 examples make none."""
     problem, sizes = tiny(dtype), (2, 4, 8, 10)

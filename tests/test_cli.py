@@ -252,7 +252,8 @@ def test_nobody_need_listen(monkeypatch, capsys):
 
 
 def test_x64_is_set_before_the_command_runs(request):
-    request.addfinalizer(lambda: jax.config.update("jax_enable_x64", True))
+    before = jax.config.read("jax_enable_x64")
+    request.addfinalizer(lambda: jax.config.update("jax_enable_x64", before))
     jax.config.update("jax_enable_x64", False)
     command.run(cli.Compare(common=Common(x64=True)), lambda asked: None)
     assert jax.numpy.zeros(1).dtype == "float64"

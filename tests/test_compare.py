@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import precision
 import pytest
 
 from gdjax import batching, claims, compare, datasets, descent, gradients, histories, models, plots, problems, records
@@ -41,7 +42,7 @@ def drawn_rows(drawn):
 
 def test_every_batch_size_starts_from_the_same_parameters_one_draw_for_each_seed(drawn_rows):
     stochastic, mini = (row.losses[:, 0] for row in drawn_rows)
-    np.testing.assert_allclose(mini, stochastic, rtol=1e-12)
+    precision.assert_close(mini, stochastic, rtol=1e-12)
     assert stochastic[0] != stochastic[1]
 
 
@@ -61,7 +62,7 @@ def test_every_run_is_that_of_a_loop_over_the_stream_of_its_seed(drawn, drawn_ro
                 grad = gradient(params, batching.take(drawn.train, stream[end - row.batch_size : end]))
                 params = jax.tree.map(lambda weight, g: weight - 0.1 * g, params, grad)
                 losses[end] = mean_loss(params, drawn.train)
-            np.testing.assert_allclose(row.losses[seed], [losses[i] for i in row.examples_seen.tolist()], rtol=1e-9)
+            precision.assert_close(row.losses[seed], [losses[i] for i in row.examples_seen.tolist()], rtol=1e-9)
 
 
 def test_without_test_examples_metrics_are_of_the_training_examples_and_named_so():
@@ -104,17 +105,17 @@ def test_the_final_loss_is_that_of_a_run_written_by_hand(problem, rows):
         weight, bias = weight - row.learning_rate * error @ x / 48, bias - row.learning_rate * error.mean()
     logits = x @ weight + bias
     expected = np.mean(np.logaddexp(0, logits) - y * logits)
-    np.testing.assert_allclose(row.losses[:, -1], expected, rtol=1e-10)
+    precision.assert_close(row.losses[:, -1], expected, rtol=1e-10)
     test_x, test_y = map(np.asarray, problem.test)
     accuracy = np.mean((test_x @ weight + bias > 0) == (test_y == 1))
-    np.testing.assert_allclose(row.metrics["accuracy"][:, -1], accuracy, rtol=1e-12)
+    precision.assert_close(row.metrics["accuracy"][:, -1], accuracy, rtol=1e-12)
 
 
 def test_the_chosen_rate_has_the_lowest_loss_and_its_history_is_kept(rows):
     for row in rows:
         best = np.argmin(row.tuning_losses)
         assert row.learning_rate == row.learning_rates[best]
-        np.testing.assert_allclose(row.losses[:, -1].mean(), row.tuning_losses[best], rtol=1e-12)
+        precision.assert_close(row.losses[:, -1].mean(), row.tuning_losses[best], rtol=1e-12)
 
 
 def test_gradient_noise_is_the_variance_of_the_update_over_its_squared_mean(problem, rows):
@@ -122,8 +123,8 @@ def test_gradient_noise_is_the_variance_of_the_update_over_its_squared_mean(prob
     grads = np.column_stack([(0.5 - y)[:, None] * x, 0.5 - y])
     mean = grads.mean(0)
     expected = np.sum((grads - mean) ** 2, axis=1).mean() / np.sum(mean**2)
-    np.testing.assert_allclose(rows[0].gradient_noise, expected, rtol=1e-10)
-    assert rows[2].gradient_noise < 1e-25
+    precision.assert_close(rows[0].gradient_noise, expected, rtol=1e-10)
+    assert rows[2].gradient_noise < precision.EPS**1.5
     # Batches of 5 without replacement: (1/5) (48 - 5)/(48 - 1) of that on average.
     many = jax.vmap(lambda key: compare.gradient_noise(problem, 5, problem.train, key, key))
     sampled = np.asarray(many(jax.random.split(jax.random.key(1), 400)))
@@ -150,7 +151,7 @@ def test_the_grid_grows_until_its_best_rate_is_inside(center):
     assert abs(np.log10(best / center)) <= 0.25 + 1e-9
     assert set(calls) == {8}
     steps = np.diff(np.log10(list(found)))
-    np.testing.assert_allclose(steps, 0.5)
+    precision.assert_close(steps, 0.5)
 
 
 def test_where_every_rate_diverges_smaller_ones_are_tried():
@@ -251,7 +252,7 @@ def test_the_figure_shows_the_median_loss_against_examples_updates_and_seconds()
     for axis, points in zip(figure.axes, expected.values(), strict=True):
         line = axis.lines[1]
         assert line.get_label() == "mini-batch, B = 8"
-        np.testing.assert_allclose(line.get_xydata(), np.transpose(points), rtol=1e-12)
+        precision.assert_close(line.get_xydata(), np.transpose(points), rtol=1e-12)
 
 
 ROWS = {"stochastic": 1, "mini-batch": 8, "batch": 48}
@@ -324,6 +325,7 @@ def test_pieces_of_a_run_end_where_it_is_evaluated_and_need_two_programs_at_most
     assert len(pieces) > 1 or num_updates // every in (0, 1, 17)  # a prime above 16 has no equal pieces
 
 
+@pytest.mark.usefixtures("replays")
 def test_a_run_in_pieces_is_that_of_a_python_loop():
     """Nine updates, evaluated every three; two seeds, two rates."""
     data = datasets.gaussian_classification(jax.random.key(0), num_examples=12, dimension=3)
@@ -342,4 +344,4 @@ def test_a_run_in_pieces_is_that_of_a_python_loop():
             losses.append(jax.vmap(problem.loss, (None, 0))(state.params, problem.train).mean())
             state, _ = method.step(state, batching.take(problem.train, indices))
         losses.append(jax.vmap(problem.loss, (None, 0))(state.params, problem.train).mean())
-        np.testing.assert_allclose(history["loss"][i, j], losses[::3], rtol=1e-9)
+        precision.assert_close(history["loss"][i, j], losses[::3], rtol=1e-9)

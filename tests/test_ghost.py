@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import precision
 import pytest
 from flax import nnx
 from jax import lax
@@ -49,7 +50,7 @@ def check(loss, params, batch, rtol=1e-12):
     def close(found, expected):
         assert found.shape == expected.shape
         scale = np.abs(expected).max(initial=0)
-        np.testing.assert_allclose(found, expected, rtol=rtol, atol=rtol * scale + 1e-300)
+        precision.assert_close(found, expected, rtol=rtol, atol=rtol * scale + 1e-300)
 
     for (found_losses, found_mean, measured), wanted in zip(found, expected, strict=True):
         close(found_losses, losses)

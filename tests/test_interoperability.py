@@ -46,6 +46,7 @@ def plain():
     return init, apply
 
 
+@pytest.mark.usefixtures("replays")
 @pytest.mark.parametrize("library", [equinox, linen, flax_nnx, plain])
 def test_a_model_of_another_library_trains_and_a_step_is_the_gradient_of_the_batch_loss(library, key):
     # Their code mixes float32 with float64, and ranks.

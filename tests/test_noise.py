@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import precision
 import pytest
 import scipy.stats
 
@@ -50,7 +51,7 @@ def test_the_pair_averaged_over_every_batch_is_exact(replace, sizes):
         draws = itertools.product(range(5), repeat=size) if replace else itertools.combinations(range(5), size)
         norms.append(np.mean([np.sum(grads[list(draw)].mean(0) ** 2) for draw in draws]))
     found = noise.unbiased(*norms, batch_sizes=sizes, num_examples=None if replace else 5)
-    np.testing.assert_allclose(found, moments(grads), rtol=1e-12)
+    precision.assert_close(found, moments(grads), rtol=1e-12)
 
 
 @pytest.mark.parametrize("num_examples", [24, 23])  # 23: the last group is filled up
@@ -60,8 +61,8 @@ def test_all_examples_give_the_exact_scale_without_doubt(key, num_examples):
     grads = explicit_gradients(data)
     for found, columns in ((scale, slice(None)), (scale.per_leaf["bias"], [0]), (scale.per_leaf["weight"], [1, 2, 3])):
         signal, variance = moments(grads[:, columns])
-        np.testing.assert_allclose((found.grad_sq_norm, found.trace_cov), (signal, variance), rtol=1e-10)
-        np.testing.assert_allclose((found.b_simple, found.low, found.high), variance / signal, rtol=1e-10)
+        precision.assert_close((found.grad_sq_norm, found.trace_cov), (signal, variance), rtol=1e-10)
+        precision.assert_close((found.b_simple, found.low, found.high), variance / signal, rtol=1e-10)
     assert scale.verdict == "ok"
 
 
@@ -94,11 +95,11 @@ def test_the_interval_is_the_jackknife_of_explicit_gradients(key, replace):
     grads = explicit_gradients(data)[np.asarray(draw(key, 200, length=62))]
     (signal, variance), cov = delete_a_group(grads, [8] * 7 + [6], None if replace else 200)
     cov = cov if replace else cov * (1 - 62 / 200)
-    np.testing.assert_allclose((scale.grad_sq_norm, scale.trace_cov), (signal, variance), rtol=1e-10)
+    precision.assert_close((scale.grad_sq_norm, scale.trace_cov), (signal, variance), rtol=1e-10)
     quantile = scipy.stats.t.ppf(0.95, df=7)
     for end in (scale.low, scale.high):  # Fieller: where variance - end * signal is `quantile` of its errors from zero
         error = np.sqrt(cov[1, 1] - 2 * end * cov[0, 1] + end**2 * cov[0, 0])
-        np.testing.assert_allclose(abs(variance - end * signal), quantile * error, rtol=1e-8)
+        precision.assert_close(abs(variance - end * signal), quantile * error, rtol=1e-8)
     assert scale.low < scale.b_simple < scale.high < np.inf
 
 
@@ -106,13 +107,13 @@ def test_the_jackknife_of_a_mean_is_its_standard_error():
     values = np.random.default_rng(0).normal(size=(12, 2))
     left_out = jnp.asarray([np.delete(values, i, 0).mean(0) for i in range(12)])
     cov = intervals.delete_a_group(jnp.asarray(values.mean(0)), left_out, jnp.ones(12))
-    np.testing.assert_allclose(cov, np.cov(values.T) / 12, rtol=1e-10)
+    precision.assert_close(cov, np.cov(values.T) / 12, rtol=1e-10)
 
 
 def test_the_ratio_has_no_upper_end_where_the_denominator_may_be_zero():
     cov = jnp.asarray([[1.0, 0.2], [0.2, 0.5]])
     ratio, low, high = jax.vmap(lambda d: intervals.fieller(10.0, d, cov, quantile=2.0))(jnp.asarray([8.0, 2.1, 1.9]))
-    np.testing.assert_allclose(ratio, 10 / np.array([8, 2.1, 1.9]))
+    precision.assert_close(ratio, 10 / np.array([8, 2.1, 1.9]))
     assert (low > 0).all()
     np.testing.assert_array_equal(np.isinf(high), [False, False, True])
     for denominator in (-8.0, 0.0):
@@ -154,6 +155,7 @@ def held(low, high, true):
     return float(jnp.mean((low <= true) & (true <= high)))
 
 
+@pytest.mark.usefixtures("replays")
 @pytest.mark.parametrize("replace", [True, False])
 def test_nine_intervals_in_ten_hold_the_scale_of_the_data(key, replace):
     data = gaussian(key, 1000)
@@ -168,6 +170,7 @@ def test_nine_intervals_in_ten_hold_the_scale_of_the_data(key, replace):
         assert abs(found.mean() - exact) <= 4 * found.std() / NUM_DRAWS**0.5
 
 
+@pytest.mark.usefixtures("replays")
 def test_gaussian_least_squares_has_its_exact_scales_inside_the_intervals(key):
     data = gaussian(key, 100_000)  # so many that their own scale is that of the distribution, to 1 %
     b_simple, b_noise = exact_scales()
@@ -193,7 +196,7 @@ def test_a_preconditioner_measures_the_reparametrised_problem(key):
     weights = {"bias": jnp.asarray(4.0), "weight": jnp.asarray([0.25, 1.0, 9.0])}
     scale = noise.measure(linear_loss, PARAMS, data, key, num_examples=30, preconditioner=weights)
     signal, variance = moments(explicit_gradients(data) * np.sqrt([4.0, 0.25, 1.0, 9.0]))
-    np.testing.assert_allclose((scale.grad_sq_norm, scale.trace_cov), (signal, variance), rtol=1e-10)
+    precision.assert_close((scale.grad_sq_norm, scale.trace_cov), (signal, variance), rtol=1e-10)
     with pytest.raises(ValueError, match="preconditioner"):
         noise.measure(linear_loss, PARAMS, data, key, num_examples=30, preconditioner={"bias": jnp.asarray(1.0)})
 
@@ -287,7 +290,7 @@ def test_tracking_every_batch_gives_the_exact_scale(num_examples):
     _, scales = jax.jit(lambda: descent.run(method, method.init(PARAMS), data, batches, record))()
     signal, variance = moments(explicit_gradients(data))
     last = [leaf[-1] for leaf in scales]
-    np.testing.assert_allclose(last, [signal, variance, variance / signal], rtol=1e-9)
+    precision.assert_close(last, [signal, variance, variance / signal], rtol=1e-9)
 
 
 def tracked(loss=linear_loss, rate=0.1, **options):
@@ -308,9 +311,9 @@ def test_tracking_forgets_by_half_lives_and_divides_last():
     of_one = sum(np.mean(leaf, 1) for leaf in jax.tree.leaves(norms))
     variance = (of_one - of_batch) / (1 - 1 / 4)
     signal = of_one - variance
-    np.testing.assert_allclose(scales.trace_cov[1], (variance[0] / 4 + variance[1]) / 1.25, rtol=1e-10)
+    precision.assert_close(scales.trace_cov[1], (variance[0] / 4 + variance[1]) / 1.25, rtol=1e-10)
     ratio = (variance[0] / 4 + variance[1]) / (signal[0] / 4 + signal[1])
-    np.testing.assert_allclose(scales.b_simple[1], ratio if ratio > 0 else np.inf, rtol=1e-10)
+    precision.assert_close(scales.b_simple[1], ratio if ratio > 0 else np.inf, rtol=1e-10)
 
 
 def test_tracking_leaves_the_run_as_it_is(key):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import precision
 import pytest
 
 from gdjax import batching, datasets, descent, gradients, lanes, pilots, problems, targets
@@ -70,6 +71,7 @@ def test_without_test_examples_metrics_are_of_the_training_examples():
         targets.parse_target("test_size<=1", problem)
 
 
+@pytest.mark.usefixtures("replays")
 def test_updates_to_a_target_are_those_of_the_closed_form(key):
     """w_t = (1 - eta)^t, so the loss reaches v where (1 - eta)^2t = v / (1 / 2)."""
     target = Target("loss", "train", "<=", 1e-4)
@@ -94,10 +96,11 @@ def test_updates_to_a_target_are_those_of_the_closed_form(key):
     assert (late.found, late.best_metrics.tolist()) == (False, [0.5] * 5)
 
 
+@pytest.mark.usefixtures("replays")
 def test_the_loss_after_a_budget_is_that_of_the_closed_form(key):
     """40 examples at B = 5 are 8 updates, and w_8 = (1 - eta)^8."""
     run = search(same({}), optax.sgd, targets.Budget(43), batch_size=5, num_seeds=2, key=key)
-    rates = np.asarray([0.1, 0.3, 1e200])
+    rates = np.asarray([0.1, 0.3, 1e30])
     found = run(rates)
     np.testing.assert_allclose(found.costs[:2], np.repeat(0.5 * (1 - rates[:2, None]) ** 16, 2, axis=1), rtol=1e-6)
     assert np.isinf(found.costs[2]).all()
@@ -114,6 +117,7 @@ def test_a_target_that_is_met_at_the_start_is_refused(key):
         run(np.asarray([0.1]), max_examples=100)
 
 
+@pytest.mark.usefixtures("replays")
 def test_every_lane_is_the_run_of_its_seed_and_rate(monkeypatch, key):
     """Against `descent.run` on the streams that `search` documents; lanes in groups of two are the same lanes."""
     data = datasets.gaussian_classification(jax.random.key(0), num_examples=20, dimension=3)
@@ -153,7 +157,7 @@ def test_every_lane_is_the_run_of_its_seed_and_rate(monkeypatch, key):
     grouped = search(problem, momentum, target, num_lanes=8, batch_size=3, num_seeds=2, key=key)(
         rates, max_examples=900
     )
-    np.testing.assert_allclose(grouped.costs, found.costs, rtol=1e-9)
+    precision.assert_close(grouped.costs, found.costs, rtol=1e-9)
 
 
 def test_lanes_are_run_in_equal_groups_that_fit():
@@ -162,9 +166,9 @@ def test_lanes_are_run_in_equal_groups_that_fit():
 
 def test_an_accuracy_does_not_hide_a_divergence(key):
     """Parameters that are infinite are on the right side of the target, and not there."""
-    problem = same({"far": lambda w, x: (jnp.abs(w) > 1e300).astype(float)})
+    problem = same({"far": lambda w, x: (jnp.abs(w) > 1e37).astype(float)})
     target = Target("far", "train", ">=", 0.5)
-    run = search(problem, lambda rate: optax.sgd(1e250 * rate), target, batch_size=16, num_seeds=1, key=key)
+    run = search(problem, lambda rate: optax.sgd(1e30 * rate), target, batch_size=16, num_seeds=1, key=key)
     found = run(np.asarray([1.0, 2.0]), max_examples=16 * 50)
     assert found.diverged.all()
     assert not found.found

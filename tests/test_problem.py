@@ -29,7 +29,7 @@ def test_a_valid_problem_counts_its_examples():
         ({"train": (jnp.ones((5, 2)), jnp.ones(4))}, r"every leaf of train .* train\[0\]: 5, train\[1\]: 4"),
         ({"train": (jnp.ones((5, 2)), 1.0)}, r"train\[1\]: scalar"),
         ({"test": (jnp.ones((5, 3)), jnp.ones(5))}, "test examples are .* but training examples are"),
-        ({"test": (jnp.ones((5, 2)), jnp.ones(5, int))}, r"test examples are .*int64.* but training .*float64"),
+        ({"test": (jnp.ones((5, 2)), jnp.ones(5, int))}, r"test examples are .*int\d+.* but training .*float\d+"),
         ({"test": (jnp.ones((2, 2)), jnp.ones(3))}, r"every leaf of test .* test\[0\]: 2, test\[1\]: 3"),
         (
             {"train": (np.diag([1.0, np.nan]), np.ones(2))},
@@ -42,7 +42,7 @@ def test_a_valid_problem_counts_its_examples():
         ({"init": lambda key: {"weight": jnp.zeros(2), "activation": jnp.tanh}}, "init must return a pytree of arrays"),
         (
             {"loss": lambda params, example: params["weight"]},
-            r"loss must return one .* returns float64\[2\]: reduce it",
+            r"loss must return one .* returns float\d+\[2\]: reduce it",
         ),
         ({"loss": lambda params, example: 1}, "loss must return one"),
         (
@@ -136,7 +136,7 @@ def test_load_says_which_part_of_a_spec_is_wrong(spec, message):
     [
         (jnp.asarray([0, 1, 2]), r"labels must be in \[0, 2\), but example 2 has 2 \(1 such examples\)"),
         (jnp.asarray([0, -1, -1]), r"labels must be in \[0, 2\), but example 1 has -1 \(2 such"),
-        (jnp.asarray([0.0, 1.0, 1.0]), "labels must be integers, but are float64"),
+        (jnp.asarray([0.0, 1.0, 1.0]), "labels must be integers, but are float"),
     ],
 )
 @pytest.mark.parametrize("part", ["train", "test"])

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import precision
 import pytest
 
 from gdjax import descent, gradients, quadratics
@@ -77,10 +78,10 @@ def test_the_recursions_are_the_mean_over_all_runs_of_the_real_loop(batch_size, 
         moments = system.start
         for _ in range(num_updates):
             moments = quadratics.step(system, moments)
-        np.testing.assert_allclose(moments, expected, rtol=1e-12)
-        np.testing.assert_allclose(quadratics.after(system, num_updates), expected, rtol=1e-12)
+        precision.assert_close(moments, expected, rtol=1e-12)
+        precision.assert_close(quadratics.after(system, num_updates), expected, rtol=1e-12)
         losses = 0.5 * (states[:, :, 0] ** 2 @ H)
-        np.testing.assert_allclose(quadratics.excess_loss(moments, jnp.asarray(H)), losses.mean(), rtol=1e-12)
+        precision.assert_close(quadratics.excess_loss(moments, jnp.asarray(H)), losses.mean(), rtol=1e-12)
 
 
 def test_after_is_the_closed_form_and_the_repeated_step():
@@ -89,12 +90,12 @@ def test_after_is_the_closed_form_and_the_repeated_step():
     x = RATE * H
     floor = RATE**2 * NOISE / 3 / (1 - (1 - x) ** 2)
     closed = floor + (1 - x) ** (2 * times[:, None]) * (THETA**2 - floor)
-    np.testing.assert_allclose(after(SYSTEM(batch_size=3), times)[:, :, 0, 0], closed, rtol=1e-12)
+    precision.assert_close(after(SYSTEM(batch_size=3), times)[:, :, 0, 0], closed, rtol=1e-12)
     a, v, c, n = THETA**2, 0 * H, 0 * H, RATE**2 * NOISE / 3
     for t in range(101):  # SCIENCE: Zhang et al. 2019
         if t in (0, 1, 7, 100):
             moments = after(MOMENTUM(batch_size=3), times)[times == t][0]
-            np.testing.assert_allclose(moments, np.stack([a, c, c, v], -1).reshape(-1, 2, 2), rtol=1e-12)
+            precision.assert_close(moments, np.stack([a, c, c, v], -1).reshape(-1, 2, 2), rtol=1e-12)
         a, v, c = (
             (1 - x) ** 2 * a + BETA**2 * v + 2 * (1 - x) * BETA * c + n,
             x**2 * a + BETA**2 * v - 2 * x * BETA * c + n,
@@ -106,11 +107,11 @@ def test_stationary_variances_are_where_the_recursions_end():
     forever = jax.jit(partial(quadratics.after, num_updates=2**30))
     common = {"learning_rate": RATE, "batch_size": 3}
     plain = quadratics.stationary_variance(H, NOISE, **common)
-    np.testing.assert_allclose(forever(SYSTEM(batch_size=3))[:, 0, 0], plain, rtol=1e-12)
+    precision.assert_close(forever(SYSTEM(batch_size=3))[:, 0, 0], plain, rtol=1e-12)
     heavy = quadratics.stationary_variance(H, NOISE, **common, momentum=BETA)
-    np.testing.assert_allclose(forever(MOMENTUM(batch_size=3))[:, 0, 0], heavy, rtol=1e-12)
+    precision.assert_close(forever(MOMENTUM(batch_size=3))[:, 0, 0], heavy, rtol=1e-12)
     gain = quadratics.averaging_gain(H, learning_rate=RATE, decay=GAMMA)
-    np.testing.assert_allclose(forever(AVERAGED(batch_size=3))[:, 0, 0], gain * plain, rtol=1e-12)
+    precision.assert_close(forever(AVERAGED(batch_size=3))[:, 0, 0], gain * plain, rtol=1e-12)
     assert (gain < 1).all()
 
 
@@ -128,7 +129,7 @@ def test_the_recursion_blows_up_just_above_the_largest_stable_rate_and_not_below
     known = quadratics.stationary_variance(
         jnp.ones(1), jnp.ones(1), learning_rate=edge * (1 - 1e-4), batch_size=1, momentum=beta
     )
-    np.testing.assert_allclose(below, known[0], rtol=1e-8)
+    precision.assert_close(below, known[0], rtol=1e-8)
     assert not above < 1e30
     options = {"learning_rate": edge * (1 + 1e-4), "batch_size": 1, "momentum": beta}
     assert quadratics.stationary_variance(jnp.ones(1), jnp.ones(1), **options)[0] == np.inf
@@ -164,9 +165,9 @@ def test_updates_to_target_are_found_one_by_one(name):
     options = {"target": TARGET, "max_updates": limit}
     found = jax.jit(jax.vmap(lambda rate: quadratics.updates_to_target(system(rate), jnp.asarray(h), **options)))(rates)
     assert 3 < np.isfinite(expected).sum() < 28
-    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=0 if precision.X64 else 1)  # float32 rounds the losses
     best = quadratics.fewest_updates(system, jnp.asarray(h), learning_rates=jnp.asarray(rates), **options)
-    assert best == (expected.min(), rates[expected.argmin()])
+    assert best == (found.min(), jnp.asarray(rates)[found.argmin()])
 
 
 def test_a_start_below_the_target_needs_no_update_and_a_budget_is_kept():
@@ -194,7 +195,7 @@ def test_stationary_covariance_is_that_of_all_runs_of_the_real_loop():
     params, _ = every_run(optax.sgd(1.0), 1, 7, noises, tilted, np.zeros(2))
     covariance = noises.T @ noises / 3
     found = quadratics.stationary_covariance(jnp.asarray(hessian), covariance, learning_rate=1.0, batch_size=1)
-    np.testing.assert_allclose(params[:, -1].T @ params[:, -1] / len(params), found, rtol=1e-12)
+    precision.assert_close(params[:, -1].T @ params[:, -1] / len(params), found, rtol=1e-12)
     found = quadratics.stationary_covariance(jnp.asarray(hessian), covariance, learning_rate=0.3, batch_size=4)
     both = hessian @ found + found @ hessian - 0.3 * hessian @ found @ hessian
-    np.testing.assert_allclose(both, 0.3 / 4 * covariance, rtol=1e-12)
+    precision.assert_close(both, 0.3 / 4 * covariance, rtol=1e-12)

@@ -5,6 +5,7 @@ import subprocess
 import jax
 import jax.numpy as jnp
 import numpy as np
+import precision
 import pytest
 
 import gdjax
@@ -96,7 +97,7 @@ def test_provenance_names_versions_device_seed_and_commit(tmp_path, monkeypatch)
     assert records.provenance(arguments={}, seed=3, wall_seconds=0.5)["commit"] == f"{head}-dirty"
     assert inside["versions"]["jax"] == jax.__version__
     assert inside["versions"]["gdjax"] == gdjax.__version__
-    assert (inside["device"]["platform"], inside["seed"], inside["x64"]) == (jax.default_backend(), 3, True)
+    assert (inside["device"]["platform"], inside["seed"], inside["x64"]) == (jax.default_backend(), 3, precision.X64)
     json.loads(records.to_json(inside))
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import precision
 import pytest
 
 from gdjax import batching, descent, gradients, stream_order
@@ -31,14 +32,14 @@ def test_the_floors_are_the_mean_over_every_stream(batch_size):
     q, num_updates = 1 - RATE * CURVATURE, 4 // batch_size
     theta = over([a + b for a in orders for b in orders], batch_size)
     expected = stream_order.reshuffled(RATE, CURVATURE, **COMMON, batch_size=batch_size)
-    np.testing.assert_allclose((theta**2).mean(), expected * (1 - q ** (4 * num_updates)), rtol=1e-12, atol=1e-30)
+    precision.assert_close((theta**2).mean(), expected * (1 - q ** (4 * num_updates)), rtol=1e-12, atol=1e-30)
     theta = over([3 * a for a in orders], batch_size)
     expected = stream_order.shuffled_once(RATE, CURVATURE, **COMMON, batch_size=batch_size)
-    np.testing.assert_allclose((theta**2).mean(), expected * (1 - q ** (3 * num_updates)) ** 2, rtol=1e-12, atol=1e-30)
+    precision.assert_close((theta**2).mean(), expected * (1 - q ** (3 * num_updates)) ** 2, rtol=1e-12, atol=1e-30)
     theta = over(list(itertools.product(range(4), repeat=8 if batch_size > 1 else 6)), batch_size)
     num_updates = 8 // batch_size if batch_size > 1 else 6
     expected = stream_order.with_replacement(RATE, CURVATURE, **COMMON, batch_size=batch_size)
-    np.testing.assert_allclose((theta**2).mean(), expected * (1 - q ** (2 * num_updates)), rtol=1e-12)
+    precision.assert_close((theta**2).mean(), expected * (1 - q ** (2 * num_updates)), rtol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["with_replacement", "shuffled_once", "reshuffled"])
@@ -57,7 +58,7 @@ def test_the_streams_of_batching_have_these_floors(name, key):
 def test_the_order_of_the_data_ends_where_it_should(batch_size, key):
     theta = train(batching.cyclic(key, 4, num_epochs=20), batch_size)
     expected = stream_order.cyclic(RATE, CURVATURE, targets=jnp.asarray(TARGETS), batch_size=batch_size)
-    np.testing.assert_allclose(theta, expected, rtol=1e-12)
+    precision.assert_close(theta, expected, rtol=1e-12)
 
 
 def test_at_small_rates_reshuffled_is_below_shuffled_once_is_below_with_replacement():

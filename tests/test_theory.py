@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import precision
 import pytest
 
 from gdjax import batching, descent, gradients, quadratics, theory
@@ -51,7 +52,7 @@ def test_the_expected_change_of_an_update_is_the_mean_over_all_batches(batch_siz
     known = theory.expected_change(
         *population(), hessian=jnp.asarray(HESSIAN), learning_rate=0.3, batch_size=batch_size
     )
-    np.testing.assert_allclose(known, mean, rtol=1e-12)
+    precision.assert_close(known, mean, rtol=1e-12)
 
 
 def test_the_best_rate_lowers_the_loss_most_and_linear_scaling_ends_at_the_noise_scale():
@@ -72,17 +73,17 @@ def test_the_best_rate_lowers_the_loss_most_and_linear_scaling_ends_at_the_noise
     at, decreases, rates = best_of_grid(sizes)
     assert (at == 10).all()
     assert (np.diff(rates) > 0).all()
-    np.testing.assert_allclose(rates[-1], full, rtol=1e-9)
+    precision.assert_close(rates[-1], full, rtol=1e-9)
     # equation 2.7, and the law of updates for a constant decrease per update
-    np.testing.assert_allclose(decreases, -full * (grad @ grad) / 2 / (1 + noise_scale / sizes), rtol=1e-12)
+    precision.assert_close(decreases, -full * (grad @ grad) / 2 / (1 + noise_scale / sizes), rtol=1e-12)
     needed = theory.updates_to_target(sizes, noise_scale, min_updates=100.0)
-    np.testing.assert_allclose(needed / needed[-1], decreases[-1] / decreases, rtol=1e-9)
+    precision.assert_close(needed / needed[-1], decreases[-1] / decreases, rtol=1e-9)
     examples = theory.examples_to_target(sizes, noise_scale, min_examples=100.0 * noise_scale)
-    np.testing.assert_allclose(examples, needed * sizes, rtol=1e-12)
+    precision.assert_close(examples, needed * sizes, rtol=1e-12)
     np.testing.assert_allclose((needed / 100 - 1) * (examples / 100 / noise_scale - 1), 1, rtol=1e-3)
     critical = theory.batch_size_at_overhead(noise_scale)
     costly = theory.examples_to_target(critical, noise_scale, min_examples=1.0)
-    np.testing.assert_allclose(costly, 1.2, rtol=1e-12)
+    precision.assert_close(costly, 1.2, rtol=1e-12)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 4])
@@ -91,9 +92,9 @@ def test_the_covariance_of_updates_on_distinct_examples(batch_size):
     found = np.cov(of_all.T, ddof=0)
     _, covariance = population()
     factor = theory.finite_population(batch_size, 4)
-    np.testing.assert_allclose(found, 0.3**2 * covariance / batch_size * factor, rtol=1e-12, atol=1e-30)
+    precision.assert_close(found, 0.3**2 * covariance / batch_size * factor, rtol=1e-12, atol=1e-30)
     temperature = theory.temperature(0.3, batch_size, num_examples=4)
-    np.testing.assert_allclose(found, 0.3 * temperature * covariance / 3, rtol=1e-12, atol=1e-30)
+    precision.assert_close(found, 0.3 * temperature * covariance / 3, rtol=1e-12, atol=1e-30)
 
 
 def test_momentum_raises_the_temperature_as_it_raises_the_noise_floor():
@@ -102,7 +103,7 @@ def test_momentum_raises_the_temperature_as_it_raises_the_noise_floor():
         jnp.ones(3), jnp.ones(3), learning_rate=1e-9, batch_size=4, momentum=momenta
     )
     warm = theory.temperature(1e-9, 4, num_examples=1e9, momentum=momenta)
-    np.testing.assert_allclose(floors, warm / 1e9 / 2, rtol=1e-7)
+    precision.assert_close(floors, warm / 1e9 / 2, rtol=1e-7)
 
 
 def test_linear_rule_keeps_the_movement_per_example(key):
@@ -113,7 +114,7 @@ def test_linear_rule_keeps_the_movement_per_example(key):
         method = descent.method(gradients.mean(lambda w, slope: w * slope), optimizer)
         batches = batching.cut(batching.cyclic(key, 24, num_epochs=1), 2 * factor)
         ends.append(descent.run(method, method.init(0.0), slopes, batches)[0].params)
-    np.testing.assert_allclose(ends[0], ends[1], rtol=1e-12)
+    precision.assert_close(ends[0], ends[1], rtol=1e-12)
 
 
 def test_sqrt_rule_keeps_the_spread_of_adam_per_example(key):
@@ -134,7 +135,7 @@ def test_sqrt_rule_keeps_the_spread_of_adam_per_example(key):
             spreads.append(float(jnp.var(train(jax.random.split(jax.random.key(batch_size), seeds)))))
     # The variance of a variance of S normal numbers is 2 / S of its square.
     assert abs(np.log(spreads[1] / spreads[0])) < 4 * np.sqrt(2 * 2 / seeds)
-    np.testing.assert_allclose(theory.sqrt_rule(adam, 4)[1:3], [0.6, 0.96], rtol=1e-12)
+    precision.assert_close(theory.sqrt_rule(adam, 4)[1:3], [0.6, 0.96], rtol=1e-12)
     assert theory.sqrt_rule(adam._replace(eps=1e-8), 4).eps == 5e-9
     with pytest.raises(ValueError, match=r"factor=20 with b1=0.9 asks for 1 - b1 above 1"):
         theory.sqrt_rule(adam, 20)
@@ -147,6 +148,6 @@ def test_a_memory_halves_once_in_its_half_life(batch_size, key):
     slopes = jnp.zeros(25).at[:batch_size].set(1.0)
     batches = batching.cut(batching.cyclic(key, 25, num_epochs=1), batch_size)
     _, moved = descent.run(method, method.init(0.0), slopes, batches, lambda state, info: -info.update)
-    np.testing.assert_allclose(moved[:: 20 // batch_size], [1.0, 0.5], rtol=1e-12)
+    precision.assert_close(moved[:: 20 // batch_size], [1.0, 0.5], rtol=1e-12)
     longer = theory.same_half_life(decay, 3)
-    np.testing.assert_allclose(longer, theory.decay_per_update(20.0, 3 * batch_size), rtol=1e-12)
+    precision.assert_close(longer, theory.decay_per_update(20.0, 3 * batch_size), rtol=1e-12)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import precision
 import pytest
 from jax.sharding import AxisType
 
@@ -262,7 +263,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(run, straight, finis
         ({"data": (jnp.ones((NUM_EXAMPLES, 3)), jnp.ones(NUM_EXAMPLES))}, "its data .checksum of a sample"),
         (
             {"data": (jnp.ones((6, 3)), jnp.ones(6))},
-            r"its data\[0\] is float64\[12, 3\], here it is float64\[6, 3\]",
+            r"its data\[0\] is float\d+\[12, 3\], here it is float\d+\[6, 3\]",
         ),
         ({"state": METHOD.init({"w": jnp.ones(3)})}, "its first state .checksum. is"),
         (
@@ -270,7 +271,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(run, straight, finis
                 "method": (adam := descent.method(gradients.mean(loss), optax.sgd(0.01))),
                 "state": adam.init(WEIGHTS),
             },
-            r"its state.opt_state\[0\].trace\['w'\] is float64\[3\], here it is None",
+            r"its state.opt_state\[0\].trace\['w'\] is float\d+\[3\], here it is None",
         ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -324,7 +325,7 @@ def test_a_folder_in_use_is_refused(run, finished):
 def test_two_devices_train_as_one(run):
     state, losses = run(num_updates=200, chunk_updates=100)
     both, both_losses = run(num_updates=200, chunk_updates=100, mesh=devices(2))
-    chex.assert_trees_all_close((both, both_losses), (state, losses), rtol=0, atol=1e-12)
+    chex.assert_trees_all_close((both, both_losses), (state, losses), rtol=0, atol=max(1e-12, 32 * precision.EPS))
     assert all(leaf.sharding.num_devices == 2 for leaf in jax.tree.leaves(both))
 
 
