@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 X64 = bool(jax.config.jax_enable_x64)
-EPS = float(np.finfo(np.float64 if X64 else np.float32).eps)
+LIMITS = np.finfo(np.float64 if X64 else np.float32)
+EPS, LARGEST = float(LIMITS.eps), float(LIMITS.max)
 float64_only = pytest.mark.skipif(not X64, reason="says something in float64 only")
 
 

@@ -124,7 +124,7 @@ def test_gradient_noise_is_the_variance_of_the_update_over_its_squared_mean(prob
     mean = grads.mean(0)
     expected = np.sum((grads - mean) ** 2, axis=1).mean() / np.sum(mean**2)
     precision.assert_close(rows[0].gradient_noise, expected, rtol=1e-10)
-    assert rows[2].gradient_noise < precision.EPS**1.5
+    assert rows[2].gradient_noise < (32 * precision.EPS) ** 2
     # Batches of 5 without replacement: (1/5) (48 - 5)/(48 - 1) of that on average.
     many = jax.vmap(lambda key: compare.gradient_noise(problem, 5, problem.train, key, key))
     sampled = np.asarray(many(jax.random.split(jax.random.key(1), 400)))

@@ -229,7 +229,7 @@ def test_what_cannot_be_computed_is_refused():
     with pytest.raises(ValueError, match=r"vector must be like the gradient, float\d+\[3\], but is float\d+\[\]"):
         call(params, batch, start[:, 0])
     with pytest.raises(ValueError, match=r"leaves \[k, \.\.\.\]"):
-        call(params, batch, jnp.float64(1.0))
+        call(params, batch, jnp.asarray(1.0))
     with pytest.raises(ValueError, match=r"float\d+\[3\], but is float\d+\[2\]"):
         curvature.hvp(quadratic)(params, batch, jnp.ones(2))
     with pytest.raises(ValueError, match="num_iterations=1"):

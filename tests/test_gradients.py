@@ -27,7 +27,8 @@ def params():
 
 
 def numerical_gradient(params, batch):
-    """Central differences of the mean loss, written as a loop over examples: independent of jax.grad and vmap."""
+    """Central differences of the mean loss, in float64, as a loop over examples: independent of jax.grad and vmap."""
+    params, batch = jax.tree.map(lambda x: np.asarray(x, float), (params, batch))
     flat, unravel = jax.flatten_util.ravel_pytree(params)
 
     def mean_loss(flat):
@@ -38,7 +39,8 @@ def numerical_gradient(params, batch):
 
 
 def test_mean_is_the_gradient_of_the_mean_loss(params, batch):
-    loss, gradient = numerical_gradient(params, batch)
+    with jax.enable_x64(True):
+        loss, gradient = numerical_gradient(params, batch)
     estimate = gradients.mean(mlp_loss)(params, batch)
     precision.assert_close(estimate.loss, loss, rtol=1e-12)
     precision.assert_close(jax.flatten_util.ravel_pytree(estimate.grad)[0], gradient, rtol=1e-6, atol=1e-7)

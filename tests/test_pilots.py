@@ -166,9 +166,10 @@ def test_lanes_are_run_in_equal_groups_that_fit():
 
 def test_an_accuracy_does_not_hide_a_divergence(key):
     """Parameters that are infinite are on the right side of the target, and not there."""
-    problem = same({"far": lambda w, x: (jnp.abs(w) > 1e37).astype(float)})
+    problem = same({"far": lambda w, x: (jnp.abs(w) > 0.9 * precision.LARGEST).astype(float)})
     target = Target("far", "train", ">=", 0.5)
-    run = search(problem, lambda rate: optax.sgd(1e30 * rate), target, batch_size=16, num_seeds=1, key=key)
+    far = precision.LARGEST**0.8  # infinite after two updates
+    run = search(problem, lambda rate: optax.sgd(far * rate), target, batch_size=16, num_seeds=1, key=key)
     found = run(np.asarray([1.0, 2.0]), max_examples=16 * 50)
     assert found.diverged.all()
     assert not found.found

@@ -124,14 +124,15 @@ def test_the_recursion_blows_up_just_above_the_largest_stable_rate_and_not_below
         )
         return quadratics.after(system, 10**6)[0, 0, 0]
 
-    edge = 2 * (1 + beta)
-    below, above = jax.jit(jax.vmap(variance))(edge * np.array([1 - 1e-4, 1 + 1e-4]))
+    edge, margin = 2 * (1 + beta), 1e-4
+    below, above = jax.jit(jax.vmap(variance))(edge * np.array([1 - margin, 1 + margin]))
     known = quadratics.stationary_variance(
-        jnp.ones(1), jnp.ones(1), learning_rate=edge * (1 - 1e-4), batch_size=1, momentum=beta
+        jnp.ones(1), jnp.ones(1), learning_rate=edge * (1 - margin), batch_size=1, momentum=beta
     )
-    precision.assert_close(below, known[0], rtol=1e-8)
+    # Rounding moves a rate by a part of itself that is 1 / margin times as large a part of its distance to the edge.
+    precision.assert_close(below, known[0], rtol=1e-8, ulps=1 / margin)
     assert not above < 1e30
-    options = {"learning_rate": edge * (1 + 1e-4), "batch_size": 1, "momentum": beta}
+    options = {"learning_rate": edge * (1 + margin), "batch_size": 1, "momentum": beta}
     assert quadratics.stationary_variance(jnp.ones(1), jnp.ones(1), **options)[0] == np.inf
 
 
@@ -160,12 +161,18 @@ def test_updates_to_target_are_found_one_by_one(name):
 
         return jax.lax.scan(one, system(rate).start, length=limit)[1]
 
-    below = np.asarray(losses(rates)) <= TARGET
-    expected = np.where(below.any(1), below.argmax(1) + 1, np.inf)
+    history = np.asarray(losses(rates))
+
+    def first_below(target):
+        below = history <= np.broadcast_to(target, 30)[:, None]
+        return np.where(below.any(1), below.argmax(1) + 1, np.inf)
+
     options = {"target": TARGET, "max_updates": limit}
     found = jax.jit(jax.vmap(lambda rate: quadratics.updates_to_target(system(rate), jnp.asarray(h), **options)))(rates)
-    assert 3 < np.isfinite(expected).sum() < 28
-    np.testing.assert_allclose(found, expected, rtol=0, atol=0 if precision.X64 else 1)  # float32 rounds the losses
+    assert 3 < np.isfinite(first_below(TARGET)).sum() < 28
+    rounding = 0 if precision.X64 else precision.EPS * np.minimum(found, limit)  # of the losses: a part for each update
+    assert (found >= first_below(TARGET * (1 + rounding))).all()
+    assert (found <= first_below(TARGET * (1 - rounding))).all()
     best = quadratics.fewest_updates(system, jnp.asarray(h), learning_rates=jnp.asarray(rates), **options)
     assert best == (found.min(), jnp.asarray(rates)[found.argmin()])
 
