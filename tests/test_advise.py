@@ -202,7 +202,7 @@ small = problems.least_squares(datasets.gaussian_regression(jax.random.key(0), n
 steep = Problem(lambda key: jnp.zeros(()), lambda w, x: x * (1 - jnp.sqrt(w)), jnp.ones(8))
 made = []
 def heavy_ball(learning_rate):
-    made.append(learning_rate)
+    made.append(jnp.shape(learning_rate))
     return optax.sgd(learning_rate, momentum=0.5)
 def broken(learning_rate):
     raise RuntimeError("no")
