@@ -5,7 +5,7 @@ Question    Digits, a multilayer perceptron, training loss 0.05: how do updates 
 Prediction  Three regimes (Shallue et al. 2019, arXiv 1811.03600): S proportional to 1/B, diminishing returns, flat. The
             law is within 25 % of nine points in ten. Momentum and Adam profit from larger batches than SGD: their
             B_crit is larger (Zhang et al. 2019, arXiv 1907.04164).
-Cost        200 s on two CPU cores.
+Cost        40 s on two CPU cores.
 """
 
 import math
