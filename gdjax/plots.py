@@ -47,7 +47,7 @@ def comparison(rows: Sequence[Row], title: str) -> "Figure":
         _log_scales(axis, "y" if axis is axes[0] else "xy")
         axis.grid(alpha=0.3)
     axes[0].set(ylabel="training loss (mean over examples)")
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(rows), 4), frameon=False)
     return figure
@@ -68,7 +68,7 @@ def curves(x: Any, values: Mapping[str, Any], *, xlabel: str, ylabel: str, title
         band(axis, x, lanes, label, i)
     axis.set(xlabel=xlabel, ylabel=ylabel)
     _log_scales(axis, log)
-    axis.set_title("\n".join(textwrap.wrap(title, 80)), fontsize="medium")
+    axis.set_title("\n".join(textwrap.wrap(title, 80)), fontsize="medium", parse_math=False)
     axis.grid(alpha=0.3)
     axis.legend(frameon=False)
     return figure
@@ -77,7 +77,8 @@ def curves(x: Any, values: Mapping[str, Any], *, xlabel: str, ylabel: str, title
 def panels(count: int, *, title: str, width: float = 5.5, height: float = 4.2) -> tuple["Figure", list["Axes"]]:
     """Return (figure, its `count` axes side by side), sizes in inches, for what the functions above cannot draw."""
     figure = _figure(width=width * count, height=height)
-    figure.suptitle("\n".join(textwrap.wrap(title, int(12 * width * count))), fontsize="medium")
+    lines = textwrap.wrap(title, int(12 * width * count))
+    figure.suptitle("\n".join(lines), fontsize="medium", parse_math=False)
     axes = list(figure.subplots(1, count, squeeze=False)[0])
     for axis in axes:
         axis.grid(alpha=0.3)
@@ -94,7 +95,7 @@ def agreement(points: Mapping[str, tuple[Any, Any]], *, xlabel: str, ylabel: str
     low, high = drawn.min(), drawn.max()
     axis.plot([low, high], [low, high], color="gray", linewidth=1, label="equal")
     axis.set(xlabel=xlabel, ylabel=ylabel, xscale="log", yscale="log")
-    axis.set_title("\n".join(textwrap.wrap(title, 80)), fontsize="small")
+    axis.set_title("\n".join(textwrap.wrap(title, 80)), fontsize="small", parse_math=False)
     axis.grid(alpha=0.3)
     axis.legend(frameon=False)
     return figure

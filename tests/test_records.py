@@ -101,6 +101,14 @@ def test_provenance_names_versions_device_seed_and_commit(tmp_path, monkeypatch)
     json.loads(records.to_json(inside))
 
 
+def test_a_title_is_text_and_no_formula(tmp_path):
+    """It names the user's own problem; as a formula, this one would fail to be drawn."""
+    plots.save(plots.panels(1, title="$\\ is its name$")[0], tmp_path / "panels.png")
+    axes = {"xlabel": "x", "ylabel": "y", "title": "$\\ is its name$"}
+    plots.save(plots.curves([1, 2], {"a": [[1.0, 2.0]]}, **axes), tmp_path / "curves.png")
+    plots.save(plots.agreement({"a": ([1.0], [1.0])}, **axes), tmp_path / "agreement.png")
+
+
 def test_a_figure_leaves_out_what_is_not_finite_and_is_written_whole(tmp_path):
     values = {"a": np.asarray([[1.0, np.nan, 3.0], [1.0, 2.0, 4.0]]), "b": np.full((2, 3), np.inf)}
     figure = plots.curves([1, 2, 3], values, xlabel="updates", ylabel="loss", title="a title " * 30, log="y")
