@@ -103,8 +103,8 @@ def test_provenance_names_versions_device_seed_and_commit(tmp_path, monkeypatch)
 
 def test_a_title_is_text_and_no_formula(tmp_path):
     """It names the user's own problem; as a formula, this one would fail to be drawn."""
-    plots.save(plots.panels(1, title="$\\ is its name$")[0], tmp_path / "panels.png")
-    axes = {"xlabel": "x", "ylabel": "y", "title": "$\\ is its name$"}
+    plots.save(plots.panels(1, title="$\\name$")[0], tmp_path / "panels.png")
+    axes = {"xlabel": "x", "ylabel": "y", "title": "$\\name$"}
     plots.save(plots.curves([1, 2], {"a": [[1.0, 2.0]]}, **axes), tmp_path / "curves.png")
     plots.save(plots.agreement({"a": ([1.0], [1.0])}, **axes), tmp_path / "agreement.png")
 
