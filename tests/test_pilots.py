@@ -71,7 +71,6 @@ def test_without_test_examples_metrics_are_of_the_training_examples():
         targets.parse_target("test_size<=1", problem)
 
 
-@pytest.mark.usefixtures("replays")
 def test_updates_to_a_target_are_those_of_the_closed_form(key):
     """w_t = (1 - eta)^t, so the loss reaches v where (1 - eta)^2t = v / (1 / 2)."""
     target = Target("loss", "train", "<=", 1e-4)
@@ -96,7 +95,6 @@ def test_updates_to_a_target_are_those_of_the_closed_form(key):
     assert (late.found, late.best_metrics.tolist()) == (False, [0.5] * 5)
 
 
-@pytest.mark.usefixtures("replays")
 def test_the_loss_after_a_budget_is_that_of_the_closed_form(key):
     """40 examples at B = 5 are 8 updates, and w_8 = (1 - eta)^8."""
     run = search(same({}), optax.sgd, targets.Budget(43), batch_size=5, num_seeds=2, key=key)
