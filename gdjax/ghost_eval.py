@@ -121,6 +121,7 @@ class Evaluator:
         """Apply a function where weights and batched values meet, with a backward pass that also measures."""
         kinds = [type(x) if isinstance(x, Weight | Batched) else None for x in operands]
         weights = [x for x in operands if isinstance(x, Weight)]
+        dtypes = [weight.hook.dtype for weight in weights]  # the functions below outlive this trace: no tracer in them
 
         def one(values, batched, fixed):
             sources = {Weight: iter(values), Batched: iter(batched), None: iter(fixed)}
@@ -138,7 +139,7 @@ class Evaluator:
                 total, measured = rule(self.measure, values[0], batched[0], cotangents[0])
                 plain = _pull(lambda both: whole(both[0], both[1], fixed), (values, batched), cotangents)
                 value_grads = plain[0] if total is None else [total.astype(values[0].dtype)]
-                return value_grads, [measured.astype(weights[0].hook.dtype)], plain[1], [None for _ in fixed]
+                return value_grads, [measured.astype(dtypes[0])], plain[1], [None for _ in fixed]
 
             def pull_one(batched, cotangents):
                 return _pull(lambda both: one(both[0], both[1], fixed), (values, batched), cotangents)

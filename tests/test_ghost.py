@@ -537,3 +537,14 @@ def test_every_statistic_equals_that_of_the_gradients_of_all_examples(name):
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         params, batch, loss = PROGRAMS[name]()
         check(loss, params, batch)
+
+
+def test_no_tracer_outlives_its_trace(key):
+    """A loop's backward pass is kept by what was traced; it must hold nothing of the trace itself."""
+
+    def loss(weight, x):
+        return lax.fori_loop(0, 2, lambda i, state: jnp.tanh(i * weight @ state), x).sum()
+
+    with jax.checking_leaks():
+        _, _, found = ghost.sq_norms(loss)(jnp.eye(3), jnp.ones((4, 3)))
+    assert found.shape == (4,)
