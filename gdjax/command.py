@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType
+from types import CodeType, FrameType, MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from gdjax.hosts import Hosts, joined
@@ -96,7 +96,7 @@ def _interruptions_kept() -> Iterator[None]:
 
     def again(dropped: Any) -> None:
         if dropped.exc_type is KeyboardInterrupt:
-            threading.Timer(0.01, _thread.interrupt_main).start()
+            threading.Thread(target=_interrupt_outside, args=(again.__code__,), daemon=True).start()
         else:
             before(dropped)
 
@@ -107,6 +107,20 @@ def _interruptions_kept() -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = before
+
+
+def _interrupt_outside(code: CodeType) -> None:
+    """Interrupt the main thread when it has left `code`, where it would be dropped once more."""
+    main = threading.main_thread().ident
+    frame: FrameType | None
+    while True:
+        time.sleep(0.01)
+        frame = sys._current_frames().get(main or 0)
+        while frame is not None and frame.f_code is not code:
+            frame = frame.f_back
+        if frame is None:
+            break
+    _thread.interrupt_main()
 
 
 def run(command: Any, do: Callable[[Any], None]) -> None:

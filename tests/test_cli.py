@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -215,7 +216,12 @@ def test_every_exception_has_its_exit_status(monkeypatch, capsys, error, status,
     assert capsys.readouterr().err == line + "\n"
 
 
-def test_ctrl_c_in_a_callback_of_the_garbage_collector_is_not_lost(monkeypatch, capsys, listening):
+@pytest.mark.parametrize("seconds", [0.0, 0.1])
+def test_ctrl_c_in_a_callback_of_the_garbage_collector_is_not_lost(monkeypatch, capsys, listening, seconds):
+    """Nor where the machine takes its time to start a thread."""
+    start = threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: (start(thread), time.sleep(seconds)))
+
     class Callback:
         def __del__(self):
             raise KeyboardInterrupt
