@@ -98,8 +98,9 @@ def judge_one(make_problem, target, optimizer, largest, *, budget, seed, sizes=N
     timed = throughput.throughput(problem, make, sizes, learning_rate=middle)
     search_seconds = time.perf_counter() - began
 
-    rounds = [[choice.time_again() for choice in timed if choice.time_again] for _ in range(3)]
-    speeds = dict(zip(sizes, np.median(rounds, axis=0), strict=True))
+    clocks = {choice.batch_size: choice.time_again for choice in timed if choice.time_again}  # of what fits
+    rounds = [[again() for again in clocks.values()] for _ in range(3)]
+    speeds = dict(zip(clocks, np.median(rounds, axis=0), strict=True))
     # The best of many noisy numbers is too good to be true: the search's first three are run again, with the seeds that
     # the advised batch size is run with.
     optima = {size: pilot.optimum() for size, pilot in searched.items()}
