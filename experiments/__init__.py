@@ -2,7 +2,7 @@
 
 import sys
 
-from gdjax import command
+from gdjax.commands import _session as command
 
 if sys.argv[0] == "-m":  # run, and not imported by another program
     command.end_at_interruption()

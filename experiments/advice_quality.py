@@ -26,22 +26,18 @@ import jax
 import numpy as np
 
 from experiments.steps_to_target import tuned_at_every_size
-from gdjax import (
-    advise,
-    advise_pilots,
-    choices,
-    datasets,
-    experiment,
-    lanes,
-    models,
-    optimizers,
-    pilots,
-    plots,
-    problems,
-    records,
-    targets,
-    throughput,
-)
+from gdjax import advise, problems
+from gdjax import report as plots
+from gdjax import report as records
+from gdjax.advise import _choices as choices
+from gdjax.advise import _pilots as advise_pilots
+from gdjax.advise import _throughput as throughput
+from gdjax.commands import experiment
+from gdjax.problems import datasets, models
+from gdjax.tuning import _lanes as lanes
+from gdjax.tuning import _optimizers as optimizers
+from gdjax.tuning import _pilots as pilots
+from gdjax.tuning import _targets as targets
 
 NUM_SEEDS, NUM_FRESH = 3, 10
 NUM_TOKENS = 32

@@ -29,7 +29,9 @@ import numpy as np
 import optax
 from jax import lax
 
-from gdjax import batching, bench, descent, experiment, gradients, kernels, plots, timing
+from gdjax import batching, bench, descent, gradients, kernels, timing
+from gdjax import report as plots
+from gdjax.commands import experiment
 from gdjax.descent import Method
 from gdjax.problem import Problem
 

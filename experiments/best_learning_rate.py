@@ -14,7 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gdjax import batching, descent, experiment, gradients, least_squares, plots, problems
+from gdjax import batching, descent, gradients, problems
+from gdjax import report as plots
+from gdjax.commands import experiment
+from gdjax.theory import least_squares
 
 NUM_SEEDS = 16
 NUM_EPOCHS = 16

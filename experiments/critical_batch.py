@@ -21,7 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gdjax import batching, compare, datasets, descent, experiment, gradients, intervals, noise, plots, problems, theory
+from gdjax import batching, compare, descent, gradients, noise, problems, theory
+from gdjax import report as plots
+from gdjax.commands import experiment
+from gdjax.noise import _intervals as intervals
+from gdjax.problems import datasets
 
 RATE_FACTORS = 2.0 ** np.arange(-1.5, 1.6, 0.5)  # around a guess; the grid grows where the best rate is at its edge
 BUDGET, RESOLUTION = 3, 50  # updates over those guessed, and evaluations in as many updates as guessed

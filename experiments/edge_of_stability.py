@@ -22,7 +22,10 @@ import numpy as np
 import optax
 from jax import lax
 
-from gdjax import batching, curvature, datasets, descent, experiment, gradients, models, plots, problem
+from gdjax import batching, curvature, descent, gradients, problem
+from gdjax import report as plots
+from gdjax.commands import experiment
+from gdjax.problems import datasets, models
 
 NUM_SEEDS = 3
 BATCH_SIZES = (8, 16, 64)

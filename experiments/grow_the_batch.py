@@ -19,7 +19,10 @@ import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
-from gdjax import batching, datasets, descent, experiment, gradients, noise, plots, problems
+from gdjax import batching, descent, gradients, noise, problems
+from gdjax import report as plots
+from gdjax.commands import experiment
+from gdjax.problems import datasets
 
 NUM_SEEDS = 8
 PHASES, FACTOR, START = 3, 4, 8  # phases, by what B grows or the rate shrinks, and the first B

@@ -17,7 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gdjax import batching, datasets, descent, experiment, gradients, models, plots, problems
+from gdjax import batching, descent, gradients, problems
+from gdjax import report as plots
+from gdjax.commands import experiment
+from gdjax.problems import datasets, models
 
 WIDTH, DEPTHS = 32, (2, 4, 8, 16)
 HE = 2**0.5

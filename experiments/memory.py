@@ -17,7 +17,10 @@ from functools import partial
 import jax
 import numpy as np
 
-from gdjax import datasets, experiment, gradients, models, plots, problems, timing
+from gdjax import gradients, problems, timing
+from gdjax import report as plots
+from gdjax.commands import experiment
+from gdjax.problems import datasets, models
 
 MICROBATCH = 16
 BATCH_SIZES = (1, 4, 16, 64, 256, 1024)

@@ -15,7 +15,10 @@ import jax
 import numpy as np
 import optax
 
-from gdjax import batching, descent, experiment, gradients, noise, plots, problems, timing, tracking
+from gdjax import batching, descent, gradients, noise, problems, timing
+from gdjax import report as plots
+from gdjax.commands import experiment
+from gdjax.noise import _tracking as tracking
 
 BATCH_SIZE, LEARNING_RATE, HALF_LIFE = 32, 0.1, 1440
 NUM_SEEDS, NUM_EPOCHS, NUM_POINTS = 3, 64, 10

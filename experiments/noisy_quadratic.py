@@ -17,7 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gdjax import batching, descent, experiment, gradients, plots, problems, quadratics
+from gdjax import batching, descent, gradients, problems
+from gdjax import report as plots
+from gdjax.commands import experiment
+from gdjax.theory import quadratics
 
 TARGET, POWER, MAX_UPDATES = 0.01, 0.5, 10**6
 LEARNING_RATES = jnp.logspace(-4, 0.7, 60)

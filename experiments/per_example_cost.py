@@ -16,7 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from gdjax import experiment, ghost, ghost_cost, ghost_rules, gradients, models, plots, timing
+from gdjax import ghost, gradients, timing
+from gdjax import report as plots
+from gdjax.commands import experiment
+from gdjax.ghost import _cost as ghost_cost
+from gdjax.ghost import _rules as ghost_rules
+from gdjax.problems import models
 
 
 def mlp(sizes, batch_size):

@@ -21,7 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gdjax import batching, compare, descent, experiment, gradients, plots, problems
+from gdjax import batching, compare, descent, gradients, problems
+from gdjax import report as plots
+from gdjax.commands import experiment
 
 MAX_NORM = 1.0
 MULTIPLIERS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)  # as the square roots of the batch sizes, powers of 2 apart

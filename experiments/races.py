@@ -23,7 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gdjax import batching, bench, descent, experiment, ghost, gradients, plots, timing
+from gdjax import batching, bench, descent, ghost, gradients, timing
+from gdjax import report as plots
+from gdjax.commands import experiment
 from gdjax.problem import Problem
 
 SIZES = {"small": (64, 128, 10), "large": (784, 512, 512, 10)}

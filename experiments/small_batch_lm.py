@@ -22,7 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gdjax import batching, compare, datasets, descent, experiment, gradients, models, plots, problems, theory
+from gdjax import batching, compare, descent, gradients, problems, theory
+from gdjax import report as plots
+from gdjax.commands import experiment
+from gdjax.problems import datasets, models
 
 NUM_EXAMPLES, NUM_HELD_OUT = 16384, 1024
 BATCH_SIZES = (1, 8, 32, 128)

@@ -14,7 +14,15 @@ from functools import partial
 import jax
 import numpy as np
 
-from gdjax import choices, experiment, lanes, optimizers, pilots, plots, problems, scaling, targets
+from gdjax import problems
+from gdjax import report as plots
+from gdjax.advise import _choices as choices
+from gdjax.commands import experiment
+from gdjax.theory import scaling
+from gdjax.tuning import _lanes as lanes
+from gdjax.tuning import _optimizers as optimizers
+from gdjax.tuning import _pilots as pilots
+from gdjax.tuning import _targets as targets
 
 TARGET = "loss<=0.05"
 FACTOR, NUM_RATES, MAX_EPOCHS = 2.0, 6, 200

@@ -14,7 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gdjax import batching, descent, experiment, gradients, plots, stream_order
+from gdjax import batching, descent, gradients
+from gdjax import report as plots
+from gdjax.commands import experiment
+from gdjax.theory import stream_order
 
 NUM_EXAMPLES, NUM_EPOCHS = 64, 100
 LEARNING_RATES = jnp.logspace(-2.5, -0.1, 13)  # at the least, the start is forgotten e-fold in 5 epochs

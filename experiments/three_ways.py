@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gdjax import batching, descent, experiment, gradients, plots, problems
+from gdjax import batching, descent, gradients, problems
+from gdjax import report as plots
+from gdjax.commands import experiment
 
 NUM_SEEDS = 3
 LEARNING_RATES = jnp.logspace(-2.5, 1, 8)

@@ -9,7 +9,10 @@ Cost        60 s on two CPU cores.
 
 import numpy as np
 
-from gdjax import advise, choices, experiment, plots, problems, targets
+from gdjax import advise, problems
+from gdjax.advise import _choices as choices
+from gdjax.commands import experiment
+from gdjax.tuning import _targets as targets
 
 TARGET = "loss<=0.05"
 
@@ -37,7 +40,7 @@ def main(options: experiment.Options) -> experiment.Result:
     )
     rows = [choice.summary() | {"ratio": np.divide(choice.measured_updates, choice.updates[1])} for choice in run]
     rows.append({key: value for key, value in found.summary().items() if key != "choices"})
-    return experiment.Result(rows, verdict, plots.advice(found, verdict))
+    return experiment.Result(rows, verdict, advise.advice(found, verdict))
 
 
 if __name__ == "__main__":

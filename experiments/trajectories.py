@@ -20,7 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gdjax import batching, datasets, descent, experiment, gradients, plots, problems
+from gdjax import batching, descent, gradients, problems
+from gdjax import report as plots
+from gdjax.commands import experiment
+from gdjax.problems import datasets
 
 RATES = {1: 0.05, 16: 0.3, 256: 0.9}  # of each batch size, on 256 examples
 NETWORK_RATES = {1: 0.02, 32: 0.5, 1440: 1.0}

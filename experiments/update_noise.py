@@ -15,7 +15,9 @@ import numpy as np
 import optax
 from jax import lax
 
-from gdjax import batching, descent, experiment, gradients, plots, problems, theory
+from gdjax import batching, descent, gradients, problems, theory
+from gdjax import report as plots
+from gdjax.commands import experiment
 
 LEARNING_RATE = 0.1
 BATCH_SIZES = (1, 4, 16, 64, 240, 480, 960, 1440)

@@ -27,7 +27,7 @@ import optax
 from jax import lax
 
 from gdjax import batching, gradients, problem
-from gdjax.ghost_rules import wide
+from gdjax._trees import wide
 from gdjax.problem import Batch, Loss, Params
 
 

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from scipy import special
 
-from gdjax import records
+from gdjax import _files
 
 CONFIDENCE = 0.95
 MIN_RUNS = 6  # the least for which the range covers the median with 95 %: 1 - 2^(1 - 6)
@@ -231,7 +231,7 @@ def keep_compiled(folder: Path) -> None:
     Raises:
         ValueError: where the folder cannot be written.
     """
-    jax.config.update("jax_compilation_cache_dir", str(records.writable_folder(folder, "cache").resolve()))
+    jax.config.update("jax_compilation_cache_dir", str(_files.writable_folder(folder, "cache").resolve()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
@@ -243,7 +243,7 @@ def profiled(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: where the folder cannot be written.
     """
-    with jax.profiler.trace(str(records.writable_folder(folder, "profile")), create_perfetto_trace=True):
+    with jax.profiler.trace(str(_files.writable_folder(folder, "profile")), create_perfetto_trace=True):
         yield
 
 

@@ -10,7 +10,8 @@ import precision
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from gdjax import curvature, models
+from gdjax import curvature
+from gdjax.problems import models
 
 MODEL = models.mlp((3, 4, 2), activation=jnp.tanh)
 

@@ -10,8 +10,9 @@ import precision
 import pytest
 from sklearn.linear_model import SGDRegressor
 
-from gdjax import batching, descent, gradients, models
+from gdjax import batching, descent, gradients
 from gdjax.descent import State
+from gdjax.problems import models
 
 MODEL = models.mlp((3, 5, 2), activation=jnp.tanh)
 

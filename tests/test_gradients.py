@@ -4,7 +4,8 @@ import numpy as np
 import precision
 import pytest
 
-from gdjax import gradients, models
+from gdjax import gradients
+from gdjax.problems import models
 
 
 def mlp_loss(params, example):

@@ -7,7 +7,8 @@ import optax
 import precision
 import pytest
 
-from gdjax import batching, descent, gradients, kernels, models
+from gdjax import batching, descent, gradients, kernels
+from gdjax.problems import models
 
 MODEL = models.mlp((3, 4, 2))
 CPU = pytest.mark.skipif(jax.default_backend() != "cpu", reason="for a CPU only")

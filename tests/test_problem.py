@@ -142,7 +142,7 @@ def test_load_says_which_part_of_a_spec_is_wrong(spec, message):
 @pytest.mark.parametrize("part", ["train", "test"])
 @pytest.mark.parametrize("make", ["logistic", "classification"])
 def test_labels_outside_the_classes_are_refused(make, part, labels, message):
-    from gdjax import datasets, models
+    from gdjax.problems import datasets, models
 
     good = (jnp.ones((3, 2)), jnp.asarray([0, 1, 1]))
     data = datasets.Split(**({"train": good, "test": good} | {part: (jnp.ones((3, 2)), labels)}))

@@ -15,7 +15,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gdjax import batching, curvature, descent, ghost, gradients, noise, problem, sweep, tracking, training
+from gdjax import batching, curvature, descent, ghost, gradients, noise, problem, sweep, training
+from gdjax.noise import _tracking as tracking
 
 WIDE = jax.dtypes.canonicalize_dtype(float)
 FLOATS = (WIDE, jnp.float32, jnp.bfloat16, jnp.float16)

@@ -1,0 +1,64 @@
+"""The figure of an advice."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gdjax import report
+from gdjax.advise._answer import Advice
+from gdjax.tuning import Budget
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def advice(found: Advice, title: str) -> "Figure":
+    """Draw updates, seconds per update and time to the target against B, and the examples that the time costs.
+
+    With a budget to spend, it is the loss in place of updates and of examples.
+    """
+    figure, (costs, speed, times, trade) = report.panels(4, title=title, width=4.4)
+    choices = [choice for choice in found.choices if choice.fits]
+    sizes = np.asarray([choice.batch_size for choice in choices])
+    run = [choice for choice in choices if np.isfinite(choice.measured_seconds)]
+    at = [choice.batch_size for choice in run]
+    spent = isinstance(found.goal, Budget)
+    for axis, rows, measured in (
+        (
+            costs,
+            [choice.loss if spent else choice.updates for choice in choices],
+            [choice.costs.mean() for choice in run],
+        ),
+        (times, [choice.seconds for choice in choices], [choice.measured_seconds for choice in run]),
+    ):
+        low, middle, high = np.asarray(rows).T
+        axis.plot(sizes, middle, color=report.COLOURS[0], label="predicted")
+        if not (spent and axis is times):
+            axis.fill_between(sizes, low, high, color=report.COLOURS[0], alpha=0.2, linewidth=0, label="90 % interval")
+        axis.plot(at, measured, "o", color=report.COLOURS[1], label="verified", fillstyle="none", markeredgewidth=1.5)
+    optima = {size: pilot.optimum()[1].mean() for size, pilot in found.pilots.items()}
+    costs.plot(list(optima), list(optima.values()), "s", color=report.COLOURS[2], markersize=5, label="pilots")
+    times.axvline(found.batch_size, color="gray", linewidth=1, linestyle=":", label=f"advice: B = {found.batch_size}")
+    for label, form, guessed in (("measured", "o-", False), ("extrapolated", "o:", True)):
+        some = [(choice.batch_size, choice.seconds_per_update) for choice in choices if choice.extrapolated is guessed]
+        if some:
+            speed.plot(*zip(*some, strict=True), form, color=report.COLOURS[0], label=label)
+    points = [(c.expected_seconds, c.expected_loss if spent else c.expected_updates * c.batch_size) for c in choices]
+    points, on = np.asarray(points), np.isin(sizes, found.pareto)
+    trade.plot(*points[~on].T, "o", color=report.COLOURS[6], fillstyle="none", label="beaten in both")
+    trade.plot(*points[on][points[on][:, 0].argsort()].T, "o-", color=report.COLOURS[0], label="Pareto set")
+    labelled, apart = -np.inf, 0.07 * np.ptp(np.log(points[:, 0]))
+    for (x, y), size in sorted(zip(points[on].tolist(), sizes[on], strict=True)):  # the fastest first
+        if np.log(x) > labelled + apart:
+            trade.annotate(f" {size}", (x, y), fontsize="small")
+            labelled = np.log(x)
+    cost, price = ("loss after the budget",) * 2 if spent else ("updates to target", "examples to target")
+    time = "seconds to spend the budget" if spent else "seconds to target"
+    for axis, label in ((costs, cost), (speed, "seconds per update"), (times, time)):
+        axis.set(xlabel="batch size (examples)", ylabel=label)
+    trade.set(xlabel=time, ylabel=price)
+    trade.tick_params(axis="x", which="minor", labelrotation=45)  # it may span less than a decade
+    for axis in (costs, speed, times, trade):
+        axis.set(xscale="log", yscale="log")
+        axis.legend(frameon=False, fontsize="small")
+    return figure

@@ -1,0 +1,15 @@
+"""Ways to run the same updates, timed against one another and against what the device could do."""
+
+from gdjax.bench._bench import BATCH_SIZES, BUDGET, MODELS, bench, compared, measure, mlp
+from gdjax.bench._variants import VARIANTS
+
+__all__ = [
+    "BATCH_SIZES",
+    "BUDGET",
+    "MODELS",
+    "VARIANTS",
+    "bench",
+    "compared",
+    "measure",
+    "mlp",
+]

@@ -1,0 +1,5 @@
+"""`python -m gdjax.commands`."""
+
+from gdjax.commands import main
+
+main()

@@ -1,0 +1,31 @@
+"""Run folders with provenance, and the style of figures."""
+
+from gdjax.report._figures import (
+    COLOURS,
+    LINES,
+    agreement,
+    band,
+    blank,
+    check_installed,
+    curves,
+    log_scales,
+    panels,
+    save,
+)
+from gdjax.report._records import provenance, run_folder, timestamped
+
+__all__ = [
+    "COLOURS",
+    "LINES",
+    "agreement",
+    "band",
+    "blank",
+    "check_installed",
+    "curves",
+    "log_scales",
+    "panels",
+    "provenance",
+    "run_folder",
+    "save",
+    "timestamped",
+]

@@ -1,0 +1,114 @@
+"""Figures. matplotlib is imported when a figure is drawn, and no global state of it is touched.
+
+>>> losses = {"B = 1": [[3.0, 2.0], [5.0, 1.0], [9.0, 0.5]]}  # of three seeds
+>>> figure = curves([1, 2], losses, xlabel="epochs", ylabel="training loss", title="The loss falls")
+>>> figure.axes[0].lines[0].get_ydata()
+array([5., 1.])
+"""
+
+import importlib.util
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gdjax import _files
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe & Ito (2008): eight colours that the colour-blind can tell apart, less yellow, which vanishes on white.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LINES = ("-", "--", "-.", ":")
+
+
+def curves(x: Any, values: Mapping[str, Any], *, xlabel: str, ylabel: str, title: str, log: str = "") -> "Figure":
+    """Draw one curve for each label: medians over seeds and the range between them.
+
+    Args:
+        x: positions [E].
+        values: {label: [S, E]}.
+        xlabel, ylabel, title: texts; the labels with their units.
+        log: the axes with a logarithmic scale: "", "x", "y" or "xy".
+    """
+    figure = blank(width=7, height=4.5)
+    axis = figure.subplots()
+    for i, (label, lanes) in enumerate(values.items()):
+        band(axis, x, lanes, label, i)
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    log_scales(axis, log)
+    axis.set_title("\n".join(textwrap.wrap(title, 80)), fontsize="medium", parse_math=False)
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False)
+    return figure
+
+
+def panels(count: int, *, title: str, width: float = 5.5, height: float = 4.2) -> tuple["Figure", list["Axes"]]:
+    """Return (figure, its `count` axes side by side), sizes in inches, for what the functions above cannot draw."""
+    figure = blank(width=width * count, height=height)
+    lines = textwrap.wrap(title, int(12 * width * count))
+    figure.suptitle("\n".join(lines), fontsize="medium", parse_math=False)
+    axes = list(figure.subplots(1, count, squeeze=False)[0])
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    return figure, axes
+
+
+def agreement(points: Mapping[str, tuple[Any, Any]], *, xlabel: str, ylabel: str, title: str) -> "Figure":
+    """Draw measured against predicted values, {label: (predicted, measured)}, on logarithmic axes."""
+    figure = blank(width=6, height=5)
+    axis = figure.subplots()
+    for i, (label, (predicted, measured)) in enumerate(points.items()):
+        axis.plot(predicted, measured, "os^Dvx"[i % 6], color=COLOURS[i % len(COLOURS)], label=label)
+    drawn = np.concatenate([np.ravel(part) for pair in points.values() for part in pair])
+    low, high = drawn.min(), drawn.max()
+    axis.plot([low, high], [low, high], color="gray", linewidth=1, label="equal")
+    axis.set(xlabel=xlabel, ylabel=ylabel, xscale="log", yscale="log")
+    axis.set_title("\n".join(textwrap.wrap(title, 80)), fontsize="small", parse_math=False)
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False)
+    return figure
+
+
+def save(figure: "Figure", path: Path) -> None:
+    """Write a figure as PNG, whole or not at all."""
+    with _files.atomic(path) as file:
+        figure.savefig(file, format="png", dpi=150)
+
+
+def check_installed() -> None:
+    """Raise ModuleNotFoundError, with the fix, where figures cannot be drawn."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ModuleNotFoundError("figures are drawn by matplotlib: pip install 'gdjax[experiments]'")
+
+
+def blank(*, width: float, height: float) -> "Figure":
+    check_installed()
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def band(axis: "Axes", x: Any, values: Any, label: str, i: int) -> None:
+    """Draw the median of values [S, E] over seeds and the range between them, where all seeds are finite.
+
+    Colour and line are the i-th.
+    """
+    x, values = np.asarray(x), np.asarray(values)
+    finite = np.isfinite(values).all(0)
+    x, values = x[finite], values[:, finite]
+    colour, line = COLOURS[i % len(COLOURS)], LINES[i % len(LINES)]
+    axis.plot(x, np.median(values, axis=0), line, color=colour, label=label, linewidth=1.6)
+    if len(x):
+        axis.fill_between(x, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
+
+
+def log_scales(axis: "Axes", names: str) -> None:
+    """Make these axes logarithmic, except where a value that is drawn, or none at all, has no place on such an axis."""
+    points = np.concatenate([np.asarray(line.get_xydata()) for line in axis.lines] or [np.zeros((0, 2))])
+    for name, values in zip("xy", points.T, strict=True):
+        if name in names and len(values) and values.min() > 0:
+            axis.set(**{f"{name}scale": "log"})

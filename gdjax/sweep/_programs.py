@@ -1,0 +1,154 @@
+"""A function of one lane, compiled for many: what `sweep` runs a chunk with.
+
+>>> import jax.numpy as jnp
+>>> mesh = Mesh(np.asarray(jax.devices()[:1]), ("lanes",))
+>>> scale = jnp.asarray([1.0, 10.0])
+>>> function = trace(lambda lane: scale * lane["x"], {"x": np.arange(8.0)})
+>>> [constant.shape for constant in function.constants]  # what it closes over is an argument of the program
+[(2,)]
+>>> program = compiled(function, [np.zeros(8, np.float32)], 4, 8, mesh)
+>>> program.size, program([np.arange(4, dtype=np.float32)])[0][3]
+(4, Array([ 3., 30.], dtype=float32))
+"""
+
+import contextlib
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from gdjax._trees import is_key
+
+LANES_PER_DEVICE = 256
+"""Lanes computed together at most, unless a size is asked for: on a CPU more are slower, and a crash costs a chunk."""
+MEMORY_FRACTION = 0.5
+"""Of the device's free memory, what a chunk may need by the compiler's count."""
+
+
+class Function(NamedTuple):
+    """A traced function of one lane, its arrays apart.
+
+    Attributes:
+        batched: (constants, leaves [C, ...]) -> results [C, ...], all lists in the order of the trees' leaves.
+        constants: the arrays that the function closes over.
+        results: the pytree of shapes and types that one lane returns.
+    """
+
+    batched: Callable[[Sequence[Any], Sequence[Any]], list[jax.Array]]
+    constants: list[Any]
+    results: Any
+
+    def text(self, leaves: Sequence[np.ndarray]) -> str:
+        """Return the program for two lanes as text, the same in every process: two, so that rules of vmap show."""
+        constants = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in self.constants]
+        return jax.jit(self.batched).lower(constants, _shapes(leaves, 2)).as_text()
+
+
+class Program(NamedTuple):
+    """A function compiled for chunks of `size` lanes: leaves [size, ...] -> results [size, ...]."""
+
+    compiled: jax.stages.Compiled
+    constants: list[jax.Array]
+    size: int
+    spread: NamedSharding
+
+    def __call__(self, leaves: Sequence[np.ndarray]) -> list[jax.Array]:
+        return self.compiled(self.constants, jax.device_put(list(leaves), self.spread))
+
+
+def trace(fn: Callable[[Any], Any], lanes: Any) -> Function:
+    """Trace `fn`, lane -> pytree of arrays, once. Typed keys enter and leave the `Function` as their key data.
+
+    The arrays that it closes over become arguments, for otherwise every program holds a copy of each, folds constants
+    in it, and is at most 2 GB. Those that a jitted function inside it closes over stay where they are.
+    """
+    leaves, tree = jax.tree.flatten(lanes)
+
+    def one(*data):
+        wrapped = [
+            jax.random.wrap_key_data(x, impl=jax.random.key_impl(leaf)) if is_key(leaf) else x
+            for x, leaf in zip(data, leaves, strict=True)
+        ]
+        return jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, fn(tree.unflatten(wrapped)))
+
+    shapes = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in (numbers(leaf, "lanes") for leaf in leaves)]
+    closed, results = jax.make_jaxpr(one, return_shape=True)(*shapes)
+    if not jax.tree.leaves(results):
+        raise ValueError("fn returns no arrays: let it return a pytree of what is to be kept of each lane")
+
+    def batched(constants, leaves):
+        return jax.vmap(core.jaxpr_as_fun(core.ClosedJaxpr(closed.jaxpr, constants)))(*leaves)
+
+    return Function(batched, list(closed.consts), results)
+
+
+def compiled(function: Function, leaves: Sequence[np.ndarray], size: int | None, num_lanes: int, mesh: Mesh) -> Program:
+    """Compile for chunks of `size` lanes; where that is None, for as many as are run and fit into memory.
+
+    The first program tried is for all lanes, or LANES_PER_DEVICE on each device. Where the compiler counts more bytes
+    than MEMORY_FRACTION of what a device has free, one for proportionally fewer is compiled, down to one a device.
+    """
+    everywhere, spread = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("lanes"))
+    batched = jax.jit(function.batched, in_shardings=(everywhere, spread), out_shardings=spread)
+    constants = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in function.constants]
+    asked, budget = size is not None, MEMORY_FRACTION * free_bytes(mesh)
+    size = size or mesh.size * min(LANES_PER_DEVICE, math.ceil(num_lanes / mesh.size))
+    while True:
+        program = batched.lower(constants, _shapes(leaves, size)).compile()
+        needed = needed_bytes(program)
+        if asked or needed <= budget or size == mesh.size:
+            return Program(program, jax.device_put(function.constants, everywhere), size, spread)
+        size = max(1, min(int(size * budget / needed), size - 1) // mesh.size) * mesh.size
+
+
+def numbers(leaf: Any, name: str) -> np.ndarray:
+    """Return a leaf in NumPy, in the type that a device gives it; the key data of typed keys.
+
+    Raises:
+        ValueError: calling the leaf by `name`, where it is no array of numbers.
+    """
+    found = ""
+    try:
+        array = np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf)
+        found = f", but is {array.dtype}"
+        return np.asarray(array, jnp.result_type(array))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be an array of numbers or typed keys{found or f': {error}'}") from error
+
+
+def needed_bytes(program: jax.stages.Compiled) -> int:
+    """Return what a program needs on each device, by the compiler's own count: 0 where it does not count."""
+    memory = program.memory_analysis()
+    parts = ("argument_size_in_bytes", "output_size_in_bytes", "temp_size_in_bytes")
+    return sum(getattr(memory, part, 0) for part in parts)
+
+
+def free_bytes(mesh: Mesh) -> float:
+    """Return the free memory of a device: of CPU devices, each a share of what the machine or its cgroup has left."""
+    stats = [device.memory_stats() for device in mesh.devices.flat]
+    if all(stats):
+        return min(s["bytes_limit"] - s["bytes_in_use"] for s in stats)
+    return min(_host_bytes()) / mesh.size
+
+
+def _host_bytes() -> Iterator[float]:
+    with contextlib.suppress(OSError):  # Linux
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        yield 1024 * float(lines["MemAvailable"].split()[0])
+    with contextlib.suppress(OSError, ValueError):  # 'max' where there is no limit
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        yield limit - used
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        yield os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    yield math.inf
+
+
+def _shapes(leaves: Sequence[np.ndarray], size: int) -> list[jax.ShapeDtypeStruct]:
+    return [jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype) for x in leaves]

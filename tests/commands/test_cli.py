@@ -1,0 +1,313 @@
+"""The commands as a user calls them, most of them in this process; experiments end as commands do."""
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import pytest
+
+from gdjax.commands import _arguments as arguments
+from gdjax.commands import _cli as cli
+from gdjax.commands import _session as command
+from gdjax.commands._hosts import Hosts
+from gdjax.commands._session import Common
+
+SMALL = """
+import jax, jax.numpy as jnp
+from gdjax import problems
+from gdjax.problems import datasets
+from gdjax.problem import Problem
+data = datasets.gaussian_classification(jax.random.key(0), num_examples=40, dimension=3)
+problem = problems.logistic(data)
+# It has no minimum: the larger the learning rate, the lower the loss.
+unbounded = Problem(lambda key: jnp.zeros(()), lambda w, x: -w * x, jnp.ones(4))
+
+def broken():
+    raise TypeError("one\\ntwo")
+
+def prints():
+    print("read the data")
+    return problem
+
+def exits():
+    raise SystemExit(0)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "my_module.py").write_text(SMALL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_module", raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("GDJAX_DATA", "")  # --data changes it
+    yield tmp_path
+    sys.modules.pop("my_module", None)  # another test has one of this name
+
+
+@pytest.fixture
+def gdjax(folder, monkeypatch, capsys):
+    """Return the function (arguments) -> (exit status, what it printed, what it complained)."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["gdjax", *arguments])
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            status = end.code or 0
+        return status, *capsys.readouterr()
+
+    return call
+
+
+def test_compare_runs_a_problem_beside_the_caller_and_keeps_what_it_found(folder):
+    given = "compare --problem my_module:problem --batch-sizes 1 8 full --num-epochs 4 --out here --json out.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "gdjax.commands", *given.split()],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    result = json.loads((folder / "out.json").read_text())
+    assert result == json.loads((folder / "here" / "result.json").read_text())
+    assert (folder / "here" / "figure.png").stat().st_size > 10_000
+    assert [row["batch_size"] for row in result["rows"]] == [1, 8, 40]
+    promised = {"name", "num_updates", "num_examples", "learning_rate", "train_loss", "test_accuracy", "seconds"}
+    promised |= {"microseconds_per_update", "compile_seconds"}
+    assert all(row[name] is not None for row in result["rows"] for name in promised)
+    assert result["provenance"]["arguments"]["problem"] == "my_module:problem"
+    assert not result["provenance"]["x64"]
+    [accuracies] = [line.split() for line in done.stdout.splitlines() if line.startswith("test accuracy")]
+    assert accuracies[2::3] == [f"{row['test_accuracy']:.3g}" for row in result["rows"]]  # each is mean ± deviation
+    for claim in result["claims"]:
+        assert claim["claim"] in done.stdout.replace("\n             ", " ")
+
+
+def test_json_to_standard_output_is_alone_there(gdjax, folder):
+    one_size = ("--problem", "my_module:problem", "--batch-sizes", "40", "--num-epochs", "2", "--learning-rate", "0.1")
+    status, printed, complained = gdjax("compare", *one_size, "--json", "-")
+    assert status == 0, complained
+    assert json.loads(printed)["rows"][0]["learning_rate"] == pytest.approx(0.1)
+    assert "final train loss" in complained
+    assert "\r" not in complained  # no progress bar
+    [run] = (folder / "runs").iterdir()
+    assert sorted(os.listdir(run)) == ["figure.png", "result.json"]
+
+
+def test_what_a_problem_prints_is_not_in_the_json(gdjax):
+    given = ("compare", "--problem", "my_module:prints", "--batch-sizes", "40", "--num-epochs", "2")
+    status, printed, complained = gdjax(*given, "--learning-rate", "0.1", "--json", "-")
+    assert status == 0, complained
+    assert "rows" in json.loads(printed)
+    assert "read the data" in complained
+
+
+def test_a_best_rate_at_the_edge_is_marked_in_the_table(gdjax):
+    status, printed, complained = gdjax(
+        "compare", "--problem", "my_module:unbounded", "--batch-sizes", "4", "--num-epochs", "1"
+    )
+    assert status == 0, complained
+    [rate] = [line for line in printed.splitlines() if line.startswith("learning rate")]
+    assert rate.endswith("(edge)")
+
+
+@pytest.mark.usefixtures("nans")
+def test_a_diverging_run_is_reported_and_the_command_finishes(gdjax):
+    status, printed, complained = gdjax(
+        *("compare", "--problem", "least-squares", "--batch-sizes", "1024", "--num-epochs", "120"),
+        *("--learning-rate", "1e6", "--json", "-"),
+    )
+    assert status == 0, complained
+    assert "diverged" in complained
+    [row] = json.loads(printed)["rows"]
+    assert (row["train_loss"], row["num_diverged"]) == (None, 3)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["compare", "--problem", "absent:problem"], "no module named 'absent'"),
+        (["compare", "--problem", "my_module:exits"], "calling it without arguments raised SystemExit(0)"),
+        (["compare", "--problem", "digits"], "problem='digits' is not one of digits-mlp"),
+        (
+            ["compare", "--problem", "my_module:problem", "--batch-sizes", "0"],
+            "batch_size=0 must be between 1 and N=40",
+        ),
+        (["compare", "--problem", "my_module:problem", "--batch-sizes", "41"], "batch_size=41 must be between 1 and N"),
+        (["compare", "--out", "my_module.py"], "out='my_module.py' cannot be written: File exists"),
+        (["compare", "--json", "absent/out.json"], "json='absent/out.json' cannot be written"),
+        (["compare", "--cache", "my_module.py"], "cache='my_module.py' cannot be written: File exists"),
+        (["compare", "--seed", f"{2**64}"], f"seed={2**64} must have 64 bits"),
+        (["compare", "--process-id", "0"], "process_id=0: give all three"),
+        (["compare", "--num-epoch", "3"], "Unrecognized options: --num-epoch, 3; see gdjax compare --help"),
+        (
+            ["compare", "--batch-sizes", "1", "all"],
+            "--batch-sizes: Could not find valid parse for arguments: ['1', 'all']",
+        ),
+        (
+            ["compare", "--num-epochs", "1.5"],
+            "Error parsing --num-epochs: invalid literal for int() with base 10: '1.5'",
+        ),
+        (["compare", "--num-epochs", "99999999999"], "num_epochs=99999999999 must be at least 1 and at most 1491308"),
+        (["compare", "--out", "~nobody-of-this-name/out"], "out='~nobody-of-this-name/out' cannot be written"),
+        (["advise"], "give exactly one of --target"),
+        (["advise", "--problem", "my_module:problem", "--target", ""], "target='' is not of the form"),
+        (["bench", "--compare", "absent.json"], "compare='absent.json' cannot be read"),
+        (["compute"], "compute; see gdjax --help"),
+        ([], "give a command, one of compare, advise, bench; see gdjax --help"),
+    ],
+)
+def test_bad_input_is_one_line_exit_status_2_and_no_file(gdjax, folder, given, message):
+    status, printed, complained = gdjax(*given)
+    assert status == 2
+    [line] = complained.splitlines()
+    assert line.startswith("gdjax: ")
+    assert message in line
+    assert printed == ""
+    assert set(os.listdir(folder)) <= {"my_module.py", "__pycache__"}
+
+
+def test_a_failure_is_one_line_exit_status_1_and_debug_shows_where(gdjax, folder, monkeypatch):
+    monkeypatch.setattr("gdjax.compare.compare", lambda *given, **named: 1 / 0)
+    small = ("compare", "--problem", "my_module:problem")
+    assert gdjax(*small) == (1, "", "gdjax: ZeroDivisionError: division by zero (--debug shows where)\n")
+    with pytest.raises(ZeroDivisionError):
+        gdjax(*small, "--debug")
+    with pytest.raises(ValueError, match="no module named 'absent'"):
+        gdjax("compare", "--problem", "absent:problem", "--debug")
+    assert not (folder / "runs").exists()
+
+
+def test_without_the_extra_a_command_says_what_to_install(gdjax, folder, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert gdjax("compare") == (2, "", "gdjax: figures are drawn by matplotlib: pip install 'gdjax[experiments]'\n")
+    assert not (folder / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (ValueError("rate=0\n  must be positive"), 2, "gdjax: rate=0 must be positive"),
+        (ModuleNotFoundError("pip install grain"), 2, "gdjax: pip install grain"),
+        (KeyboardInterrupt(), 130, "gdjax: interrupted"),
+        (
+            OSError(28, "No space left on device"),
+            1,
+            "gdjax: OSError: [Errno 28] No space left on device (--debug shows where)",
+        ),
+        (RuntimeError("first\nsecond"), 1, "gdjax: RuntimeError: first (--debug shows where)"),
+        (MemoryError(), 1, "gdjax: MemoryError (--debug shows where)"),
+    ],
+)
+def test_every_exception_has_its_exit_status(monkeypatch, capsys, error, status, line):
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as end, command.ended():
+        raise error
+    assert end.value.code == status
+    assert capsys.readouterr().err == line + "\n"
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.1])
+def test_ctrl_c_in_a_callback_of_the_garbage_collector_is_not_lost(monkeypatch, capsys, listening, seconds):
+    """Nor where the machine takes its time to start a thread."""
+    start = threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: (start(thread), time.sleep(seconds)))
+
+    class Callback:
+        def __del__(self):
+            raise KeyboardInterrupt
+
+    def work():
+        Callback()
+        time.sleep(5)
+
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as end, command.ended():
+        work()
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "gdjax: interrupted\n"
+
+
+def test_a_reader_who_has_seen_enough_is_no_error(monkeypatch, capsys):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        with pytest.raises(SystemExit) as end, command.ended():
+            print("all" * 10_000)
+        assert end.value.code == 0
+        print("what Python flushes when it ends")
+    monkeypatch.undo()
+    assert capsys.readouterr().err == ""
+
+
+def test_nobody_need_listen(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", None)
+    with command.ended():
+        print("nothing is written")
+    assert capsys.readouterr().err == ""
+
+
+def test_x64_is_set_before_the_command_runs(request):
+    before = jax.config.read("jax_enable_x64")
+    request.addfinalizer(lambda: jax.config.update("jax_enable_x64", before))
+    jax.config.update("jax_enable_x64", False)
+    command.run(cli.Compare(common=Common(x64=True)), lambda asked: None)
+    assert jax.numpy.zeros(1).dtype == "float64"
+
+
+def test_help_lists_every_option_with_its_text_and_the_exit_statuses(gdjax):
+    def fields(kind):
+        for field in dataclasses.fields(kind):
+            yield from fields(field.type) if field.type in (Common, Hosts) else [field.name.replace("_", "-")]
+
+    for name, kind in {"compare": cli.Compare, "advise": cli.Advise, "bench": cli.Bench}.items():
+        status, printed, complained = gdjax(name, "--help")
+        assert (status, complained) == (0, "")
+        explained = [part for part in re.split(r"\n│? {0,3}--(?=\w)", printed)[1:] if len(part.split()) > 3]
+        assert {part.split()[0] for part in explained} == {*fields(kind)}
+        assert "{None}" not in printed
+    assert arguments.STATUSES in gdjax("--help")[1]
+    assert gdjax("--version")[1] == f"gdjax {sys.modules['gdjax'].__version__}\n"
+
+
+def test_nothing_has_colours_even_on_a_terminal(gdjax, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert "\x1b[" not in "".join(map(str, gdjax("compare", "--help") + gdjax("advise")))
+
+
+def test_help_waits_for_nothing_heavy():
+    code = "import sys; sys.argv[1:] = ['compare', '--help']\ntry:\n import gdjax.commands; gdjax.commands.main()\n"
+    code += "except SystemExit:\n print({'jax', 'numpy', 'matplotlib'} & {*sys.modules}, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stderr.strip() == "set()"
+    assert "--batch-sizes" in done.stdout
+
+
+def test_ctrl_c_exits_with_130_and_leaves_nothing(folder, listening):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gdjax.commands", "compare", "--problem", "my_module:problem", "--num-epochs", "20000"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not (folder / "runs").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.strip() == "gdjax: interrupted"
+    assert not (folder / "runs").exists()

@@ -1,0 +1,124 @@
+import json
+import os
+import subprocess
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import precision
+import pytest
+
+import gdjax
+from gdjax import _files as files
+from gdjax import report as plots
+from gdjax import report as records
+
+
+def test_json_is_strict_and_holds_arrays_paths_and_scalars(tmp_path):
+    value = {
+        "nan": float("nan"),
+        "infinite": np.asarray([1.0, np.inf]),
+        "nested": [(jnp.int32(3), np.float32(0.5)), None, True],
+        "path": tmp_path,
+        "tricky": '[\n "text" ]',
+        1: "key",
+    }
+    assert json.loads(files.to_json(value)) == {
+        "nan": None,
+        "infinite": [1.0, None],
+        "nested": [[3, 0.5], None, True],
+        "path": str(tmp_path),
+        "tricky": '[\n "text" ]',
+        "1": "key",
+    }
+
+
+def test_a_file_that_fails_half_way_leaves_the_old_one_and_nothing_else(tmp_path):
+    path = tmp_path / "result.json"
+    path.write_text("old")
+
+    def write_half():
+        with files.atomic(path) as file:
+            file.write(b"half of the n")
+            raise RuntimeError("disk full")
+
+    with pytest.raises(RuntimeError, match="disk full"):
+        write_half()
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["result.json"]
+
+
+def test_a_written_file_has_ordinary_permissions(tmp_path):
+    files.write_json(tmp_path / "a.json", {})
+    (tmp_path / "b.json").write_text("{}")
+    assert (tmp_path / "a.json").stat().st_mode == (tmp_path / "b.json").stat().st_mode
+
+
+def test_a_run_folder_that_stays_empty_is_removed_when_the_run_fails(tmp_path):
+    def fail(write):
+        with records.run_folder(tmp_path / "a" / "b") as folder:
+            if write:
+                (folder / "kept").touch()
+            raise RuntimeError("no data")
+
+    with pytest.raises(RuntimeError, match="no data"):
+        fail(write=False)
+    assert os.listdir(tmp_path) == []
+    with pytest.raises(RuntimeError, match="no data"):
+        fail(write=True)
+    assert (tmp_path / "a" / "b" / "kept").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    for path, reason in ((tmp_path / "file", "File exists"), (tmp_path / "file" / "below", "Not a directory")):
+        with pytest.raises(ValueError, match=f"out='{path}' cannot be written: {reason}"), records.run_folder(path):
+            pass
+    with pytest.raises(ValueError, match=r"json=.* cannot be written: Is a directory"):
+        files.check_writable(tmp_path, "json")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=r"json=.* cannot be written: it is a device or a pipe"):
+        files.check_writable(tmp_path / "pipe", "json")
+    with pytest.raises(ValueError, match=r"json=.* cannot be written: No such file or directory"):
+        files.check_writable(tmp_path / "absent" / "out.json", "json")
+
+
+def test_provenance_names_versions_device_seed_and_commit(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    outside = records.provenance(arguments={"a": 1}, seed=3, wall_seconds=0.5)
+    assert outside["commit"] is None
+    tracked = tmp_path / "tracked.txt"
+    tracked.write_text("as committed")
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for command in (["init", "-q"], ["add", "."], [*identity, "commit", "-q", "-m", "a"]):
+        subprocess.run(["git", *command], check=True)
+    head = subprocess.run(["git", "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    inside = records.provenance(arguments={}, seed=3, wall_seconds=0.5)
+    assert inside["commit"] == head
+    tracked.write_text("changed since")
+    assert records.provenance(arguments={}, seed=3, wall_seconds=0.5)["commit"] == f"{head}-dirty"
+    assert inside["versions"]["jax"] == jax.__version__
+    assert inside["versions"]["gdjax"] == gdjax.__version__
+    assert (inside["device"]["platform"], inside["seed"], inside["x64"]) == (jax.default_backend(), 3, precision.X64)
+    json.loads(files.to_json(inside))
+
+
+def test_a_title_is_text_and_no_formula(tmp_path):
+    """It names the user's own problem; as a formula, this one would fail to be drawn."""
+    plots.save(plots.panels(1, title="$\\name$")[0], tmp_path / "panels.png")
+    axes = {"xlabel": "x", "ylabel": "y", "title": "$\\name$"}
+    plots.save(plots.curves([1, 2], {"a": [[1.0, 2.0]]}, **axes), tmp_path / "curves.png")
+    plots.save(plots.agreement({"a": ([1.0], [1.0])}, **axes), tmp_path / "agreement.png")
+
+
+def test_a_figure_leaves_out_what_is_not_finite_and_is_written_whole(tmp_path):
+    values = {"a": np.asarray([[1.0, np.nan, 3.0], [1.0, 2.0, 4.0]]), "b": np.full((2, 3), np.inf)}
+    figure = plots.curves([1, 2, 3], values, xlabel="updates", ylabel="loss", title="a title " * 30, log="y")
+    first, second = figure.axes[0].lines
+    np.testing.assert_array_equal(first.get_xydata(), [[1, 1], [3, 3.5]])
+    assert len(second.get_xydata()) == 0
+    assert figure.axes[0].get_yscale() == "log"
+    plots.save(figure, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    empty = plots.curves([1, 2, 3], {"b": values["b"]}, xlabel="updates", ylabel="loss", title="nothing", log="xy")
+    plots.save(empty, tmp_path / "empty.png")

@@ -1,0 +1,359 @@
+import io
+import itertools
+import os
+import signal
+import subprocess
+import sys
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import precision
+import pytest
+from jax.sharding import AxisType
+
+from gdjax import batching, descent, gradients, sweep
+from gdjax.sweep import _programs as programs
+from gdjax.sweep import _store as store
+from gdjax.sweep import _sweep
+
+X = np.linspace(-1, 1, 15).reshape(5, 3)
+Y = np.asarray([1.0, -1.0, 0.5, 2.0, 0.0])
+
+
+def train(lane):
+    """Eight updates of least squares from the lane's start, at its rate."""
+    loss = lambda w, example: 0.5 * (example[0] @ w - example[1]) ** 2  # noqa: E731
+    method = descent.method(gradients.mean(loss), optax.sgd(lane["rate"]))
+    batches = batching.cut(batching.cyclic(None, 5, length=8), 1)
+    state, losses = descent.run(method, method.init(lane["start"]), (jnp.asarray(X), jnp.asarray(Y)), batches)
+    return {"w": state.params, "losses": losses}
+
+
+def trained(rate, start):
+    """The same in NumPy: w <- w - rate (x.w - y) x."""
+    w, losses = np.asarray(start, float), []
+    for i in np.arange(8) % 5:
+        error = X[i] @ w - Y[i]
+        losses.append(0.5 * error**2)
+        w = w - rate * error * X[i]
+    return w, np.asarray(losses)
+
+
+LANES = {"rate": np.linspace(0.01, 0.5, 21), "start": np.linspace(-1, 1, 63).reshape(21, 3)}
+
+
+def same(one, other):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert (x.dtype, x.tobytes()) == (y.dtype, y.tobytes())
+
+
+def test_a_grid_is_the_full_product_with_the_last_axis_fastest():
+    keys = jax.random.split(jax.random.key(0), 2)
+    lanes = sweep.grid(rate=[0.125, 0.25, 0.5], key=keys, pair={"a": np.arange(2), "b": jnp.ones((2, 4))})
+    expected = list(itertools.product([0.125, 0.25, 0.5], jax.random.key_data(keys).tolist(), [0, 1]))
+    found = zip(
+        lanes["rate"].tolist(), jax.random.key_data(lanes["key"]).tolist(), lanes["pair"]["a"].tolist(), strict=True
+    )
+    assert list(found) == expected
+    assert lanes["pair"]["b"].shape == (12, 4)
+    assert jnp.issubdtype(lanes["key"].dtype, jax.dtypes.prng_key)
+
+
+@pytest.mark.parametrize("chunk_size", [2, 8, 20, 22, 1000, None])
+def test_every_lane_is_the_run_written_by_hand(chunk_size):
+    """21 lanes: 2, 8 and 20 leave a chunk to be filled up, 22 holds all."""
+    result = sweep.run(train, LANES, chunk_size=chunk_size)
+    for i in range(21):
+        w, losses = trained(LANES["rate"][i], LANES["start"][i])
+        precision.assert_close(result["w"][i], w, rtol=1e-12, atol=1e-14)
+        precision.assert_close(result["losses"][i], losses, rtol=1e-12, atol=1e-14)
+    assert all(type(x) is np.ndarray for x in jax.tree.leaves(result))
+
+
+class Drawn(NamedTuple):
+    x: jax.Array
+    few: jax.Array
+    key: jax.Array
+    number: jax.Array
+
+
+def test_keys_small_types_and_pytrees_go_in_and_out(tmp_path):
+    def draw(lane):
+        count, key = lane
+        x = jax.random.normal(key)
+        return Drawn(x, x.astype(jnp.bfloat16), jax.random.fold_in(key, 1), count + 1)
+
+    keys = jax.random.split(jax.random.key(7), 5)
+    lanes = (np.arange(5, dtype=np.int8), keys)
+    result = sweep.run(draw, lanes, chunk_size=4, store=tmp_path)
+    expected = [jax.random.normal(key) for key in keys]
+    np.testing.assert_array_equal(result.x, expected)
+    np.testing.assert_array_equal(result.few, np.asarray(expected).astype(jnp.bfloat16))
+    np.testing.assert_array_equal(result.key, [jax.random.key_data(jax.random.fold_in(key, 1)) for key in keys])
+    np.testing.assert_array_equal(result.number, np.arange(1, 6, dtype=np.int8))
+    assert (result.few.dtype, result.number.dtype) == (jnp.bfloat16, np.int8)
+    same(sweep.run(draw, lanes, store=tmp_path), result)  # read from the store
+
+
+def counted_compilations(monkeypatch):
+    compilations, compile_ = [], jax.stages.Lowered.compile
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self: compilations.append(0) or compile_(self))
+    return compilations
+
+
+@pytest.mark.parametrize("num_lanes", [8, 8000])
+def test_one_trace_and_one_compilation_whatever_the_number_of_lanes(num_lanes, monkeypatch, tmp_path):
+    compilations = counted_compilations(monkeypatch)
+    traces = []
+
+    def square(x):
+        traces.append(x.shape)
+        return {"square": x**2}
+
+    x = np.arange(float(num_lanes))
+    np.testing.assert_array_equal(sweep.run(square, x, store=tmp_path)["square"], jnp.square(x))
+    assert (len(traces), len(compilations)) == (1, 1)
+    assert len(list(tmp_path.glob("chunk-*"))) == -(-num_lanes // (2 * programs.LANES_PER_DEVICE))
+
+
+@precision.float64_only  # counts bytes
+def test_the_chunk_is_as_large_as_the_memory_that_is_free(monkeypatch, tmp_path):
+    def fn(x):  # 80 kB of results a lane
+        return x * jnp.ones(10_000)
+
+    def size(free_bytes):
+        monkeypatch.setattr(programs, "free_bytes", lambda mesh: free_bytes)
+        leaves = [np.arange(100.0)]
+        mesh = _sweep._checked_mesh(None)
+        program = programs.compiled(programs.trace(fn, leaves[0]), leaves, None, 100, mesh)
+        return program.size, programs.needed_bytes(program.compiled)
+
+    assert size(1e9)[0] == 100  # 50 on each of two devices
+    compilations = counted_compilations(monkeypatch)
+    middle, needed = size(2e6)
+    assert len(compilations) == 2  # the second is in proportion to what the first needs
+    assert 0.8e6 < needed <= 1e6
+    assert middle == 24  # 12 on each device make 0.96 MB, 13 more than half of what is free
+    assert size(1)[0] == 2  # and never less than one on each
+    np.testing.assert_array_equal(sweep.run(fn, np.arange(5.0), store=tmp_path)[:, 0], np.arange(5.0))
+    assert len(list(tmp_path.glob("chunk-*"))) == 3
+
+
+@pytest.mark.usefixtures("nans")
+def test_a_lane_that_diverges_leaves_the_others_bit_for_bit_as_they_are():
+    wild = LANES | {"rate": np.where(np.arange(21) % 4 == 1, 1e6, LANES["rate"])}
+    wild["rate"][9] = 1e308 if precision.X64 else 1e38
+    calm, result = sweep.run(train, LANES), sweep.run(train, wild)
+    tame = np.arange(21) % 4 != 1
+    same(jax.tree.map(lambda x: x[tame], result), jax.tree.map(lambda x: x[tame], calm))
+    assert not np.isfinite(result["w"][9]).any()
+
+
+def numbers_of_chunks_written(monkeypatch):
+    written, write = [], store.write
+    monkeypatch.setattr(
+        store, "write", lambda folder, key, index, chunk: written.append(index) or write(folder, key, index, chunk)
+    )
+    return written
+
+
+def test_only_what_is_missing_or_damaged_is_computed_again(tmp_path, monkeypatch):
+    whole = sweep.run(train, LANES, chunk_size=4)
+    same(sweep.run(train, LANES, chunk_size=4, store=tmp_path), whole)
+    written = numbers_of_chunks_written(monkeypatch)
+    same(sweep.run(train, LANES, store=tmp_path), whole)
+    assert written == []
+    files = sorted(tmp_path.glob("chunk-*"))
+    assert len(files) == 6
+    files[1].unlink()
+    files[4].write_bytes(files[4].read_bytes()[:-20])
+    with pytest.warns(UserWarning, match="chunk-00004-.* is damaged"):
+        same(sweep.run(train, LANES, store=tmp_path), whole)
+    assert written == [1, 4]
+    assert sorted(tmp_path.glob("chunk-*")) == files
+
+
+def test_ctrl_c_keeps_what_is_finished(tmp_path, monkeypatch, listening):
+    call, calls = programs.Program.__call__, iter(range(3))
+
+    def interrupted(program, leaves):
+        if next(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return call(program, leaves)
+
+    monkeypatch.setattr(programs.Program, "__call__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run(train, LANES, chunk_size=4, store=tmp_path)
+    monkeypatch.undo()
+    written = numbers_of_chunks_written(monkeypatch)
+    same(sweep.run(train, LANES, store=tmp_path), sweep.run(train, LANES, chunk_size=4))
+    assert written == [2, 3, 4, 5]
+
+
+def scaled(scale, offset, x, nested=None):
+    """Close over arrays in branches, loops and calls."""
+    inner = jax.jit(lambda x: x + jnp.asarray(SCALE if nested is None else nested)[1])
+    loop = lambda x: jax.lax.scan(lambda c, _: (c * jnp.asarray(scale)[1], None), x, length=2)[0]  # noqa: E731
+    return inner(jax.lax.cond(x > 0, loop, lambda x: x, x)) + offset
+
+
+SCALE = np.arange(3.0)
+OTHER = SCALE + np.asarray([0.0, 0.0, 1e-15])
+CHANGES = {
+    r"lanes was 'float64\[6\] .*' and is 'float64\[6\] ": {"lanes": np.arange(6.0) + 1e-15},
+    r"lanes was 'float64\[6\] .*' and is 'float64\[5\] ": {"lanes": np.arange(5.0)},
+    r"sweep: names of lanes was 'lanes' and is \"lanes\['x'\]\", lanes\['x'\] was None and is": {
+        "lanes": {"x": np.arange(6.0)},
+        "fn": lambda lane: lane["x"],
+    },
+    r"chunk_size was 2 and is 4\.": {"chunk_size": 4},
+    r"num_devices was 2 and is 1\.": {"mesh": jax.sharding.Mesh(np.asarray(jax.devices()[:1]), "d")},
+    r"sweep: program of fn was": {"fn": partial(scaled, SCALE, 2.0)},
+    r"sweep: arrays in fn was": {"fn": partial(scaled, OTHER, 1.0)},
+    r"sweep: program of fn was '\w+' and": {"fn": partial(scaled, SCALE, 1.0, nested=OTHER)},
+    r"sweep: results of fn was ' float64\[\]' and is '\[0\] float64\[\]'": {"fn": lambda x: [scaled(SCALE, 1.0, x)]},
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A store of an earlier sweep."""
+    folder = tmp_path_factory.mktemp("store")
+    sweep.run(partial(scaled, SCALE, 1.0), np.arange(6.0), chunk_size=2, store=folder)
+    return folder
+
+
+def never(*args):
+    raise AssertionError("compiled before the refusal")
+
+
+@precision.float64_only  # differences of 1e-15
+@pytest.mark.parametrize("message", CHANGES)
+def test_another_sweep_is_refused_before_it_is_compiled_and_told_what_differs(made, message, monkeypatch):
+    given = {"fn": partial(scaled, SCALE, 1.0), "lanes": np.arange(6.0), "store": made} | CHANGES[message]
+    monkeypatch.setattr(programs, "compiled", never)
+    with pytest.raises(ValueError, match=message):
+        sweep.run(**given)
+
+
+@precision.float64_only  # that changes to float32
+def test_other_versions_and_numbers_of_bits_are_refused(made, monkeypatch):
+    again = partial(sweep.run, partial(scaled, SCALE, 1.0), np.arange(6.0), store=made)
+    monkeypatch.setattr(programs, "trace", never)
+    monkeypatch.setattr(jax, "__version__", "0.9.9")
+    with pytest.raises(ValueError, match=r"jax was '\d.*' and is '0\.9\.9'\."):
+        again()
+    monkeypatch.undo()
+    with jax.enable_x64(False), pytest.raises(ValueError, match=r"x64 was True and is False, lanes was 'float64\[6\]"):
+        again()
+
+
+BAD = {
+    r"lanes has 0 entries": ({"x": np.zeros(0)}, {}),
+    r"same leading axis, but found lanes\['a'\]: 2, lanes\['b'\]: 3": ({"a": np.zeros(2), "b": np.zeros(3)}, {}),
+    r"same leading axis, but found lanes\['a'\]: scalar": ({"a": 1.0}, {}),
+    r"same leading axis, but found no array": ({}, {}),
+    r"lanes\['a'\] must be an array of numbers or typed keys, but is <U1": ({"a": np.asarray(["x", "y"])}, {}),
+    r"chunk_size=5 must be a multiple of the 2 devices: use 4 or 6": (np.zeros(9), {"chunk_size": 5}),
+    r"chunk_size=1 must be a multiple of the 2 devices: use 2$": (np.zeros(9), {"chunk_size": 1}),
+    r"chunk_size=0 must be a multiple of the 2 devices: use 2$": (np.zeros(9), {"chunk_size": 0}),
+    r"chunk_size=-3 must be a multiple of the 2 devices: use 2$": (np.zeros(9), {"chunk_size": -3}),
+    r"store='/dev/null' cannot be written": (np.zeros(9), {"store": "/dev/null"}),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_is_refused_before_anything_is_traced(message):
+    lanes, options = BAD[message]
+    with pytest.raises(ValueError, match=message):
+        sweep.run(never, lanes, **options)
+
+
+def test_functions_and_axes_that_are_nothing_are_refused():
+    with pytest.raises(ValueError, match="fn returns no arrays"):
+        sweep.run(lambda x: {}, np.zeros(2))
+    with pytest.raises(ValueError, match="grid needs an axis"):
+        sweep.grid()
+    with pytest.raises(ValueError, match="found rate: scalar"):
+        sweep.grid(rate=0.1)
+    with pytest.raises(ValueError, match="rate has 0 entries"):
+        sweep.grid(rate=[], seed=[1])
+    with pytest.raises(ValueError, match="optimizer must be an array of numbers"):
+        sweep.grid(optimizer=["sgd", "adam"])
+
+
+def test_progress_is_shown_on_a_terminal_and_not_elsewhere(tmp_path, monkeypatch, capsys):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    sweep.run(train, LANES, chunk_size=4, store=tmp_path)
+    assert capsys.readouterr() == ("", "")
+    sorted(tmp_path.glob("chunk-*"))[2].unlink()
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    sweep.run(train, LANES, store=tmp_path)
+    shown = terminal.getvalue()
+    assert "| 21/21 [" in shown
+    assert "lanes/s]" in shown
+
+
+def test_a_mesh_of_any_axes_holds_the_lanes():
+    """Axes are Explicit unless jax.make_mesh is told otherwise."""
+    explicit = jax.make_mesh((1, 2), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
+    same(sweep.run(train, LANES, mesh=explicit, chunk_size=4), sweep.run(train, LANES, chunk_size=4))
+
+
+CHILD = """
+import os, signal, sys, threading
+import jax, numpy as np
+jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
+jax.config.update("jax_enable_x64", sys.argv[5] == "True")
+jax.config.update("jax_disable_most_optimizations", True)
+from gdjax import sweep
+from gdjax.sweep import _store as store
+from gdjax.sweep import _sweep
+sys.path[:0] = ["tests", "tests/sweep"]
+import test_sweep
+death, replace, fsync = int(sys.argv[3]), os.replace, os.fsync
+def dying(name, function):
+    def call(*args):
+        global death
+        death -= name == sys.argv[4]
+        if death < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args)
+    return call
+os.replace, os.fsync = dying("replace", replace), dying("fsync", fsync)
+result = sweep.run(test_sweep.train, test_sweep.LANES, chunk_size=8, store=sys.argv[2])
+np.savez(sys.argv[2] + ".npz", **result)
+"""
+
+
+def child(num_devices, place, death=1000, call=""):
+    options = map(str, (num_devices, place, death, call, precision.X64))
+    command = [sys.executable, "-W", "ignore", "-c", CHILD, *options]
+    root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
+    return subprocess.run(command, cwd=root, timeout=120, check=False).returncode
+
+
+def test_killed_twice_and_resumed_on_eight_devices_as_one_that_was_not_and_as_on_two(tmp_path):
+    """Killed once before a chunk is complete on disk, once before it has its name."""
+    assert child(8, tmp_path / "killed", 1, "fsync") == -signal.SIGKILL
+    assert len(list(tmp_path.glob("killed/chunk-*"))) == 0
+    assert len(list(tmp_path.glob("killed/.chunk-*"))) == 1
+    assert child(8, tmp_path / "killed", 1, "replace") == -signal.SIGKILL
+    assert len(list(tmp_path.glob("killed/chunk-*"))) == 1
+    assert len(list(tmp_path.glob("killed/.chunk-*"))) == 1
+    assert child(8, tmp_path / "killed") == child(8, tmp_path / "whole") == 0
+    with np.load(tmp_path / "killed.npz") as killed, np.load(tmp_path / "whole.npz") as whole:
+        same(dict(killed), dict(whole))
+        here = sweep.run(train, LANES)
+        for name in here:
+            precision.assert_close(whole[name], here[name], rtol=1e-12, atol=1e-14)
+    names = [sorted(path.name for path in tmp_path.glob(f"{sweep}/*")) for sweep in ("killed", "whole")]
+    assert names[0] == names[1]  # of the chunks, their checksums

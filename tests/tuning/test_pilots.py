@@ -1,0 +1,313 @@
+import dataclasses
+import itertools
+import math
+import time
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import precision
+import pytest
+
+from gdjax import batching, descent, gradients, problems
+from gdjax.problem import Problem
+from gdjax.problems import datasets
+from gdjax.tuning import _lanes as lanes
+from gdjax.tuning import _pilots as pilots
+from gdjax.tuning import _targets as targets
+from gdjax.tuning._pilots import Pilot
+from gdjax.tuning._targets import Target
+
+
+@pytest.fixture(scope="module")
+def classes():
+    """A problem with test examples and a metric."""
+    data = datasets.gaussian_classification(jax.random.key(0), num_examples=20, dimension=3)
+    return problems.logistic(data)
+
+
+def same(metrics):
+    """Return w^2 / 2 as the loss of every example: at any batch size, w <- (1 - learning_rate) w."""
+    return Problem(lambda key: jnp.ones(()), lambda w, x: 0.5 * x * w**2, jnp.ones(16), metrics=metrics)
+
+
+def search(problem, optimizer, target, *, num_lanes=0, **options):
+    runs = lanes.runs(problem, optimizer, metric=target.metric, on=target.on, num_lanes=num_lanes)
+    return partial(pilots.search(runs, target), **options)
+
+
+@pytest.mark.parametrize(
+    ("text", "target"),
+    [
+        ("loss<=0.05", ("loss", "train", "<=", 0.05)),
+        (" test_loss <= 5e-2 ", ("loss", "test", "<=", 0.05)),
+        ("accuracy>=0.95", ("accuracy", "test", ">=", 0.95)),
+        ("train_accuracy>=1", ("accuracy", "train", ">=", 1.0)),
+    ],
+)
+def test_a_target_is_read_and_written(classes, text, target):
+    read = targets.parse_target(text, classes)
+    assert read == Target(*target)
+    assert targets.parse_target(f"{read}", classes) == read
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("loss<0.05", "is not of the form 'loss<=0.05'"),
+        ("0.05", "is not of the form"),
+        ("loss<=low", "'low' is not a finite number"),
+        ("loss<=nan", "'nan' is not a finite number"),
+        ("los<=1", "no metric 'los'; it has train_loss, train_accuracy, test_loss, test_accuracy"),
+    ],
+)
+def test_what_is_no_target_is_refused_by_name(classes, text, message):
+    with pytest.raises(ValueError, match=message):
+        targets.parse_target(text, classes)
+
+
+def test_without_test_examples_metrics_are_of_the_training_examples():
+    problem = same({"size": lambda w, x: w})
+    assert targets.parse_target("size<=1", problem).on == "train"
+    with pytest.raises(ValueError, match="it has train_loss, train_size"):
+        targets.parse_target("test_size<=1", problem)
+
+
+def test_updates_to_a_target_are_those_of_the_closed_form(key):
+    """w_t = (1 - eta)^t, so the loss reaches v where (1 - eta)^2t = v / (1 / 2)."""
+    target = Target("loss", "train", "<=", 1e-4)
+    run = search(same({}), optax.sgd, target, batch_size=5, num_seeds=2, key=key)
+    rates = np.asarray([0.01, 0.035, 0.045, 0.06, 3.0])
+    found = run(rates, max_examples=100_000)
+    exact = math.log(2e-4) / (2 * np.log(1 - rates[:4]))
+    np.testing.assert_allclose(found.costs[2:4], np.repeat(exact[2:, None], 2, axis=1), rtol=pilots.GROWTH / 2)
+    assert np.isinf(found.costs[[0, 1, 4]]).all()  # not beside the best, and never
+    late = run(rates[[0, 3]], max_examples=100_000)
+    assert np.isinf(late.costs[0]).all()  # over twice the updates of the best
+    np.testing.assert_array_equal(found.diverged[:4], False)
+    assert (found.best, found.found, found.at_edge) == (3, True, False)
+    assert 0 <= found.best_metrics[3] <= 1e-4 < found.best_metrics[0] < 0.5
+    only = run(rates[2:4], max_examples=100_000, late=1.0)
+    assert np.isinf(only.costs[0]).all()
+    assert not run(rates[2:3], max_examples=100_000, least=exact[2] / pilots.LATE / 1.1).found
+    assert run(rates[2:3], max_examples=100_000, least=exact[2] / pilots.LATE * 1.1).found
+    # Not before a lane has arrived, and as it stands, where the examples or the clock end first.
+    assert run(rates, max_examples=50).found is False
+    late = run(rates, max_examples=10**9, deadline=time.perf_counter() - 1)
+    assert (late.found, late.best_metrics.tolist()) == (False, [0.5] * 5)
+
+
+def test_the_loss_after_a_budget_is_that_of_the_closed_form(key):
+    """40 examples at B = 5 are 8 updates, and w_8 = (1 - eta)^8."""
+    run = search(same({}), optax.sgd, targets.Budget(43), batch_size=5, num_seeds=2, key=key)
+    rates = np.asarray([0.1, 0.3, 1e30])
+    found = run(rates)
+    np.testing.assert_allclose(found.costs[:2], np.repeat(0.5 * (1 - rates[:2, None]) ** 16, 2, axis=1), rtol=1e-6)
+    assert np.isinf(found.costs[2]).all()
+    assert found.diverged.tolist() == [[False] * 2, [False] * 2, [True] * 2]
+    assert not run(rates, deadline=time.perf_counter() - 1).found
+    below = Problem(lambda key: jnp.ones(()), lambda w, x: x * w - 9, jnp.ones(16))
+    with pytest.raises(ValueError, match=r"examples=43: the loss after them is -8.* add a constant"):
+        search(below, optax.sgd, targets.Budget(43), batch_size=5, num_seeds=1, key=key)(np.asarray([0.01]))
+
+
+def test_a_target_that_is_met_at_the_start_is_refused(key):
+    run = search(same({}), optax.sgd, Target("loss", "train", "<=", 0.5), batch_size=4, num_seeds=1, key=key)
+    with pytest.raises(ValueError, match=r"target=train_loss<=0.5 is met before any update, at 0.5: ask for more"):
+        run(np.asarray([0.1]), max_examples=100)
+
+
+@pytest.mark.usefixtures("replays")
+def test_every_lane_is_the_run_of_its_seed_and_rate(monkeypatch, key):
+    """Against `descent.run` on the streams that `search` documents; lanes in groups of two are the same lanes."""
+    data = datasets.gaussian_classification(jax.random.key(0), num_examples=20, dimension=3)
+    base = problems.logistic(data)
+    problem = Problem(
+        lambda key: {"weight": 0.1 * jax.random.normal(key, (3,)), "bias": jnp.zeros(())},
+        base.loss, base.train, base.test, base.metrics,
+    )  # fmt: skip
+    target, rates, evaluated = Target("loss", "test", "<=", 0.5), np.asarray([0.05, 0.1]), [0]
+    momentum = partial(optax.sgd, momentum=0.9)
+    found = search(problem, momentum, target, batch_size=3, num_seeds=2, key=key)(
+        rates, max_examples=900, progress=lambda updates, metric: evaluated.append(updates)
+    )
+
+    @jax.jit
+    def losses(init_key, stream_key, rate):
+        method = descent.method(gradients.mean(problem.loss), momentum(rate))
+        stream = batching.reshuffled(stream_key, 20, length=900)
+
+        def record(state, info):
+            return jax.vmap(problem.loss, (None, 0))(state.params, problem.test).mean()
+
+        start = method.init(problem.init(init_key))
+        return record(start, None), descent.run(method, start, problem.train, batching.cut(stream, 3), record)[1]
+
+    assert np.isfinite(found.costs).all()
+    for seed, keys in enumerate(zip(*(jax.random.split(k, 2) for k in jax.random.split(key)), strict=True)):
+        for i, rate in enumerate(rates):
+            values = np.r_[losses(*keys, rate)][evaluated]
+            end = int(np.argmax(values <= target.value))
+            part = (target.value - values[end - 1]) / (values[end] - values[end - 1])
+            before, after = evaluated[end - 1], evaluated[end]
+            expected = np.exp((1 - part) * np.log(before) + part * np.log(after)) if before else part * after
+            assert found.costs[i, seed] == pytest.approx(expected, rel=1e-6)
+    monkeypatch.setattr(lanes, "IN_FLIGHT", {"cpu": 6})
+    monkeypatch.setattr(targets, "CHUNK", 7)
+    grouped = search(problem, momentum, target, num_lanes=8, batch_size=3, num_seeds=2, key=key)(
+        rates, max_examples=900
+    )
+    precision.assert_close(grouped.costs, found.costs, rtol=1e-9)
+
+
+def test_lanes_are_run_in_equal_groups_that_fit():
+    assert [lanes._largest_divisor(24, limit) for limit in (0, 1, 5, 7, 23, 100)] == [1, 1, 4, 6, 12, 24]
+
+
+def test_an_accuracy_does_not_hide_a_divergence(key):
+    """Parameters that are infinite are on the right side of the target, and not there."""
+    problem = same({"far": lambda w, x: (jnp.abs(w) > 0.9 * precision.LARGEST).astype(float)})
+    target = Target("far", "train", ">=", 0.5)
+    far = precision.LARGEST**0.8  # infinite after two updates
+    run = search(problem, lambda rate: optax.sgd(far * rate), target, batch_size=16, num_seeds=1, key=key)
+    found = run(np.asarray([1.0, 2.0]), max_examples=16 * 50)
+    assert found.diverged.all()
+    assert not found.found
+
+
+def test_evaluated_examples_are_all_or_a_draw_that_does_not_change():
+    few, many = (Problem(lambda key: 0.0, lambda w, x: w * x, jnp.arange(float(n)), jnp.ones(3)) for n in (9, 5000))
+    np.testing.assert_array_equal(targets.evaluation_examples(few, "train"), few.train)
+    some = np.asarray(targets.evaluation_examples(many, "train"))
+    assert len(set(some.tolist())) == targets.NUM_EVALUATED
+    np.testing.assert_array_equal(targets.evaluation_examples(many, "train"), some)
+    np.testing.assert_array_equal(targets.evaluation_examples(many, "test"), np.ones(3))
+
+
+def test_a_crossing_lies_between_two_evaluations():
+    before, after = np.asarray([1.0, 1.0, np.nan, 0.2]), np.asarray([0.0, 0.5, 0.3, 0.3])
+    np.testing.assert_allclose(pilots._crossing(0, 8, before, after, 0.5), [4, 8, 8, 8])
+    np.testing.assert_allclose(
+        pilots._crossing(2, 8, before, after, 0.5), [4, 8, 8, 8]
+    )  # half way from 2 to 8, in logs
+
+
+TARGET = Target("loss", "train", "<=", 0.1)
+
+
+def pilot(rates, updates, diverged=None, best_metrics=0.1):
+    updates = np.asarray(updates, float)
+    diverged = np.zeros(updates.shape, bool) if diverged is None else np.asarray(diverged)
+    return Pilot(TARGET, 8, np.asarray(rates, float), updates, diverged, best_metrics * np.ones(len(updates)), 1.0)
+
+
+def test_the_optimum_is_the_top_of_a_parabola_in_logarithms():
+    rates = np.asarray([0.1, 0.2, 0.3, 0.5])
+    updates = 50 * np.exp(0.7 * np.log(rates / 0.25) ** 2)[:, None] * np.asarray([0.9, 1.1])
+    rate, best = pilot(rates, updates).optimum()
+    assert rate == pytest.approx(0.25)
+    np.testing.assert_allclose(best, [45, 55])
+
+
+@pytest.mark.parametrize("updates", [[[5], [6], [7]], [[7], [5], [np.inf]], [[np.inf], [5], [9]], [[7], [5], [11]]])
+def test_without_two_near_neighbours_the_optimum_is_the_best_rate(updates):
+    found = pilot([1, 2, 4], updates)
+    rate, best = found.optimum()
+    assert (rate, best) == ([1, 2, 4][found.best], 5)
+
+
+def fake(best_rate, *, cliff=math.inf, grids=None, reachable=True):
+    """A search whose updates are a parabola about `best_rate`; rates above `cliff` diverge."""
+
+    def run(rates, **limits):
+        if grids is not None:
+            grids.append(rates)
+        updates = np.where(rates > cliff, np.inf, 100 * np.exp(np.minimum(0.3 * np.log(rates / best_rate) ** 2, 99)))
+        updates = np.where(updates > pilots.LATE * updates.min(), np.inf, updates)
+        if not reachable:
+            updates[:] = np.inf
+        return pilot(rates, updates[:, None] * np.ones(2), np.repeat((rates > cliff)[:, None], 2, 1), 1 / (1 + rates))
+
+    return run
+
+
+GRID = 10.0 ** np.arange(-2, 2)
+
+
+@pytest.mark.parametrize("best_rate", [3e-7, 0.004, 0.2, 30.0, 4e4])
+def test_rates_are_added_until_the_best_one_has_two_neighbours(best_rate):
+    grids = []
+    found = pilots.tune(fake(best_rate, grids=grids), GRID)
+    assert found.found
+    assert not found.at_edge
+    assert abs(np.log10(found.learning_rates[found.best] / best_rate)) <= 0.5
+    assert [len(grid) for grid in grids] == [4] + [1] * (len(grids) - 1)
+    np.testing.assert_allclose(np.diff(np.log10(found.learning_rates)), 1)  # each rate once, ascending
+    assert found.costs[:, 0].argmin() == found.best
+
+
+def test_no_rate_is_waited_for_longer_than_the_best_so_far_allows():
+    kept = []
+    found = pilots.tune(lambda rates, **limits: kept.append(limits.get("least")) or fake(3e-4)(rates), GRID)
+    assert kept[0] is None
+    assert kept[1] == found.costs[found.learning_rates >= 0.009].min()
+    assert kept[2] < kept[1]
+
+
+def test_the_search_goes_below_rates_that_diverge():
+    found = pilots.tune(fake(3e-6, cliff=1e-5), GRID)
+    assert found.found
+    assert not found.at_edge
+    assert found.learning_rates[found.best] == pytest.approx(1e-6, rel=1e-6)
+
+
+@pytest.mark.parametrize(("cliff", "direction", "num_new"), [(0.0, -1, 4), (math.inf, 1, 1)])
+def test_the_search_gives_up_in_the_end(cliff, direction, num_new):
+    """Where everything diverges it goes down, where nothing arrives to where the nearest was, MAX_MOVES times."""
+    grids = []
+    found = pilots.tune(fake(1.0, cliff=cliff, grids=grids, reachable=False), GRID)
+    assert not found.found
+    assert [len(grid) for grid in grids] == [4] + [num_new] * pilots.MAX_MOVES
+    assert all(direction * (b[0] - a[0]) > 0 for a, b in itertools.pairwise(grids))
+    assert found.diverged.all() == (cliff == 0)
+
+
+def test_where_the_nearest_rate_has_two_neighbours_nothing_is_left_to_try():
+    grids = []
+    found = pilots.tune(fake(1.0, cliff=0.5, grids=grids, reachable=False), GRID)
+    assert (found.found, found.best, len(grids)) == (False, 1, 1)  # the nearest but for those that diverged
+
+
+@pytest.mark.parametrize(("target", "best"), [(TARGET, 2), (Target("accuracy", "test", ">=", 0.9), 1)])
+def test_the_nearest_rate_is_nearest_in_the_sense_of_the_target(target, best):
+    found = Pilot(
+        target, 8, GRID, np.full((4, 1), np.inf), np.zeros((4, 1), bool), np.asarray([0.4, 0.6, 0.3, np.nan]), 1
+    )
+    assert found.best == best
+
+
+def test_the_search_ends_with_the_clock_and_keeps_what_arrived_before():
+    grids = []
+    found = pilots.tune(fake(1e9, grids=grids), GRID, deadline=time.perf_counter() - 1)
+    assert (len(grids), found.at_edge) == (1, True)
+
+    # The clock ends the second search before anything arrives.
+    calls = iter([[[9], [8], [7], [6]], *[[[np.inf]]] * 9])
+    found = pilots.tune(lambda rates, **limits: pilot(rates, next(calls)), GRID)
+    assert found.costs[found.best] == 6
+    assert not found.at_edge
+
+
+def test_the_best_of_values():
+    assert targets.best_value(np.asarray([np.nan, 0.2, 0.7]), TARGET) == 0.2
+    assert targets.best_value(np.asarray([np.nan, 0.2, 0.7]), Target("accuracy", "test", ">=", 1.0)) == 0.7
+    assert math.isnan(targets.best_value(np.asarray([np.nan, np.inf]), TARGET))
+
+
+def test_what_a_pilot_says_of_itself_holds_its_tuning():
+    tuned = pilot([1, 2, 4], [[np.inf], [5], [7]])
+    said = dataclasses.replace(pilot([2], [[4, 5, 6]]), tuning=tuned).summary()
+    assert (said["best_learning_rate"], said["tuning"]["best_learning_rate"], said["tuning"]["tuning"]) == (2, 2, None)
+    assert said["costs"].tolist() == [[4, 5, 6]]
