@@ -1,9 +1,11 @@
 """Arrays and pytrees of them: what several modules ask of a leaf."""
 
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 
 def is_key(leaf: Any) -> bool:
@@ -14,3 +16,29 @@ def is_key(leaf: Any) -> bool:
 def wide(x: jax.Array) -> jax.Array:
     """Return x in float32 at least: squares of bfloat16 do not add up."""
     return x if jnp.finfo(x.dtype).bits >= 32 else x.astype(jnp.float32)
+
+
+MAX_KEPT = 16  # programs of one function
+
+
+def kept(owner: Callable, key: Hashable, make: Callable[[], Any]) -> Any:
+    """Return `make()`, made once for each key and kept as long as the function `owner` lives.
+
+    What is made usually refers to `owner`, a compiled program to the function that it was made from. So it is kept in
+    the attributes of the function itself, where Python's garbage collector finds the cycle, and not in a table, which
+    would keep both for ever. The latest MAX_KEPT are kept; of a callable without attributes none is.
+    """
+    attributes = getattr(owner, "__dict__", None)
+    if not isinstance(attributes, dict):
+        return make()
+    found: dict[Hashable, Any] = attributes.setdefault("__gdjax_kept__", {})
+    value = found.pop(key) if key in found else make()
+    found[key] = value  # the last used comes last
+    if len(found) > MAX_KEPT:
+        del found[next(iter(found))]
+    return value
+
+
+def traced(*trees: Any) -> bool:
+    """Return whether an array in these trees is known only when the program runs that JAX is tracing."""
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees))

@@ -15,16 +15,20 @@
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.typing import ArrayLike
 
-from gdjax import batching, problem
+from gdjax import batching, gradients
+from gdjax._trees import kept, traced
 from gdjax.gradients import Gradient
-from gdjax.problem import Batch, Params
+from gdjax.problem import Batch, Params, Problem, merge, num_examples, trainable
 
 
 class State(NamedTuple):
@@ -65,6 +69,10 @@ class Method(NamedTuple):
 
 
 Record = Callable[[State, Info], Any]
+Fetch = Callable[[Batch, Any], Batch]
+"""(data, one entry of the batches) -> the batch that a step is given."""
+Stream = Callable[..., jax.Array]
+"""(key, num_examples, *, start=, length=) -> int32[length], from `batching`."""
 
 
 def method(gradient: Gradient, optimizer: optax.GradientTransformation) -> Method:
@@ -79,18 +87,18 @@ def method(gradient: Gradient, optimizer: optax.GradientTransformation) -> Metho
 
     def init(params: Params) -> State:
         params = jax.tree.map(jnp.asarray, params)
-        train, _ = problem.trainable(params)
+        train, _ = trainable(params)
         return State(params, optimizer.init(train), jnp.zeros((), jnp.int32))
 
     def step(state: State, batch: Batch) -> tuple[State, Info]:
         estimate = gradient(state.params, batch)
-        train, frozen = problem.trainable(state.params)
+        train, frozen = trainable(state.params)
         update, opt_state = optimizer.update(
             estimate.grad, state.opt_state, train, value=estimate.loss, grad=estimate.grad
         )
-        params = problem.merge(optax.apply_updates(train, update), frozen)
-        num_examples = state.num_examples + problem.num_examples(batch, "batch")
-        return State(params, opt_state, num_examples), Info(estimate.loss, estimate.grad, update, estimate.aux)
+        params = merge(optax.apply_updates(train, update), frozen)
+        seen = state.num_examples + num_examples(batch, "batch")
+        return State(params, opt_state, seen), Info(estimate.loss, estimate.grad, update, estimate.aux)
 
     return Method(init, step)
 
@@ -109,7 +117,7 @@ def with_keys(method: Method, key: jax.Array) -> Method:
     """
 
     def step(state: State, batch: Batch) -> tuple[State, Info]:
-        positions = state.num_examples + jnp.arange(problem.num_examples(batch, "batch"), dtype=jnp.int32)
+        positions = state.num_examples + jnp.arange(num_examples(batch, "batch"), dtype=jnp.int32)
         return method.step(state, (batch, jax.vmap(jax.random.fold_in, (None, 0))(key, positions)))
 
     return Method(method.init, step)
@@ -124,23 +132,28 @@ def run(
     method: Method,
     state: State,
     data: Batch,
-    batches: jax.Array,
+    batches: Any,
     record: Record = batch_loss,
     *,
     every: int = 1,
     unroll: int = 1,
+    fetch: Fetch = batching.take,
 ) -> tuple[State, Any]:
     """Make one update for each batch, as one compiled loop.
+
+    Called outside `jax.jit`, it compiles the loop once for the same functions and shapes, and keeps it with the method.
 
     Args:
         method: from `method`.
         state: where to start, `method.init(params)` or the state of an earlier run.
         data: examples, every leaf [N, ...].
-        batches: int32[T, B], indices in [0, N), from `batching.cut`. They are not checked against N.
+        batches: int32[T, B], indices in [0, N), from `batching.batches`. They are not checked against N. With another
+            `fetch`, any pytree whose leaves have T entries on axis 0.
         record: (state after the update, info of the update) -> pytree.
         every: updates between records. The last update is always recorded, whether or not `every` divides T.
         unroll: updates in one iteration of the compiled loop: more take longer to compile, and may run faster where
             an update is small.
+        fetch: (data, one entry of batches) -> the batch that `method.step` is given.
 
     Returns:
         (state after T updates, records stacked along a new axis 0 of length ceil(T / every)).
@@ -151,19 +164,31 @@ def run(
     for name, number in (("every", every), ("unroll", unroll)):
         if number < 1:
             raise ValueError(f"{name}={number} must be at least 1 update")
-    block, batches = _block(method, data, batches, unroll=min(unroll, every))
+    batches = _checked(data, batches, fetch)
+
+    def make():
+        return partial(_run, method, record, every, unroll, fetch)
+
+    if traced(state, data, batches):
+        return make()(state, data, batches)
+    program = kept(method.step, ("run", record, every, unroll, fetch), lambda: jax.jit(make()))
+    return program(state, data, batches)
+
+
+def _run(method, record, every, unroll, fetch, state, data, batches):
+    block = _block(method, data, fetch, unroll=min(unroll, every))
 
     def recorded_block(state, batches):
         state, info = block(state, batches)
         return state, record(state, info)
 
-    num_updates, batch_size = batches.shape
+    num_updates = num_examples(batches, "batches")
     num_blocks, tail = divmod(num_updates, every)
-    whole = batches[: num_blocks * every].reshape(num_blocks, every, batch_size)
+    whole = jax.tree.map(lambda x: x[: num_blocks * every].reshape(num_blocks, every, *x.shape[1:]), batches)
     state, history = lax.scan(recorded_block, state, whole, unroll=max(1, unroll // every))
     if not tail:
         return state, history
-    state, last = recorded_block(state, batches[num_blocks * every :])
+    state, last = recorded_block(state, jax.tree.map(lambda x: x[num_blocks * every :], batches))
     return state, jax.tree.map(lambda blocks, x: jnp.concatenate([blocks, jnp.asarray(x)[None]]), history, last)
 
 
@@ -187,27 +212,55 @@ class Ending(NamedTuple):
 
 
 def until(
-    method: Method, state: State, data: Batch, batches: jax.Array, rules: Mapping[str, Rule], *, every: int = 1
+    method: Method,
+    state: State,
+    data: Batch,
+    batches: Any,
+    rules: Mapping[str, Rule] = MappingProxyType({}),
+    *,
+    every: int = 1,
+    first: ArrayLike = 0,
+    num_updates: ArrayLike | None = None,
+    fetch: Fetch = batching.take,
 ) -> tuple[State, Ending]:
-    """Make updates until a rule holds or the batches are used up, as one `lax.while_loop`.
+    """Make updates until a rule holds or the budget is used up, as one `lax.while_loop`.
 
-    Under `jax.vmap` each lane ends by its own rule at its own time and keeps the state it ended with.
+    Under `jax.vmap` each run ends by its own rule at its own time and keeps the state it ended with. The budget may be
+    traced, so that one compiled program serves any number of updates.
 
     Args:
-        method, state, data, batches: as in `run`; the T batches are the budget.
+        method, state, data, batches, fetch: as in `run`.
         rules: {name: Rule}. `(*rules, "budget")[ending.rule]` is the name of what ended the run.
-        every: updates between evaluations of the rules; it must divide T.
+        every: updates between evaluations of the rules; it must divide `num_updates`.
+        first: the batch to begin with, from 0.
+        num_updates: the budget, from `first` on; default all batches. A traced budget comes with every=1.
 
     Returns:
         (state at the end, Ending).
 
     Raises:
-        ValueError: where `every` does not divide T.
+        ValueError: where `every` does not divide the budget, or cannot be compared with it; for no update.
     """
-    block, batches = _block(method, data, batches)
-    num_updates = len(batches)
-    if every < 1 or not num_updates or num_updates % every:
+    batches = _checked(data, batches, fetch)
+    if num_updates is None:
+        num_updates = num_examples(batches, "batches")
+    if traced(num_updates):
+        if every != 1:
+            raise ValueError(f"every={every} must be 1 where num_updates is traced: it may not divide it")
+    elif every < 1 or int(num_updates) < 1 or int(num_updates) % every:
         raise ValueError(f"every={every} must divide the budget of {num_updates} updates, at least one")
+
+    def make():
+        return partial(_until, method, tuple(rules.values()), every, fetch)
+
+    if traced(state, data, batches, first, num_updates):
+        return make()(state, data, batches, first, num_updates)
+    program = kept(method.step, ("until", tuple(rules.values()), every, fetch), lambda: jax.jit(make()))
+    return program(state, data, batches, first, num_updates)
+
+
+def _until(method, rules, every, fetch, state, data, batches, first, num_updates):
+    block = _block(method, data, fetch)
 
     def proceed(carry):
         _, _, ending = carry
@@ -215,14 +268,102 @@ def until(
 
     def advance(carry):
         state, memories, ending = carry
-        state, info = block(state, lax.dynamic_slice_in_dim(batches, ending.num_updates, every))
-        steps = [rule.step(memory, state, info) for rule, memory in zip(rules.values(), memories, strict=True)]
+        here = first + ending.num_updates
+        state, info = block(state, jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, here, every), batches))
+        steps = [rule.step(memory, state, info) for rule, memory in zip(rules, memories, strict=True)]
         stops = jnp.asarray([stop for _, stop in steps] + [True])
         return state, [memory for memory, _ in steps], Ending(_first(stops), ending.num_updates + every)
 
-    carry = (state, [rule.init() for rule in rules.values()], Ending(jnp.int32(len(rules)), jnp.int32(0)))
+    carry = (state, [rule.init() for rule in rules], Ending(jnp.int32(len(rules)), jnp.int32(0)))
     state, _, ending = lax.while_loop(proceed, advance, carry)
     return state, ending
+
+
+def train(
+    problem: Problem,
+    optimizer: optax.GradientTransformation,
+    *,
+    key: jax.Array,
+    batch_size: int,
+    num_updates: int | None = None,
+    num_epochs: int | None = None,
+    record: Record | None = None,
+    every: int | None = None,
+    gradient: Callable[..., Gradient] = gradients.mean,
+    stream: Stream = batching.reshuffled,
+    unroll: int = 1,
+) -> tuple[State, Any]:
+    """Train a problem from fresh parameters: pure, so that `jax.vmap` runs it over keys, rates and whatever else.
+
+    Args:
+        problem: what to train.
+        optimizer: an optax transformation.
+        key: typed PRNG key; parameters and stream are drawn from its two children.
+        batch_size: B, examples per update.
+        num_updates: T; or
+        num_epochs: passes over the N examples, T = N * num_epochs // B updates.
+        record: (state after the update, info of the update) -> pytree; default what `problem.evaluate` says of the
+            state, with the examples seen beside it.
+        every: updates between records; default N // B, at least one: an epoch.
+        gradient: an estimator's factory from `gradients`, loss -> estimator.
+        stream: from `batching`.
+        unroll: as in `run`.
+
+    Returns:
+        (state after T updates, records stacked along axis 0), as `run`.
+
+    Raises:
+        ValueError: for both or neither of `num_updates` and `num_epochs`, and as `run` and `batching.batches`.
+    """
+    init_key, stream_key = jax.random.split(key)
+    num_updates = count_updates(problem, batch_size=batch_size, num_updates=num_updates, num_epochs=num_epochs)
+    method_ = method(gradient(problem.loss), optimizer)
+    order = stream(stream_key, problem.num_examples, length=num_updates * batch_size)
+    return run(
+        method_,
+        method_.init(problem.init(init_key)),
+        problem.train,
+        batching.cut(order, batch_size),
+        record or evaluation(problem),
+        every=every or max(1, problem.num_examples // batch_size),
+        unroll=unroll,
+    )
+
+
+def count_updates(problem: Problem, *, batch_size: int, num_updates: int | None, num_epochs: int | None) -> int:
+    """Return T, from one of the two ways to say it.
+
+    Raises:
+        ValueError: for both or neither, and for a batch size or a number of updates below one.
+    """
+    if (num_updates is None) == (num_epochs is None):
+        raise ValueError(f"give num_updates={num_updates} or num_epochs={num_epochs}, one of the two")
+    if not 1 <= batch_size <= problem.num_examples:
+        raise ValueError(
+            f"batch_size={batch_size} must be between 1 and N={problem.num_examples}, the training examples"
+        )
+    count = num_epochs * problem.num_examples // batch_size if num_epochs is not None else num_updates
+    if count is None or count < 1:
+        raise ValueError(f"num_updates={num_updates}, num_epochs={num_epochs}: there must be at least one update")
+    return count
+
+
+def evaluation(problem: Problem) -> Record:
+    """Return the record {"examples": seen so far, "loss": of the training examples, "metrics": {name: of the test}}.
+
+    Metrics are those of the training examples where the problem has no test examples.
+    """
+
+    def record(state: State, info: Info | None = None) -> dict[str, Any]:
+        del info
+        on = "train" if problem.test is None else "test"
+        return {
+            "examples": state.num_examples,
+            "loss": problem.evaluate(state.params, names=("loss",))["loss"],
+            "metrics": problem.evaluate(state.params, on=on, names=tuple(problem.metrics)),
+        }
+
+    return record
 
 
 def loss_at_most(target: jax.typing.ArrayLike, evaluate: Record = batch_loss) -> Rule:
@@ -260,30 +401,37 @@ def _first(stops: jax.Array) -> jax.Array:
     return jnp.argmax(stops).astype(jnp.int32)
 
 
-def _block(method: Method, data: Batch, batches: jax.Array, *, unroll: int = 1) -> tuple[Callable, jax.Array]:
-    """Return `(state, batches [K, B]) -> (state, info of the last update)`, and all batches as an array."""
-    problem.num_examples(data)
-    batches = jnp.asarray(batches)
-    if batches.ndim != 2 or not jnp.issubdtype(batches.dtype, jnp.integer):
-        raise ValueError(
-            f"batches must be int[T, B], indices of examples from batching.cut, but is {batches.dtype} {batches.shape}"
-        )
+def _checked(data: Batch, batches: Any, fetch: Fetch) -> Any:
+    """Return the batches as arrays."""
+    num_examples(data)
+    batches = jax.tree.map(jnp.asarray, batches)
+    if fetch is batching.take and (
+        not isinstance(batches, jax.Array) or batches.ndim != 2 or not jnp.issubdtype(batches.dtype, jnp.integer)
+    ):
+        found = f"{batches.dtype} {batches.shape}" if isinstance(batches, jax.Array) else f"a {type(batches).__name__}"
+        raise ValueError(f"batches must be int[T, B], indices of examples from batching.batches, but is {found}")
+    num_examples(batches, "batches")
+    return batches
+
+
+def _block(method: Method, data: Batch, fetch: Fetch, *, unroll: int = 1) -> Callable:
+    """Return `(state, batches [K, ...]) -> (state, info of the last update)`."""
     data = jax.tree.map(jnp.asarray, data)
 
-    def update(state, indices):
-        return method.step(state, batching.take(data, indices))
+    def update(state, batch):
+        return method.step(state, fetch(data, batch))
 
     update = jax.jit(update, inline=True)  # traced once for the shapes below and for the loop
 
     def block(state, batches):
         # The info travels in the carry, so that only the last one is kept and the step is compiled once; what
         # nobody records of it is removed by the compiler.
-        shape = jax.eval_shape(update, state, batches[0])[1]
+        shape = jax.eval_shape(update, state, jax.tree.map(lambda x: x[0], batches))[1]
         blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shape)
 
-        def advance(carry, indices):
-            return update(carry[0], indices), None
+        def advance(carry, batch):
+            return update(carry[0], batch), None
 
         return lax.scan(advance, (state, blank), batches, unroll=unroll)[0]
 
-    return block, batches
+    return block

@@ -20,12 +20,13 @@ import difflib
 import importlib
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.core import Tracer
 
 Params = Any
@@ -36,6 +37,8 @@ Batch = Any
 """An Example with a leading axis B on every leaf."""
 Loss = Callable[[Params, Example], jax.Array]
 """The loss of one example, a floating-point scalar."""
+
+EVALUATED_AT_ONCE = 256  # examples
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -87,6 +90,42 @@ class Problem:
     def num_examples(self) -> int:
         """N, the number of training examples."""
         return num_examples(self.train)
+
+    def evaluate(
+        self, params: Params, on: str | Batch = "train", *, names: Sequence[str] | None = None
+    ) -> dict[str, jax.Array]:
+        """Return {"loss": mean loss, and the mean of every metric}, in chunks, so that memory does not grow with N.
+
+        It is pure and works under `jit` and `vmap`. Examples that are given as an argument of a jitted function are an
+        input of its program; those of the problem become constants of it, of which every program holds a copy.
+
+        Args:
+            params: the parameters.
+            on: 'train', 'test', or other examples, every leaf [K, ...].
+            names: of what to evaluate; default the loss and all metrics.
+
+        Returns:
+            Scalars, NaN where a parameter is NaN or infinite: an accuracy is finite even then.
+
+        Raises:
+            ValueError: for test examples where there are none, and a name that the problem does not have.
+        """
+        functions = {"loss": self.loss, **self.metrics}
+        names = tuple(functions) if names is None else tuple(names)
+        if unknown := [name for name in names if name not in functions]:
+            raise ValueError(f"names={names}: {self.name} has no metric {unknown[0]!r}; it has {', '.join(functions)}")
+        examples = {"train": self.train, "test": self.test}.get(on, on) if isinstance(on, str) else on
+        if examples is None or isinstance(examples, str):
+            parts = "'train'" if self.test is None else "'train' or 'test'"
+            raise ValueError(f"on={on!r} must be {parts}, or examples, every leaf [K, ...]")
+        examples = jax.tree.map(jnp.asarray, examples)
+
+        def one(example):
+            return {name: functions[name](params, example) for name in names}
+
+        values = lax.map(one, examples, batch_size=min(EVALUATED_AT_ONCE, num_examples(examples, "on")))
+        finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(trainable(params)[0])]).all()
+        return {name: jnp.where(finite, value.mean(), jnp.nan) for name, value in values.items()}
 
 
 def num_examples(data: Batch, name: str = "data") -> int:

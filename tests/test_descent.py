@@ -1,4 +1,6 @@
+import gc
 import re
+import weakref
 from functools import partial
 
 import chex
@@ -12,6 +14,7 @@ from sklearn.linear_model import SGDRegressor
 
 from gdjax import batching, descent, gradients
 from gdjax.descent import State
+from gdjax.problem import Problem
 from gdjax.problems import models
 
 MODEL = models.mlp((3, 5, 2), activation=jnp.tanh)
@@ -418,3 +421,106 @@ def test_every_batch_size_sees_the_same_keys(key):
     precision.assert_close(losses[1], losses[0], rtol=1e-12)
     precision.assert_close(losses[2], losses[0], rtol=1e-12)
     assert len(set(np.asarray(losses[0]).tolist())) > 8  # 6 examples, seen twice, with different masks
+
+
+def test_a_run_that_is_called_again_compiles_nothing(key):
+    traces = []
+
+    def counted(center, x):
+        traces.append(x)
+        return 0.5 * (center - x) ** 2
+
+    method = descent.method(gradients.mean(counted), optax.sgd(0.1))
+    data, batches = jnp.arange(6.0), batching.cut(batching.cyclic(key, 6, num_epochs=2), 3)
+    state, first = descent.run(method, method.init(jnp.zeros(())), data, batches)
+    rules = {"low": descent.loss_at_most(0.01)}
+    descent.until(method, state, data, batches, rules)
+    count = len(traces)
+    state, second = descent.run(method, state, data, batches)
+    descent.until(method, state, data, batches, rules)
+    assert len(traces) == count
+    assert second[0] < first[0]
+    descent.run(method, state, data, batches, every=2)  # another program
+    assert len(traces) > count
+
+
+def test_programs_of_a_method_go_with_it(key):
+    def make():
+        loss = lambda center, x: 0.5 * (center - x) ** 2  # noqa: E731
+        method = descent.method(gradients.mean(loss), optax.sgd(0.1))
+        descent.run(method, method.init(0.0), jnp.arange(6.0), jnp.zeros((2, 1), int))
+        return weakref.ref(method.step)
+
+    gone = make()
+    gc.collect()
+    assert gone() is None
+
+
+def test_batches_may_be_anything_that_can_be_scanned(key):
+    """Here the examples themselves, which a fetch takes as they come, against batches cut by index."""
+    method = descent.method(gradients.mean(lambda center, x: 0.5 * (center - x) ** 2), optax.sgd(0.1))
+    data, indices = jnp.arange(6.0), batching.cut(batching.reshuffled(key, 6, num_epochs=2), 3)
+    streamed = {"x": data[indices]}
+    state, losses = descent.run(method, method.init(0.0), data, streamed, every=3, fetch=lambda data, batch: batch["x"])
+    expected_state, expected = descent.run(method, method.init(0.0), data, indices, every=3)
+    np.testing.assert_array_equal(losses, expected)
+    np.testing.assert_array_equal(state.params, expected_state.params)
+
+
+def test_a_budget_may_be_traced_and_begin_anywhere(key):
+    method = descent.method(gradients.mean(lambda center, x: 0.5 * (center - x) ** 2), optax.sgd(0.1))
+    data, batches = jnp.arange(6.0), batching.cut(batching.reshuffled(key, 6, num_epochs=4), 3)
+    start = method.init(0.0)
+    counted = jax.jit(
+        lambda first, count: descent.until(method, start, data, batches, first=first, num_updates=count)[0]
+    )
+    for first, count in ((0, 8), (2, 3), (7, 1), (3, 0)):
+        expected = descent.run(method, start, data, batches[first : first + count])[0] if count else start
+        np.testing.assert_array_equal(counted(first, count).params, expected.params)
+        assert int(counted(first, count).num_examples) == 3 * count
+    with pytest.raises(ValueError, match="every=2 must be 1 where num_updates is traced"):
+        jax.jit(lambda count: descent.until(method, start, data, batches, every=2, num_updates=count))(4)
+
+
+def test_train_is_the_loop_written_out_and_can_be_mapped_over_keys_and_rates(key):
+    problem = Problem(
+        init=jax.random.normal,
+        loss=lambda center, x: 0.5 * (center - x) ** 2,
+        train=jnp.arange(6.0),
+        metrics={"error": lambda center, x: jnp.abs(center - x)},
+    )
+
+    def train(key, rate):
+        return descent.train(problem, optax.sgd(rate), key=key, batch_size=2, num_epochs=3)
+
+    keys, rates = jax.random.split(key, 2), jnp.asarray([0.1, 0.3])
+    states, history = jax.jit(jax.vmap(jax.vmap(train, (None, 0)), (0, None)))(keys, rates)
+    assert history["loss"].shape == (2, 2, 3)
+    np.testing.assert_array_equal(history["examples"][1, 1], [6, 12, 18])
+    init_key, stream_key = jax.random.split(keys[1])
+    center, stream = float(problem.init(init_key)), batching.reshuffled(stream_key, 6, num_epochs=3)
+    for t, indices in enumerate(np.asarray(stream).reshape(-1, 2), 1):
+        center -= 0.3 * (center - indices.mean())
+        if t % 3 == 0:
+            precision.assert_close(
+                history["loss"][1, 1, t // 3 - 1], np.mean((center - np.arange(6)) ** 2) / 2, rtol=1e-12
+            )
+            precision.assert_close(
+                history["metrics"]["error"][1, 1, t // 3 - 1], np.abs(center - np.arange(6)).mean(), rtol=1e-12
+            )
+    precision.assert_close(states.params[1, 1], center, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "give num_updates=None or num_epochs=None, one of the two"),
+        ({"num_updates": 3, "num_epochs": 1}, "give num_updates=3 or num_epochs=1, one of the two"),
+        ({"num_updates": 0}, "num_updates=0, num_epochs=None: there must be at least one update"),
+        ({"num_epochs": 1, "batch_size": 7}, "batch_size=7 must be between 1 and N=6"),
+    ],
+)
+def test_train_says_what_is_missing(key, options, message):
+    problem = Problem(lambda key: jnp.zeros(()), lambda center, x: (center - x) ** 2, jnp.arange(6.0))
+    with pytest.raises(ValueError, match=message):
+        descent.train(problem, optax.sgd(0.1), key=key, **{"batch_size": 2} | options)

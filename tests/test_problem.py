@@ -149,3 +149,37 @@ def test_labels_outside_the_classes_are_refused(make, part, labels, message):
     classification = functools.partial(problems.classification, models.mlp((2, 2)), num_classes=2)
     with pytest.raises(ValueError, match=f"{part} {message}"):
         {"logistic": problems.logistic, "classification": classification}[make](data)
+
+
+def test_a_problem_is_evaluated_in_chunks_as_in_one_piece():
+    """600 examples are two chunks and a rest; each has another loss, so that none is lost or counted twice."""
+    data = jnp.arange(600.0) ** 2
+    problem = Problem(
+        lambda key: jnp.zeros(()), lambda w, x: (w - x) ** 2, data, test=data[:7], metrics={"far": lambda w, x: x > w}
+    )
+    found = jax.jit(jax.vmap(problem.evaluate))(jnp.asarray([1.0, 300.0]))
+    expected = [float(np.mean((w - np.asarray(data)) ** 2)) for w in (1.0, 300.0)]
+    np.testing.assert_allclose(found["loss"], expected, rtol=1e-5)
+    np.testing.assert_allclose(found["far"], [np.mean(data > w) for w in (1.0, 300.0)], rtol=1e-6)
+    assert problem.evaluate(5.0, on="test", names=["far"]).keys() == {"far"}
+    np.testing.assert_allclose(problem.evaluate(5.0, on="test")["far"], 4 / 7, rtol=1e-6)
+    np.testing.assert_allclose(problem.evaluate(5.0, on=data[3:5])["loss"], (4**2 + 11**2) / 2, rtol=1e-6)
+
+
+@pytest.mark.usefixtures("nans")
+def test_parameters_that_are_not_finite_have_no_metric():
+    problem = Problem(
+        lambda key: jnp.zeros(2), lambda w, x: (w[0] - x) ** 2, jnp.arange(6.0), metrics={"one": lambda w, x: x * 0 + 1}
+    )
+    found = problem.evaluate(jnp.asarray([0.0, jnp.nan]))
+    assert np.isnan(found["one"])
+    assert np.isnan(found["loss"])
+    assert problem.evaluate(jnp.zeros(2))["one"] == 1
+
+
+def test_what_cannot_be_evaluated_is_named():
+    problem = Problem(lambda key: jnp.zeros(()), lambda w, x: (w - x) ** 2, jnp.arange(6.0), name="numbers")
+    with pytest.raises(ValueError, match="on='test' must be 'train', or examples"):
+        problem.evaluate(0.0, on="test")
+    with pytest.raises(ValueError, match="numbers has no metric 'accuracy'; it has loss"):
+        problem.evaluate(0.0, names=["accuracy"])
