@@ -26,7 +26,7 @@ import jax
 import numpy as np
 
 from experiments.steps_to_target import tuned_at_every_size
-from gdjax import advise, problems
+from gdjax import _files, advise, problems
 from gdjax import report as plots
 from gdjax import report as records
 from gdjax.advise import _choices as choices
@@ -150,7 +150,7 @@ def kept_row(options: Options, name: str, judge):
     row["provenance"] = records.provenance(arguments=arguments, seed=options.seed, wall_seconds=seconds)
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        records.write_json(path, row)
+        _files.write_json(path, row)
     return row
 
 

@@ -23,7 +23,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.typing import ArrayLike
 
 from gdjax import batching, gradients
 from gdjax._trees import kept, traced
@@ -219,8 +218,8 @@ def until(
     rules: Mapping[str, Rule] = MappingProxyType({}),
     *,
     every: int = 1,
-    first: ArrayLike = 0,
-    num_updates: ArrayLike | None = None,
+    first: int | jax.Array = 0,
+    num_updates: int | jax.Array | None = None,
     fetch: Fetch = batching.take,
 ) -> tuple[State, Ending]:
     """Make updates until a rule holds or the budget is used up, as one `lax.while_loop`.
