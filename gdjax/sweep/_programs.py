@@ -130,8 +130,12 @@ def needed_bytes(program: jax.stages.Compiled) -> int:
     return sum(getattr(memory, part, 0) for part in parts)
 
 
-def free_bytes(mesh: Mesh) -> float:
-    """Return the free memory of a device: of CPU devices, each a share of what the machine or its cgroup has left."""
+def free_bytes(mesh: Mesh | None = None) -> float:
+    """Return the free memory of a device: of CPU devices, each a share of what the machine or its cgroup has left.
+
+    Without a mesh it is that of the default device.
+    """
+    mesh = mesh or Mesh(np.asarray(jax.devices()[:1]), ("lanes",))
     stats = [device.memory_stats() for device in mesh.devices.flat]
     if all(stats):
         return min(s["bytes_limit"] - s["bytes_in_use"] for s in stats)
