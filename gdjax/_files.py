@@ -19,22 +19,28 @@ import math
 import os
 import re
 import socket
+import stat
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+
+from gdjax._trees import is_key
 
 
 def writable_folder(path: str | os.PathLike, name: str) -> Path:
     """Return the folder at `path`, made with its parents where there is none, once a file could be made in it.
 
     Raises:
-        ValueError: names the argument, where that fails, and the reason.
+        ValueError: names the argument, where that fails, and the reason; and for '', which Python takes for '.'.
     """
+    if path == "":
+        raise ValueError(f"{name}='' names no folder: leave it out, or name one; '.' is the current folder")
     with named_in_errors(name, path):
         folder = Path(path).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
@@ -56,37 +62,64 @@ def check_writable(path: Path, name: str) -> None:
 
 @contextlib.contextmanager
 def alone(folder: Path, argument: str) -> Iterator[None]:
-    """Keep other processes out of a folder by a locked file in it, which holds the name of this process.
+    """Keep other processes out of a folder by `filelock`, which the system releases when the process ends, however.
 
-    An empty file means that the last one ended well; after one that did not, the lock is taken over with a warning.
+    Beside the file `lock` lies `lock.holder`, the name of the process, while it works there. Found by the next one, it
+    says that its owner ended without finishing: the folder is taken over with a warning.
 
     Args:
         folder: it must be there.
         argument: what the caller's argument for the folder is called, for errors.
 
     Raises:
-        ValueError: where another process, or another part of this one, is in it, and for a file system without locks.
+        ValueError: where another process, or another part of this one, is in it, and where it cannot be locked.
+        ModuleNotFoundError: without filelock.
     """
-    import fcntl  # not on Windows
-
+    try:
+        import filelock
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("folders are locked by filelock: pip install 'gdjax[experiments]'") from error
     named = f"{argument}={str(folder)!r}"
-    with (folder / "lock").open("a+", errors="replace") as file:
+    lock, holder = filelock.FileLock(folder / "lock", timeout=0), folder / "lock.holder"
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{named} is in use by {_holder(file)}: wait for it, or end it") from None
-        except OSError as error:
-            raise ValueError(f"{named} is on a file system without locks ({error.strerror})") from error
-        if left := _holder(file):
+            held.enter_context(lock)
+        except filelock.Timeout:
+            raise ValueError(f"{named} is in use by {_read(holder) or 'a process'}: wait for it, or end it") from None
+        except (OSError, NotImplementedError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(f"{named} cannot be locked by its file 'lock' ({reason}): use another folder") from error
+        held.callback(_removed, folder / "lock")  # while the lock is held: whoever opened it before opens a new one
+        if left := _read(holder):
             warnings.warn(f"{named}: taken over from {left}, which ended without finishing", stacklevel=5)
-        file.truncate(0)
         now = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M:%S} UTC"
-        file.write(f"process {os.getpid()} on {socket.gethostname()}, begun {now}")
-        file.flush()
-        try:
-            yield
-        finally:  # while the lock is held: it ends when the file is closed
-            file.truncate(0)
+        with atomic(holder) as file:  # which replaces a symbolic link, and writes through none
+            file.write(f"process {os.getpid()} on {socket.gethostname()}, begun {now}".encode())
+        held.callback(_removed, holder)
+        yield
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Return in words how the entries of one identity differ from those of an earlier one, '' where none does.
+
+    >>> differences({"seed": 0, "jax": "0.10.2"}, {"seed": 1, "jax": "0.10.2", "x64": True})
+    'seed was 0 and is 1, x64 was None and is True'
+    """
+    changed = [name for name, value in now.items() if before.get(name) != value]
+    return ", ".join(f"{name} was {before.get(name)!r} and is {now[name]!r}" for name in changed)
+
+
+def fingerprint(function: Callable[..., Any], constants: Sequence[Any], *shapes: Any) -> tuple[str, str]:
+    """Return two short digests that tell a computation from others in any process: of its program, and of its arrays.
+
+    Args:
+        function: (constants, *arguments) -> results. It is lowered, not compiled.
+        constants: the arrays that the program closes over.
+        shapes: of the other arguments, pytrees of `jax.ShapeDtypeStruct`.
+    """
+    arrays = [np.asarray(jax.random.key_data(x) if is_key(x) else x) for x in constants]
+    program = jax.jit(function).lower([jax.ShapeDtypeStruct(jnp.shape(x), x.dtype) for x in constants], *shapes)
+    return digest(program.as_text().encode())[:16], digest(*arrays)[:16]
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -103,18 +136,29 @@ def to_json(value: Any) -> str:
 
 @contextlib.contextmanager
 def atomic(path: str | os.PathLike) -> Iterator[IO[bytes]]:
-    """Open a temporary file beside `path` that takes its place when the block ends, and is removed when it fails."""
+    """Open a temporary file beside `path` that takes its place when the block ends, and is removed when it fails.
+
+    A file that it replaces hands on its permissions.
+
+    Raises:
+        OSError: naming `path`, where it cannot be written, as on a full disk.
+    """
     path = Path(path)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
+    file = None
+    try:
+        file = tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False)  # noqa: SIM115
+        with file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-            os.chmod(file.name, 0o666 & ~_umask())
-            os.replace(file.name, path)
-        except BaseException:
+        os.chmod(file.name, _mode(path))
+        os.replace(file.name, path)
+    except BaseException as error:
+        if file is not None:
             os.unlink(file.name)
-            raise
+        if isinstance(error, OSError) and error.filename in (None, file and file.name):
+            error.filename = str(path)
+        raise
 
 
 def digest(*parts: bytes | np.ndarray) -> str:
@@ -138,9 +182,13 @@ def named_in_errors(name: str, path: str | os.PathLike) -> Iterator[None]:
         raise ValueError(f"{name}={str(path)!r} cannot be written: {reason}") from error
 
 
-def _holder(file: IO[str]) -> str:
-    file.seek(0)
-    return file.read()
+def _read(path: Path) -> str:
+    return path.read_text(errors="replace") if path.is_file() else ""
+
+
+def _removed(path: Path) -> None:
+    with contextlib.suppress(OSError):  # Windows removes no file that is open
+        path.unlink()
 
 
 def _plain(value: Any) -> Any:
@@ -157,7 +205,10 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, str | int | bool | None) else str(value)
 
 
-def _umask() -> int:
+def _mode(path: Path) -> int:
+    """Return the permissions of a file, or those that a new one gets."""
+    if path.is_file():
+        return stat.S_IMODE(path.stat().st_mode)
     mask = os.umask(0)
     os.umask(mask)
-    return mask
+    return 0o666 & ~mask

@@ -12,6 +12,7 @@ from gdjax.report._figures import (
     panels,
     save,
 )
+from gdjax.report._progress import progress_bar
 from gdjax.report._records import provenance, run_folder, timestamped
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "curves",
     "log_scales",
     "panels",
+    "progress_bar",
     "provenance",
     "run_folder",
     "save",
