@@ -21,9 +21,9 @@ class _Silent:
     def update(self, n: float = 1) -> bool:
         return False
 
-    def set_description_str(self, text: str) -> None: ...  # noqa: D102
+    def set_description_str(self, text: str) -> None: ...
 
-    def set_postfix_str(self, text: str, refresh: bool = True) -> None: ...  # noqa: D102
+    def set_postfix_str(self, text: str, refresh: bool = True) -> None: ...
 
 
 def progress_bar(**options: Any) -> contextlib.AbstractContextManager[Any]:
