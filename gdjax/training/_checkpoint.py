@@ -179,18 +179,18 @@ def _quiet_orbax() -> Iterator[None]:
     def others(record: logging.LogRecord) -> bool:
         return "orbax" not in record.pathname
 
-    def unless_left_alone(kind, error, trace) -> None:
-        if str(error) != "Event loop is closed":
-            before(kind, error, trace)
+    def unless_left_alone(dropped: Any) -> None:
+        if str(dropped.exc_value) != "Event loop is closed":
+            before(dropped)
 
     logger = logging.getLogger("absl")
     logger.addFilter(others)
-    before, sys.excepthook = sys.excepthook, unless_left_alone
+    before, sys.unraisablehook = sys.unraisablehook, unless_left_alone
     try:
         yield
     finally:
         logger.removeFilter(others)
-        sys.excepthook = before
+        sys.unraisablehook = before
 
 
 def check_installed() -> None:
