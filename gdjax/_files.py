@@ -49,8 +49,11 @@ def writable_folder(path: str | os.PathLike, name: str) -> Path:
     return folder
 
 
-def check_writable(path: Path, name: str) -> None:
-    """Raise ValueError, naming the argument, unless `path` can become a file in a folder that exists."""
+def check_replaceable(path: Path, name: str) -> None:
+    """Raise ValueError, naming the argument, unless a result can be written to `path`, over an earlier result at most.
+
+    The folder must be there. An earlier result is a JSON object with a "provenance".
+    """
     with named_in_errors(name, path):
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -58,6 +61,8 @@ def check_writable(path: Path, name: str) -> None:
             raise OSError(errno.EINVAL, "it is a device or a pipe, and a file would take its place")
         with tempfile.TemporaryFile(dir=path.parent):
             pass
+        if path.exists() and path.stat().st_size and not _is_result(path):
+            raise FileExistsError(errno.EEXIST, "the file there is no result of gdjax; name another, or remove it")
 
 
 @contextlib.contextmanager
@@ -130,7 +135,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def to_json(value: Any) -> str:
     """Return strict JSON: NaN and infinity, which it cannot hold, become null; arrays become lists, one to a line."""
-    text = json.dumps(_plain(value), indent=2, allow_nan=False)
+    text = json.dumps(_finite(plain(value)), indent=2, allow_nan=False)
     return re.sub(r"\[\n[^][{}\"]*\]", lambda numbers: "[" + " ".join(numbers[0][1:-1].split()) + "]", text) + "\n"
 
 
@@ -182,6 +187,14 @@ def named_in_errors(name: str, path: str | os.PathLike) -> Iterator[None]:
         raise ValueError(f"{name}={str(path)!r} cannot be written: {reason}") from error
 
 
+def _is_result(path: Path) -> bool:
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and "provenance" in content
+
+
 def _read(path: Path) -> str:
     return path.read_text(errors="replace") if path.is_file() else ""
 
@@ -191,18 +204,25 @@ def _removed(path: Path) -> None:
         path.unlink()
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+def plain(value: Any) -> Any:
+    """Return what JSON can hold: arrays as lists, numbers of NumPy as Python's, all else as text."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, np.ndarray | jax.Array):
-        return _plain(np.asarray(value).tolist())
+        return np.asarray(value).tolist()
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, np.generic):
-        return _plain(value.item())
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if isinstance(value, str | int | bool | None) else str(value)
+        return value.item()
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _mode(path: Path) -> int:

@@ -160,7 +160,7 @@ def saving(name: str, command: Any, *, seed: int) -> Iterator[Callable[..., None
         if common.json == "-":  # a user's own problem may print
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         elif common.json is not None:
-            _files.check_writable(Path(common.json), "json")
+            _files.check_replaceable(Path(common.json), "json")
 
         def save(
             result: dict[str, Any],
