@@ -4,11 +4,11 @@ import dataclasses
 import shutil
 import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from gdjax.commands import _arguments as arguments
 from gdjax.commands import _session as command
+from gdjax.commands import _specs as specs
 from gdjax.commands._session import Common, progress, saving
 from gdjax.commands.bench import Bench
 
@@ -41,17 +41,17 @@ class Compare:
     """Initial parameters and streams drawn; each is used at every batch size and learning rate."""
     seed: int = 0
     """Seed that they are drawn from."""
-    cache: Path | None = None
+    cache: str | None = None
     """Folder of compiled programs to read and to add to, so that a second run compiles less."""
     common: Common = Common()
 
     def run(self) -> None:
-        from gdjax import compare, problems, timing
+        from gdjax import compare, timing
 
         with saving("compare", self, seed=self.seed) as save:
-            if self.cache:
+            if self.cache is not None:
                 timing.keep_compiled(self.cache)
-            problem = problems.named(self.problem)
+            problem = specs.problem(self.problem)
             sizes = self.batch_sizes or compare.default_batch_sizes(problem.num_examples)
             with progress() as show:
                 rows = compare.compare(
@@ -102,12 +102,12 @@ class Advise:
     common: Common = Common()
 
     def run(self) -> None:
-        from gdjax import advise, problems, tuning
+        from gdjax import advise, tuning
 
         if (self.target is None) == (self.examples is None):
             raise ValueError("give exactly one of --target 'loss<=0.05', to reach, and --examples 8192, to spend")
         with saving("advise", self, seed=self.seed) as save:
-            problem = problems.named(self.problem)
+            problem = specs.problem(self.problem)
             if self.target is None:
                 goal = tuning.Budget(self.examples or 0)
             else:
@@ -117,7 +117,7 @@ class Advise:
                 found = advise.advise(
                     problem,
                     goal,
-                    optimizer=tuning.load(self.optimizer),
+                    optimizer=specs.optimizer(self.optimizer),
                     batch_sizes=sizes or None,
                     budget=self.budget,
                     seed=self.seed,

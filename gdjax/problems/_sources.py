@@ -143,7 +143,7 @@ def read_from(folder: str | os.PathLike) -> None:
     Raises:
         ValueError: where there is no such folder.
     """
-    if not Path(folder).expanduser().is_dir():
+    if folder == "" or not Path(folder).expanduser().is_dir():
         raise ValueError(f"data={str(folder)!r} is not a folder: make it, or name the one that holds the data sets")
     os.environ[ENVIRONMENT_VARIABLE] = str(folder)
 

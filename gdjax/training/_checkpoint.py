@@ -121,7 +121,7 @@ class Checkpoints(NamedTuple):
         return found.about, arrays
 
     def _check_identity(self, found: Identity) -> None:
-        if changes := _files.differences(found, dict.fromkeys(found) | self.identity):
+        if changes := _files.differences(found, {**dict.fromkeys(found), **self.identity}):
             raise ValueError(
                 f"folder={str(self.folder)!r} holds another run: {changes}. Give this run a folder of its own"
             )

@@ -2,7 +2,7 @@
 
 from gdjax.tuning._histories import of_lanes
 from gdjax.tuning._lanes import Lanes, Optimizer, Runs, runs
-from gdjax.tuning._optimizers import OPTIMIZERS, load, named
+from gdjax.tuning._optimizers import OPTIMIZERS, named
 from gdjax.tuning._pilots import Pilot, search, tune
 from gdjax.tuning._targets import Budget, Goal, Target, parse_target
 
@@ -15,7 +15,6 @@ __all__ = [
     "Pilot",
     "Runs",
     "Target",
-    "load",
     "named",
     "of_lanes",
     "parse_target",
