@@ -71,7 +71,7 @@ def tune(name, h, batch_size):
     def of_memory(memory):
         method = partial(system, name, h, batch_size, memory)
         return quadratics.fewest_updates(
-            method, h, learning_rates=LEARNING_RATES, target=TARGET, max_updates=MAX_UPDATES
+            method, h, learning_rates=jnp.asarray(LEARNING_RATES), target=TARGET, max_updates=MAX_UPDATES
         )
 
     memories = MEMORIES if name in ("momentum", "averaging") else jnp.zeros(1)

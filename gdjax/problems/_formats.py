@@ -88,7 +88,11 @@ def libsvm(content: bytes, *, num_features: int) -> tuple[np.ndarray, np.ndarray
         if not LIBSVM_LINE.fullmatch(line):
             raise ValueError(f"LIBSVM line {i + 1} is not 'label index:value ...': {line[:80]!r}")
     try:
-        features, labels = load_svmlight_file(io.BytesIO(content), n_features=num_features, zero_based=False)[:2]
+        features, labels = load_svmlight_file(
+            io.BytesIO(content),
+            n_features=num_features,
+            zero_based=False,  # pyright: ignore[reportArgumentType]
+        )[:2]
     except ValueError as error:
         for i, line in enumerate(lines):
             indices = [int(index) for index in re.findall(r"(\d+):", line)]

@@ -330,6 +330,8 @@ def test_progress_is_shown_on_a_terminal_and_not_elsewhere(tmp_path, monkeypatch
     shown = terminal.getvalue()
     assert "| 21/21 [" in shown
     assert "points/s]" in shown
+    monkeypatch.setattr(sys, "stderr", None)  # closed
+    sweep.map(train, POINTS, chunk_size=4)
 
 
 def test_a_mesh_of_any_axes_holds_the_points():
