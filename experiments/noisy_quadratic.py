@@ -74,7 +74,7 @@ def tune(name, h, batch_size):
             method, h, learning_rates=jnp.asarray(LEARNING_RATES), target=TARGET, max_updates=MAX_UPDATES
         )
 
-    memories = MEMORIES if name in ("momentum", "averaging") else jnp.zeros(1)
+    memories = jnp.asarray(MEMORIES) if name in ("momentum", "averaging") else jnp.zeros(1)
     updates, rates = jax.lax.map(of_memory, memories)
     best = jnp.argmin(updates)
     return Tuned(updates[best], rates[best], memories[best])

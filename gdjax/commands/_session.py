@@ -178,8 +178,9 @@ def saving(name: str, command: Any, *, seed: int) -> Iterator[Callable[..., None
             if common.json not in (None, "-"):
                 _files.write_json(Path(common.json), result)
             # Nobody may be listening any more: all that was to be kept has been.
-            print(text)
-            print(f"Saved {folder / 'result.json'} and {', '.join(['figure.png', *files])}")
+            tell = say if common.json == "-" else print
+            tell(text)
+            tell(f"Saved {folder / 'result.json'} and {', '.join(['figure.png', *files])}")
             if common.json == "-" and stdout is not None:
                 stdout.write(_files.to_json(result))
 
