@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
+from gdjax.commands import _specs
 from gdjax.commands._session import Common, progress, saving
 
 if TYPE_CHECKING:
@@ -43,18 +44,18 @@ class Advise:
 
     def run(self) -> None:
         """Advise, print and save."""
-        from gdjax import advise, problems, tuning
+        from gdjax import advise, tuning
 
         if (self.target is None) == (self.examples is None):
             raise ValueError("give exactly one of --target 'loss<=0.05', to reach, and --examples 8192, to spend")
         with saving("advise", self, seed=self.seed) as save:
-            problem = problems.named(self.problem)
+            problem = _specs.problem(self.problem)
             sizes = [problem.num_examples if size == "full" else size for size in self.batch_sizes or ()]
             with progress() as show:
                 found = advise.batch_size(
                     problem,
                     tuning.Budget(self.examples or 0) if self.target is None else self.target,
-                    optimizer=tuning.load(self.optimizer),
+                    optimizer=_specs.optimizer(self.optimizer),
                     sizes=sizes or None,
                     seconds=self.budget,
                     memory=self.memory and 1e9 * self.memory,

@@ -4,9 +4,9 @@ import dataclasses
 import shutil
 import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from gdjax.commands import _specs
 from gdjax.commands._session import Common, progress, saving
 
 if TYPE_CHECKING:
@@ -47,24 +47,24 @@ class Compare:
     Default: a quarter of what is free."""
     seed: int = 0
     """Seed that they are drawn from."""
-    cache: Path | None = None
+    cache: str | None = None
     """Folder of compiled programs to read and to add to, so that a second run compiles less."""
     common: Common = Common()
 
     def run(self) -> None:
         """Compare, print and save."""
-        from gdjax import compare, problems, timing, tuning
+        from gdjax import compare, timing
 
         with saving("compare", self, seed=self.seed) as save:
-            if self.cache:
+            if self.cache is not None:
                 timing.keep_compiled(self.cache)
-            problem = problems.named(self.problem)
+            problem = _specs.problem(self.problem)
             sizes = self.batch_sizes or compare.default_batch_sizes(problem.num_examples)
             with progress() as show:
                 plan = compare.plan(
                     problem,
                     [problem.num_examples if size == "full" else size for size in sizes],
-                    optimizer=tuning.load(self.optimizer),
+                    optimizer=_specs.optimizer(self.optimizer),
                     learning_rate=self.learning_rate,
                     num_epochs=self.num_epochs,
                     num_seeds=self.num_seeds,

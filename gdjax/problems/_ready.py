@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gdjax.problem import Problem, load
+from gdjax.problem import Problem
 from gdjax.problems import datasets, models
 from gdjax.problems.datasets import Split
 
@@ -208,19 +208,17 @@ BUILT_IN: dict[str, Callable[[], Problem]] = {
 }
 
 
-def named(spec: str) -> Problem:
-    """Return a built-in problem by name, or load 'package.module:attribute' (see `problem.load`).
+def named(name: str) -> Problem:
+    """Return a built-in problem by its name, a key of BUILT_IN.
 
     Raises:
-        ValueError: for a name that is not built in and a spec that cannot be loaded.
+        ValueError: for a name that is not built in.
     """
-    if ":" in spec:
-        return load(spec)
-    if spec not in BUILT_IN:
+    if name not in BUILT_IN:
         raise ValueError(
-            f"problem={spec!r} is not one of {', '.join(BUILT_IN)}; a problem of your own is package.module:attribute"
+            f"problem={name!r} is not one of {', '.join(BUILT_IN)}; a problem of your own is package.module:attribute"
         )
-    return BUILT_IN[spec]()
+    return BUILT_IN[name]()
 
 
 def _check_labels(data: Split, num_classes: int) -> None:

@@ -16,23 +16,22 @@ and the history so far are all that a checkpoint needs for a resume bit for bit.
 
 import collections
 import contextlib
-import importlib
+import importlib.util
 import os
-import re
 import signal
 import sys
 import threading
 import time
-import zlib
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.extend import core
 from jax.sharding import Mesh
 
-from gdjax import batching, descent, problem
+from gdjax import _files, batching, descent, problem, report
 from gdjax.descent import Method, Record, State
 from gdjax.problem import Batch
 from gdjax.training import _checkpoint as checkpoint
@@ -40,6 +39,8 @@ from gdjax.training import _feeding as feeding
 from gdjax.training._feeding import Plan
 
 POLL_SECONDS = 1e-3
+# Of Ctrl-C, of `kill` and schedulers, of a terminal that is closed: the last does not exist on Windows.
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 NUM_SAMPLED = 1024  # examples that a data set is recognised by
 
 
@@ -63,7 +64,7 @@ def run(
 
     With a `folder`, a call after a crash or an interruption goes on from the newest checkpoint and returns what the run
     in one piece returns, bit for bit for the same `chunk_updates` and devices. With more updates than before it makes
-    the further ones. SIGINT (Ctrl-C) and SIGTERM end the run after the chunk under way with a checkpoint and
+    the further ones. SIGINT (Ctrl-C), SIGTERM and SIGHUP end the run after the chunk under way with a checkpoint and
     `SystemExit(128 + signal)`; a second one ends the process at once. Without a folder they do what they always do.
 
     Args:
@@ -83,7 +84,7 @@ def run(
             With several processes (`jax.distributed`), all call `run` with the same arguments. Process 0 alone writes
             and prints, so that only it needs the folder.
         folder: where checkpoints are kept, the newest two. Each holds the state and the whole history.
-        checkpoint_seconds: seconds between checkpoints. There is one at the end in any case.
+        checkpoint_seconds: seconds between checkpoints, at least 0. There is one at the end in any case.
 
     Returns:
         (state after T updates, records as NumPy arrays stacked along a new axis 0 of length T / every).
@@ -92,12 +93,14 @@ def run(
         ValueError: for numbers that do not fit each other, a batch that the devices cannot share equally (naming one
             that they can), a stream longer than 2^31, and a folder that cannot be written, is in use by a run that is
             alive, or holds another run.
-        ModuleNotFoundError: without tqdm; with a folder, without orbax-checkpoint; with data in NumPy arrays, without
+        ModuleNotFoundError: with a folder, without orbax-checkpoint or filelock; with data in NumPy arrays, without
             grain.
         OSError: where a checkpoint cannot be written, as on a full disk. Those before it are intact.
     """
     numbers = {"batch_size": batch_size, "num_updates": num_updates, "every": every, "chunk_updates": chunk_updates}
     plan = feeding.planned(state, data, key, mesh, **numbers)
+    if not checkpoint_seconds >= 0:  # NaN is not either
+        raise ValueError(f"checkpoint_seconds={checkpoint_seconds} must be at least 0 seconds")
     on_host = any(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(data))
     _check_installed(saves=folder is not None, feeds=on_host)
     step = jax.jit(method.step, inline=True)  # traced once, for its shapes here and for every program below
@@ -111,7 +114,8 @@ def run(
             if jax.process_index() == 0:
                 checkpoints = stack.enter_context(checkpoint.opened(folder, identity))
         done, state = _resumed(checkpoints, state, history, plan)
-        bar = stack.enter_context(_bar(plan, done))
+        options = {"total": plan.num_updates, "initial": done, "unit": "update"}
+        bar = stack.enter_context(report.progress_bar(**options))
         program, inputs = feed(method, data, key, plan, stream, record, done)
         state = feeding.placed(state, plan.sharding())
         state = _loop(program, inputs, state, history, plan, done, checkpoints, checkpoint_seconds, received, bar)
@@ -144,17 +148,11 @@ def _loop(program, inputs, state, history, plan, done, checkpoints, checkpoint_s
 
 
 def _check_installed(*, saves: bool, feeds: bool) -> None:
-    wanted = [("tqdm", "the progress bar of training.run is tqdm's: pip install 'gdjax[experiments]'")]
-    if feeds:
-        advice = "pip install 'gdjax[grain]', or put data that fits onto the device: jax.tree.map(jnp.asarray, data)"
-        wanted.append(("grain", f"data in NumPy arrays is fed by grain: {advice}"))
     if saves:
         checkpoint.check_installed()
-    for module, message in wanted:
-        try:
-            importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(message) from error
+    if feeds and importlib.util.find_spec("grain") is None:
+        advice = "pip install 'gdjax[grain]', or put data that fits onto the device: jax.tree.map(jnp.asarray, data)"
+        raise ModuleNotFoundError(f"data in NumPy arrays is fed by grain: {advice}")
 
 
 def _described(step, state, data, plan: Plan, key, stream, record) -> tuple[Any, checkpoint.Identity]:
@@ -166,11 +164,15 @@ def _described(step, state, data, plan: Plan, key, stream, record) -> tuple[Any,
         state, info = step(state, batch)
         return state, record(state, info)
 
-    program, (_, records) = jax.make_jaxpr(update, return_shape=True)(state, batch)
+    closed, (_, records) = jax.make_jaxpr(update, return_shape=True)(state, batch)
     length = plan.num_updates // plan.every
     history = jax.tree.map(lambda x: np.zeros((length, *x.shape), x.dtype), records)
-    text = re.sub("0x[0-9a-f]+", "", str(program.jaxpr)).encode()  # functions print their address
-    constants = feeding.to_names("", list(program.consts))
+
+    def program(constants, leaves):
+        return core.jaxpr_as_fun(core.ClosedJaxpr(closed.jaxpr, constants))(*leaves)
+
+    leaves = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in closed.in_avals]
+    text, arrays = _files.fingerprint(program, closed.consts, leaves)
     sample = np.linspace(0, num_examples - 1, min(num_examples, NUM_SAMPLED)).astype(int)
     shapes = {
         name + jax.tree_util.keystr(path): f"{x.dtype}{list(x.shape)}"
@@ -183,11 +185,10 @@ def _described(step, state, data, plan: Plan, key, stream, record) -> tuple[Any,
         "every": plan.every,
         "stream": getattr(stream, "__name__", repr(stream)),
         "jax": jax.__version__,
-        "method or record (checksum of the jaxpr)": f"{zlib.crc32(text):08x} {checkpoint.checksum(constants)}",
-        "first state (checksum)": checkpoint.checksum(feeding.to_names("", state)),
-        "data (checksum of a sample)": checkpoint.checksum(
-            feeding.to_names("", jax.tree.map(lambda x: x[sample], data))
-        ),
+        "program of method and record": text,
+        "arrays in method and record": arrays,
+        "first state": checkpoint.checksum(feeding.to_names("", state)),
+        "sample of data": checkpoint.checksum(feeding.to_names("", jax.tree.map(lambda x: x[sample], data))),
     }
 
 
@@ -236,6 +237,7 @@ def _agreed(received: list[int]) -> int:
 def _stop(signum: int, done: int, plan: Plan, checkpoints) -> NoReturn:
     if checkpoints:
         checkpoints.finish()
+    if checkpoints and sys.stderr is not None:
         print(
             f"gdjax: {signal.Signals(signum).name} after update {done} of {plan.num_updates}; saved in "
             f"{checkpoints.folder}, from where the same call goes on",
@@ -246,9 +248,12 @@ def _stop(signum: int, done: int, plan: Plan, checkpoints) -> NoReturn:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list, the first of them; another then ends the process as if nobody listened."""
+    """Collect SIGNALS in a list, the first of them; another then ends the process as if nobody listened.
+
+    Those that the process was started to ignore, as `nohup` does with SIGHUP, it goes on to ignore.
+    """
     received: list[int] = []
-    listened = (signal.SIGINT, signal.SIGTERM)
+    listened = [signum for signum in SIGNALS if signal.getsignal(signum) != signal.SIG_IGN]
     if threading.current_thread() is not threading.main_thread():  # where Python allows no handlers
         yield received
         return
@@ -264,14 +269,6 @@ def _signals() -> Iterator[list[int]]:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
-
-
-def _bar(plan: Plan, done: int):
-    """Return a progress bar on standard error: none in other processes than the first, and where it is no terminal."""
-    from tqdm import tqdm
-
-    disable = True if jax.process_index() else None
-    return tqdm(total=plan.num_updates, initial=done, unit="update", disable=disable, file=sys.stderr)
 
 
 def _dtype(x):

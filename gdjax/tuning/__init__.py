@@ -11,7 +11,7 @@
 """
 
 from gdjax.tuning._goals import Budget, Goal, Target, evaluation_examples, parse_target
-from gdjax.tuning._optimizers import OPTIMIZERS, load, named
+from gdjax.tuning._optimizers import OPTIMIZERS, named
 from gdjax.tuning._runs import Optimizer, Runs, Trainer, trainer
 from gdjax.tuning._search import History, Search, Tuning, minimise, search, search_grid, widen
 from gdjax.tuning._speed import Speed, estimator, microbatch_sizes, speeds
@@ -33,7 +33,6 @@ __all__ = [
     "estimator",
     "evaluation_examples",
     "grid",
-    "load",
     "microbatch_sizes",
     "minimise",
     "named",
