@@ -78,7 +78,7 @@ def ordered(method: Method, gradient, optimizer) -> Method:
     def step(state, batch):
         estimate = gradient(state.params, batch)
         firsts = jnp.stack([leaf.reshape(-1)[0] for leaf in jax.tree.leaves(estimate.grad)])
-        zero = firsts @ jnp.where(state.num_examples < 0, jnp.ones_like(firsts), jnp.zeros_like(firsts))
+        zero = firsts @ jnp.where(state.num_examples.high > 0, jnp.ones_like(firsts), jnp.zeros_like(firsts))
         late = estimate._replace(grad=jax.tree.map(lambda g: g + zero, estimate.grad))
         return descent.method(lambda params, batch: late, optimizer).step(state, batch)
 

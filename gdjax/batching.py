@@ -17,69 +17,90 @@ it can be made on its own, and a run that is cut into chunks sees what a run in 
 
 >>> reshuffled(jax.random.key(0), 4, start=3, length=5)
 Array([3, 0, 3, 1, 2], dtype=int32)
+
+So can one of a thousand million examples, after 2^62 others:
+
+>>> reshuffled(jax.random.key(0), 10**9, start=2**62, length=3)
+Array([ 47299582, 353577235, 715360196], dtype=int32)
 """
 
 import operator
-from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
 
+from gdjax import batching_cipher, batching_count
+from gdjax.batching_count import Count as Count
 
-def reshuffled(key, num_examples: int, *, num_epochs: int | None = None, start=0, length: int | None = None):
+MAX_SORTED = 2**13  # examples; beyond, an order is looked up. Sorting them takes 2.5 ms on a CPU
+MAX_EXAMPLES = 2**31  # indices are int32
+
+
+def reshuffled(key, num_examples: int, *, num_epochs: int | None = None, start: Any = 0, length: int | None = None):
     """Visit every example once an epoch, in an order drawn anew each epoch (random reshuffling).
+
+    Up to N = 2^13, `jax.random.permutation` draws the order of an epoch, by sorting: all N! orders are equally likely, as
+    far as the generator can tell, and a window costs a sort of N for every epoch that it touches. Beyond, entries are
+    looked up in an order that is never stored, see `batching_cipher`: a window costs time and memory of its own length,
+    whatever N is. Every epoch is still exactly a permutation.
 
     Args:
         key: typed PRNG key.
-        num_examples: N, examples in the data set.
+        num_examples: N, examples in the data set, at most 2^31.
         num_epochs: epochs; the stream has S = N * num_epochs entries.
-        start, length: instead of `num_epochs`, the window of `length` entries that begins at position `start`
-            (examples; an int, or a traced int32, below 2^31) of the endless stream.
+        start, length: instead of `num_epochs`, the window of `length` entries, at most 2^31, that begins at position
+            `start` of the endless stream: an int or a `Count`, below 2^63, or a traced integer. A traced int32 ends at
+            2^31, and a traced `Count` does not.
 
     Returns:
         int32[S], indices in [0, N).
 
     Raises:
-        ValueError: for no example, no epoch, or both or neither of `num_epochs` and `length`.
+        ValueError: for no example or more than 2^31, for no epoch, for both or neither of `num_epochs` and `length`, and
+            for more than 2^31 entries.
     """
-    return _window(
-        lambda epoch: _permutation(jax.random.fold_in(key, epoch), num_examples),
-        num_examples,
-        num_epochs,
-        start,
-        length,
-    )
+    window = _window(num_examples, num_epochs, start, length)
+    if window.num_examples <= MAX_SORTED:
+        orders = jax.vmap(lambda key: _permutation(key, window.num_examples))(_epoch_keys(key, window))
+        return lax.dynamic_slice_in_dim(orders.reshape(-1), window.offset, window.length)
+    orders = jax.vmap(lambda key: batching_cipher.draw(key, window.num_examples))(_epoch_keys(key, window))
+    return _looked_up(orders, *_places(window), window)
 
 
-def shuffled_once(key, num_examples: int, *, num_epochs: int | None = None, start=0, length: int | None = None):
-    """Visit every example once an epoch, in one random order kept for all epochs. Arguments as `reshuffled`."""
-    return _window(
-        lambda epoch: _permutation(jax.random.fold_in(key, 0), num_examples), num_examples, num_epochs, start, length
-    )
+def shuffled_once(key, num_examples: int, *, num_epochs: int | None = None, start: Any = 0, length: int | None = None):
+    """Visit every example once an epoch, in one random order kept for all epochs. All as `reshuffled`."""
+    window = _window(num_examples, num_epochs, start, length)
+    key = jax.random.fold_in(key, 0)
+    _, indices = _places(window)
+    if window.num_examples <= MAX_SORTED:
+        return _permutation(key, window.num_examples)[indices]
+    order = batching_cipher.draw(key, window.num_examples)
+    return _looked_up(order[None], jnp.zeros_like(indices), indices, window)
 
 
-def cyclic(key, num_examples: int, *, num_epochs: int | None = None, start=0, length: int | None = None):
+def cyclic(key, num_examples: int, *, num_epochs: int | None = None, start: Any = 0, length: int | None = None):
     """Visit every example once an epoch, in the order of the data. Arguments as `reshuffled`.
 
     `key` is taken, and not used, so that streams can stand in for one another.
     """
     del key
-    return _window(lambda epoch: jnp.arange(num_examples, dtype=jnp.int32), num_examples, num_epochs, start, length)
+    return _places(_window(num_examples, num_epochs, start, length))[1].astype(jnp.int32)
 
 
-def with_replacement(key, num_examples: int, *, num_epochs: int | None = None, start=0, length: int | None = None):
-    """Draw every entry uniformly and independently, N of them to an 'epoch'. Arguments as `reshuffled`."""
-    return _window(
-        lambda epoch: jax.random.randint(
-            jax.random.fold_in(key, epoch), (num_examples,), 0, num_examples, dtype=jnp.int32
-        ),
-        num_examples,
-        num_epochs,
-        start,
-        length,
-    )
+def with_replacement(
+    key, num_examples: int, *, num_epochs: int | None = None, start: Any = 0, length: int | None = None
+):
+    """Draw every entry uniformly and independently, N of them to an 'epoch'. Arguments as `reshuffled`.
+
+    Every position has 64 bits of its own, so that a window costs time of its own length.
+    """
+    window = _window(num_examples, num_epochs, start, length)
+    keys = batching_count.keys(key, window.start, window.length)
+    bits = jax.vmap(lambda key: jax.random.bits(key, (2,), jnp.uint32))(keys)
+    return batching_count.below(bits, window.num_examples).astype(jnp.int32)
 
 
 def cut(stream: jax.Array, batch_size: int, *, drop_remainder: bool = False) -> jax.Array:
@@ -119,31 +140,67 @@ def take(data, indices: jax.Array):
     return jax.tree.map(lambda x: jnp.asarray(x).at[indices].get(mode="promise_in_bounds"), data)
 
 
-def _permutation(key, num_examples: int) -> jax.Array:
-    return jax.random.permutation(key, jnp.arange(num_examples, dtype=jnp.int32))
+class _Window(NamedTuple):
+    """A piece of a stream: `length` entries from position `start` on, which is place `offset` of epoch `epoch`.
+
+    The positions are uint32 where they are known to be below 2^32, and counts otherwise. `num_epochs` are touched.
+    """
+
+    num_examples: int
+    start: jax.Array | Count
+    length: int
+    epoch: jax.Array | Count
+    offset: jax.Array
+    num_epochs: int
 
 
-def _window(order: Callable, num_examples: int, num_epochs: int | None, start, length: int | None) -> jax.Array:
-    """Return entries start ... start + length - 1 of the concatenation of order(0), order(1), ..."""
+def _window(num_examples: int, num_epochs: int | None, start: Any, length: int | None) -> _Window:
+    """Check the arguments of a stream and find the window."""
     num_examples = operator.index(num_examples)
-    if num_examples < 1:
-        raise ValueError(f"num_examples={num_examples} must be at least 1")
+    if not 1 <= num_examples <= MAX_EXAMPLES:
+        raise ValueError(f"num_examples={num_examples} must be at least 1 and at most 2^31")
     if (num_epochs is None) == (length is None):
         raise ValueError(f"give num_epochs={num_epochs} or length={length}, one of the two")
-    position = None if isinstance(start, Tracer) else operator.index(start)  # None: known only when the program runs
+    traced = any(isinstance(x, Tracer) for x in jax.tree.leaves(start))
+    position = None if traced else operator.index(start)  # None: known only when the program runs
     if num_epochs is not None and position != 0:
         raise ValueError(f"start={start} comes with length, not with num_epochs={num_epochs}")
-    if position is not None and position < 0:
-        raise ValueError(f"start={start} must be at least 0")
     if num_epochs is not None:
         length = num_epochs * num_examples
-    if length is None or length < 1:
-        raise ValueError(f"the stream must be at least 1 entry long: num_epochs={num_epochs}, length={length}")
-    if position is not None:
-        first, offset = divmod(position, num_examples)
-        touched = -(-(offset + length) // num_examples)
-    else:
-        first, offset = jnp.divmod(jnp.asarray(start, jnp.int32), jnp.int32(num_examples))
+    if length is None or not 1 <= length <= MAX_EXAMPLES:
+        raise ValueError(
+            f"the stream must be 1 to 2^31 entries long, and a longer one taken in windows: num_epochs={num_epochs}, "
+            f"length={length}"
+        )
+    if position is not None and not 0 <= position <= 2**63 - length:
+        raise ValueError(f"start={start} must be at least 0, and start + length={length} at most 2^63")
+    if position is None:
         touched = -(-(num_examples - 1 + length) // num_examples)
-    entries = jax.vmap(order)(first + jnp.arange(touched, dtype=jnp.int32)).reshape(-1)
-    return lax.dynamic_slice_in_dim(entries, offset, length)
+        if isinstance(start, Count) or jnp.iinfo(start.dtype).max >= 2**32 - 1:
+            start = Count.of(start)
+            return _Window(num_examples, start, length, *divmod(start, num_examples), touched)
+        start, size = jnp.asarray(start, jnp.uint32), jnp.uint32(num_examples)
+        return _Window(num_examples, start, length, lax.div(start, size), lax.rem(start, size), touched)
+    epoch, offset = divmod(position, num_examples)
+    touched = -(-(offset + length) // num_examples)
+    narrow = jnp.uint32 if position + length <= 2**32 else Count.of
+    return _Window(num_examples, narrow(position), length, narrow(epoch), jnp.uint32(offset), touched)
+
+
+def _epoch_keys(key, window: _Window) -> jax.Array:
+    return batching_count.keys(key, window.epoch, window.num_epochs)
+
+
+def _places(window: _Window) -> tuple[jax.Array, jax.Array]:
+    """Return, for every entry, how many epochs after the first it lies, and the place in its epoch, uint32[length]."""
+    places = window.offset + jnp.arange(window.length, dtype=jnp.uint32)
+    size = jnp.uint32(window.num_examples)
+    return lax.div(places, size), lax.rem(places, size)
+
+
+def _looked_up(orders, which, indices, window: _Window) -> jax.Array:
+    return batching_cipher.look_up(orders, which, indices, window.num_examples).astype(jnp.int32)
+
+
+def _permutation(key, num_examples: int) -> jax.Array:
+    return jax.random.permutation(key, jnp.arange(num_examples, dtype=jnp.int32))

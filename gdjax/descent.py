@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from gdjax import batching, problem
+from gdjax import batching, batching_count, problem
 from gdjax.gradients import Gradient
 from gdjax.problem import Batch, Params
 
@@ -33,12 +33,12 @@ class State(NamedTuple):
     Attributes:
         params: the parameters.
         opt_state: the state of the optax transformation.
-        num_examples: int32 scalar, examples seen so far, below 2^31.
+        num_examples: examples seen so far, a scalar `batching.Count`: they may be more than 2^32.
     """
 
     params: Params
     opt_state: Any
-    num_examples: jax.Array
+    num_examples: batching.Count
 
 
 class Info(NamedTuple):
@@ -80,7 +80,7 @@ def method(gradient: Gradient, optimizer: optax.GradientTransformation) -> Metho
     def init(params: Params) -> State:
         params = jax.tree.map(jnp.asarray, params)
         train, _ = problem.trainable(params)
-        return State(params, optimizer.init(train), jnp.zeros((), jnp.int32))
+        return State(params, optimizer.init(train), batching.Count.of(0))
 
     def step(state: State, batch: Batch) -> tuple[State, Info]:
         estimate = gradient(state.params, batch)
@@ -100,8 +100,8 @@ def with_keys(method: Method, key: jax.Array) -> Method:
 
     The gradient of `method` must be of a loss `(params, (example, key)) -> scalar`. The key at position p of the stream
     is `fold_in(key, p)`, p being counted by `State.num_examples`: an example that is visited again has a fresh key, a
-    replayed or resumed run has the same ones, and so has every batch size. A loss without randomness, of the same
-    parameters, is what a `Problem` evaluates.
+    replayed or resumed run has the same ones, and so has every batch size. From 2^32 on, the high and the low half of p
+    are folded in one after the other. A loss without randomness, of the same parameters, is what a `Problem` evaluates.
 
     Args:
         method: whose batches become `(batch, keys [B])`.
@@ -109,8 +109,8 @@ def with_keys(method: Method, key: jax.Array) -> Method:
     """
 
     def step(state: State, batch: Batch) -> tuple[State, Info]:
-        positions = state.num_examples + jnp.arange(problem.num_examples(batch, "batch"), dtype=jnp.int32)
-        return method.step(state, (batch, jax.vmap(jax.random.fold_in, (None, 0))(key, positions)))
+        keys = batching_count.keys(key, state.num_examples, problem.num_examples(batch, "batch"))
+        return method.step(state, (batch, keys))
 
     return Method(method.init, step)
 

@@ -27,7 +27,7 @@ def evaluate(problem: Problem, data, state, info=None):
     """Return the examples seen, the mean loss of the training examples, and the mean metrics of the test examples."""
     train_data, test_data = data
     return {
-        "examples": state.num_examples,
+        "examples": state.num_examples.astype(jnp.int32),  # `compare` allows no more
         "loss": _mean_over(train_data, problem.loss, state.params),
         "metrics": {name: _mean_over(test_data, metric, state.params) for name, metric in problem.metrics.items()},
     }

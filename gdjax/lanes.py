@@ -103,7 +103,8 @@ def runs(
         while done < end:
             first = done % most
             if first == 0 or streams is None:
-                windows = [window(key, done * batch_size) for key in lanes.stream_keys]
+                start = batching.Count.of(done * batch_size)
+                windows = [window(key, start) for key in lanes.stream_keys]
                 streams = jnp.stack([windows[seed] for seed in lanes.seeds])
             count = min(end - done, most - first)
             states = train(

@@ -314,7 +314,7 @@ def test_the_gradient_rule_looks_at_the_gradient_it_is_given():
 @pytest.mark.usefixtures("nans")
 def test_no_improvement_counts_the_values_in_a_row_that_are_not_below_the_best(values, num_updates):
     values = jnp.asarray(values)
-    rule = descent.no_improvement(3, lambda state, info: values[state.num_examples - 1])
+    rule = descent.no_improvement(3, lambda state, info: values[state.num_examples.low - 1])
     _, ending = descend_until(0.5, {"no improvement": rule})
     assert int(ending.num_updates) == num_updates
 

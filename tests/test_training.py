@@ -292,7 +292,7 @@ def devices(num_devices, axis_type=AxisType.Auto):
         ({"every": 5}, "every=5 must divide num_updates=12: 10 would do"),
         ({"every": 6}, "every=6 must divide chunk_updates=4: 6 would do"),
         ({"key": jax.random.PRNGKey(0)}, r"must be a typed key, from jax.random.key\(seed\)"),
-        ({"num_updates": 2**29}, "go past position 2.31 of the stream: at most 536870911 updates"),
+        ({"num_updates": 2**61}, "go past position 2.63 of the stream: at most 2305843009213693951 updates"),
         ({"data": ()}, "data has no arrays"),
         ({"batch_size": 3, "mesh": devices(2)}, "batch_size=3 cannot be shared equally by the 2 devices.* is 4"),
         ({"mesh": devices(2, AxisType.Explicit)}, "mesh must have Auto axes"),
