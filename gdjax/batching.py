@@ -42,10 +42,10 @@ MAX_EXAMPLES = 2**31  # indices are int32
 def reshuffled(key, num_examples: int, *, num_epochs: int | None = None, start: Any = 0, length: int | None = None):
     """Visit every example once an epoch, in an order drawn anew each epoch (random reshuffling).
 
-    Up to N = 2^13, `jax.random.permutation` draws the order of an epoch, by sorting: all N! orders are equally likely, as
+    Up to N = 2^13, `jax.random.permutation` sorts the examples by random numbers: all N! orders are equally likely, as
     far as the generator can tell, and a window costs a sort of N for every epoch that it touches. Beyond, entries are
     looked up in an order that is never stored, see `batching_cipher`: a window costs time and memory of its own length,
-    whatever N is. Every epoch is still exactly a permutation.
+    whatever N is. Every epoch is exactly a permutation either way.
 
     Args:
         key: typed PRNG key.
@@ -59,8 +59,8 @@ def reshuffled(key, num_examples: int, *, num_epochs: int | None = None, start: 
         int32[S], indices in [0, N).
 
     Raises:
-        ValueError: for no example or more than 2^31, for no epoch, for both or neither of `num_epochs` and `length`, and
-            for more than 2^31 entries.
+        ValueError: for no example or more than 2^31, for no epoch, for both or neither of `num_epochs` and `length`,
+            for more than 2^31 entries, and for a position that is negative or beyond 2^63.
     """
     window = _window(num_examples, num_epochs, start, length)
     if window.num_examples <= MAX_SORTED:

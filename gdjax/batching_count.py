@@ -102,7 +102,7 @@ class Count:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         number = np.asarray(self.high).astype(np.int64) << 32 | np.asarray(self.low).astype(np.int64)
-        return number if dtype is None else number.astype(dtype)
+        return np.asarray(number, dtype)
 
     def __index__(self) -> int:
         return int(self.high) << 32 | int(self.low)
@@ -132,7 +132,8 @@ def keys(key: jax.Array, start: "Count | jax.Array", length: int) -> jax.Array:
 
     def one(position: Count) -> jax.Array:
         far = jax.random.fold_in(key, position.high)
-        return jax.random.fold_in(jnp.where(position.high == 0, key, far), position.low)
+        near = jax.random.clone(key)  # for JAX's checker of keys, to which a choice between two uses up both
+        return jax.random.fold_in(jnp.where(position.high == 0, near, far), position.low)
 
     return jax.vmap(one)(positions)
 

@@ -44,7 +44,7 @@ MAX_WINDOW = WINDOW_EPOCHS * batching.MAX_SORTED  # entries, unless a chunk take
 Stream = Callable[..., jax.Array]
 """`stream(key, num_examples, start=..., length=...) -> int32[length]`, from `gdjax.batching`.
 
-`start` is an int32 in a run that ends below position 2^31 of its stream, and a `batching.Count` in one that goes beyond.
+`start` is an int32 in a run that ends below position 2^31 of its stream, and a `batching.Count` in a longer one.
 """
 Step = Callable[[State, Batch], tuple[State, Info]]
 Program = Callable[..., tuple[State, tuple[jax.Array, Any]]]

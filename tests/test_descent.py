@@ -387,6 +387,21 @@ def test_each_position_of_the_stream_has_its_own_key_whoever_takes_the_gradient(
     precision.assert_close(state.params, params, rtol=1e-12)
 
 
+@pytest.mark.usefixtures("replays")
+def test_the_keys_of_far_positions_are_folded_in_by_halves(key):
+    """Across 2^32, up to which a key is that of `fold_in` alone, and across 2^33."""
+    method = descent.with_keys(descent.method(gradients.per_example(dropped_out), optax.sgd(0.0)), key)
+    batch = jax.tree.map(lambda x: x[:4], KEYED_DATA)
+    for first in (2**32 - 2, 2**33 - 2):
+        state = method.init(jnp.ones(4))._replace(num_examples=batching.Count.of(first))
+        state, info = jax.jit(method.step)(state, batch)
+        assert int(state.num_examples) == first + 4
+        for i, p in enumerate(range(first, first + 4)):
+            base = jax.random.fold_in(key, p >> 32) if p >> 32 else key
+            example = jax.tree.map(lambda x, i=i: x[i], batch), jax.random.fold_in(base, np.uint32(p % 2**32))
+            precision.assert_close(info.aux.losses[i], dropped_out(jnp.ones(4), example), rtol=1e-12)
+
+
 def test_a_run_with_keys_that_is_cut_in_two_is_the_run_in_one_piece(key):
     batches = batching.cut(batching.reshuffled(key, 6, num_epochs=4), 3)
     method = descent.with_keys(descent.method(gradients.mean(dropped_out), optax.sgd(0.05, momentum=0.9)), key)

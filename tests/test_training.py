@@ -104,6 +104,22 @@ def test_the_state_of_a_finished_run_goes_on_where_it_ended(run, straight):
     assert_equal((state, np.concatenate([losses, more])), straight)
 
 
+@pytest.mark.parametrize("first", [2**31 - 20, 2**32 - 20])
+def test_a_run_goes_on_past_what_32_bits_count(run, data, first, tmp_path):
+    """On the device, from host memory, and resumed, against the loop over windows by hand."""
+    pytest.importorskip("grain")
+    start = START._replace(num_examples=batching.Count.of(first))
+    window = batching.reshuffled(jax.random.key(0), NUM_EXAMPLES, start=first, length=4 * 12)
+    loop = jax.jit(lambda state: descent.run(METHOD, state, data, batching.cut(window, 4)))
+    expected = loop(start)
+    assert int(expected[0].num_examples) == first + 48
+    common = {"state": start, "stream": batching.reshuffled}
+    assert_equal(run(**common), expected)
+    assert_equal(run(**common, data=jax.tree.map(np.asarray, data)), expected)
+    run(**common, num_updates=8, folder=tmp_path)
+    assert_equal(run(**common, folder=tmp_path), expected)
+
+
 def test_the_step_is_traced_once_and_a_chunk_compiled_once(run, caplog):
     @chex.assert_max_traces(n=1)
     def traced(params, example):
