@@ -9,15 +9,15 @@ The N - R C <= R indices that the table leaves over keep their places. Before ea
 indices are moved on by a random number modulo N, so that others are left over each time. This too permutes N indices
 exactly, and takes the place of enciphering again until an index is in range, a loop of a length that nobody knows.
 
-All N! orders cannot be reached, and need not be: an order is made of 18 random words. With random functions, known
-attacks tell r rounds on a table of sqrt(N) x sqrt(N) from a uniform order after about N^(r/2 - 2) entries (Patarin 2001,
-'Generic attacks on Feistel schemes'): N^4 for the 12 rounds here, N^2 for the 8 of an index that is once left over.
-For N = 2^13 that is 5e15 and 7e7 entries. The functions here are a fixed hash of (word xor index), no ciphers: the
-orders are for statistics, not for secrets.
+An order is made of the 64 bits of a key, so most of the N! orders are never drawn. Were the functions truly random, the
+attacks known on r rounds over sqrt(N) x sqrt(N) (Patarin 2001, 'Generic attacks on Feistel schemes') would need
+about N^(r/2 - 2) entries to tell the order from a uniform one: N^4 for the 12 rounds here, N^2 for the 8 of an index
+that is once left over; for N = 2^13, 5e15 and 7e7 entries. Here they are a hash of index and word: good for statistics
+(see the tests), and not for secrets.
 
 >>> order = draw(jax.random.key(0), 10**6)[None]
 >>> look_up(order, jnp.uint32(0), jnp.arange(5, dtype=jnp.uint32), 10**6)
-Array([210130, 494621,  85226, 298841, 588117], dtype=uint32)
+Array([286627,  78408, 186599, 540585, 491648], dtype=uint32)
 """
 
 import math
@@ -33,8 +33,13 @@ NUM_ROUNDS = 4  # of a pass
 
 
 def draw(key: jax.Array, num_examples: int) -> jax.Array:
-    """Draw what makes an order of N: uint32[NUM_PASSES, 1 + NUM_ROUNDS], of every pass the shift, then its rounds."""
-    bits = jax.random.bits(key, (NUM_PASSES * (2 + NUM_ROUNDS),), jnp.uint32)  # in two axes it compiles twice as long
+    """Make an order of N from the bits of a key: uint32[NUM_PASSES, 1 + NUM_ROUNDS], a shift and a word for each round.
+
+    The words are hashes of the key's and not `jax.random.bits`, which takes as long to compile as all else here.
+    """
+    bits = jnp.arange(1, NUM_PASSES * (2 + NUM_ROUNDS) + 1, dtype=jnp.uint32)
+    for word in jax.random.key_data(key):
+        bits = _hashed(bits ^ word)
     bits = bits.reshape(NUM_PASSES, 2 + NUM_ROUNDS)
     return jnp.concatenate([batching_count.below(bits[:, :2], num_examples)[:, None], bits[:, 2:]], axis=1)
 
@@ -60,17 +65,14 @@ def look_up(orders: jax.Array, which: jax.Array, indices: jax.Array, num_example
         indices = jnp.where(indices < size, indices, indices - size)
         row, column = lax.div(indices, columns), lax.rem(indices, columns)
         for of_rows, of_columns in zip(rounds[::2], rounds[1::2], strict=True):
-            row = lax.rem(row + _mixed(column ^ of_rows), rows)
-            column = lax.rem(column + _mixed(row ^ of_columns), columns)
+            row = lax.rem(row + (_hashed(column ^ of_rows) >> 1), rows)  # a bit less, so that the sum has room
+            column = lax.rem(column + (_hashed(row ^ of_columns) >> 1), columns)
         indices = jnp.where(indices < table, row * columns + column, indices)
     return indices
 
 
-def _mixed(x: jax.Array) -> jax.Array:
-    """Return 31 bits, each of which depends on every bit of x: C. Wellons' 'lowbias32', less a bit.
-
-    The bit leaves room for a row or a column to be added.
-    """
+def _hashed(x: jax.Array) -> jax.Array:
+    """Return 32 bits, each of which depends on every bit of x: C. Wellons' 'lowbias32'."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
     x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
-    return (x ^ (x >> 16)) >> 1
+    return x ^ (x >> 16)

@@ -171,20 +171,25 @@ def _windows(stream: Stream, key, num_examples: int, plan: Plan, done: int) -> C
     chunks = min(-(-wanted // chunk_entries), -(-plan.num_updates // plan.chunk_updates))
     entries = chunk_entries * chunks
     first = plan.first_example + done * plan.batch_size
-    drawn = jax.jit(partial(stream, num_examples=num_examples, length=entries))
+    drawn = partial(_drawn, stream, num_examples, entries)
     key = placed(key, plan.sharding())
     end = plan.first_example + plan.num_updates * plan.batch_size
 
     @lru_cache(maxsize=2)
     def window(number: int):
         start = first + number * entries
-        return drawn(key, start=np.int32(start) if end <= NARROW else batching.Count.of(start))
+        return drawn(key, np.int32(start) if end <= NARROW else batching.Count.of(start))
 
     def window_of(chunk: int):
         number, place = divmod(chunk, chunks)
         return window(number), np.int32(place * chunk_entries)
 
     return window_of
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))  # here, so that another run of the same stream need not compile it
+def _drawn(stream: Stream, num_examples: int, length: int, key, start) -> jax.Array:
+    return stream(key, num_examples, start=start, length=length)
 
 
 def _batches(x: np.ndarray, *, indices: np.ndarray, plan: Plan) -> jax.Array:
