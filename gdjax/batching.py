@@ -178,7 +178,8 @@ def _window(num_examples: int, num_epochs: int | None, start: Any, length: int |
         touched = -(-(num_examples - 1 + length) // num_examples)
         if isinstance(start, Count) or jnp.iinfo(start.dtype).max >= 2**32 - 1:
             start = Count.of(start)
-            return _Window(num_examples, start, length, *divmod(start, num_examples), touched)
+            epoch, offset = divmod(start, num_examples)
+            return _Window(num_examples, start, length, epoch, offset, touched)
         start, size = jnp.asarray(start, jnp.uint32), jnp.uint32(num_examples)
         return _Window(num_examples, start, length, lax.div(start, size), lax.rem(start, size), touched)
     epoch, offset = divmod(position, num_examples)
