@@ -80,7 +80,7 @@ def ordered(method: Method, gradient, optimizer) -> Method:
     def step(state, batch):
         estimate = gradient(state.params, batch)
         firsts = jnp.stack([leaf.reshape(-1)[0] for leaf in jax.tree.leaves(estimate.grad)])
-        zero = firsts @ jnp.where(state.num_examples < 0, jnp.ones_like(firsts), jnp.zeros_like(firsts))
+        zero = firsts @ jnp.where(state.num_examples.high > 0, jnp.ones_like(firsts), jnp.zeros_like(firsts))
         late = estimate._replace(grad=jax.tree.map(lambda g: g + zero, estimate.grad))
         return descent.method(lambda params, batch: late, optimizer).step(state, batch)
 
@@ -122,7 +122,7 @@ def race(name: str, folder: Path, num_updates: int, repeats: int, key: jax.Array
     problem = bench.mlp(*MODELS[name][0])
     init_key, stream_key = jax.random.split(key)
     params, data = problem.init(init_key), problem.train
-    batches = batching.cut(batching.reshuffled(stream_key, problem.num_examples, length=num_updates), 1)
+    batches = batching.batches(batching.reshuffled(stream_key, problem.num_examples, length=num_updates), 1)
     by_c = c_loop(compiled_c(name, folder), params, data, np.asarray(batches).reshape(-1))
     programs, compile_seconds, differences = {}, {}, {}
     for way, (run, options) in ways(problem).items():

@@ -34,7 +34,7 @@ def train(problem, optimum, batch_size, num_epochs, key, learning_rate):
     method = descent.method(gradients.mean(problem.loss), optax.sgd(learning_rate))
     stream = batching.with_replacement(key, problem.num_examples, num_epochs=num_epochs)
     state = method.init(problem.init(key))
-    batches = batching.cut(stream, batch_size)
+    batches = batching.batches(stream, batch_size)
     state, _ = descent.run(method, state, problem.train, batches, every=len(batches))
     errors = problem.train[0] @ (state.params - optimum)
     return 0.5 * jnp.mean(errors**2)

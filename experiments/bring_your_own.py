@@ -76,7 +76,7 @@ LIBRARIES = {"Flax NNX": flax_nnx, "Flax Linen": flax_linen, "Equinox": equinox}
 def train(problem, stream, batch_size, params):
     """Return the training loss at the start and after each quarter of an epoch, or each epoch if longer, [1 + E]."""
     method = descent.method(gradients.mean(problem.loss), optax.sgd(LEARNING_RATE))
-    batches = batching.cut(stream, batch_size)
+    batches = batching.batches(stream, batch_size)
 
     def train_loss(state, info=None):
         return jax.vmap(problem.loss, (None, 0))(state.params, problem.train).mean()

@@ -69,7 +69,7 @@ FASHION = Setting(
 def run(problem, batch_size, num_updates, every, record, params, stream, learning_rate):
     """Return what `record` keeps of a run, at every `every`-th update."""
     method = descent.method(gradients.mean(problem.loss), optax.sgd(learning_rate))
-    batches = batching.cut(stream[: batch_size * num_updates], batch_size)
+    batches = batching.batches(stream[: batch_size * num_updates], batch_size)
     return descent.run(method, method.init(params), problem.train, batches, record, every=every)[1]
 
 
@@ -131,7 +131,7 @@ def branched(problem, setting, reference_rate, params, stream):
     def branch(batch_size, params):
         optimizer = optax.sgd(reference_rate * batch_size / sizes[0])
         method = descent.method(gradients.mean(problem.loss), optimizer)
-        batches = batching.cut(stream[-setting.window :], batch_size)
+        batches = batching.batches(stream[-setting.window :], batch_size)
         state, _ = descent.run(method, method.init(params), problem.train, batches)
         return mean_loss(problem, setting, state.params)
 

@@ -72,10 +72,10 @@ def train(init, loss, batch_size, learning_rate, num_records, every, data, key):
     top = curvature.top_eigenpairs(loss, num_iterations=4)
     sharpness = curvature.batch_sharpness(loss)
     num_epochs = num_records * every * batch_size // num_examples
-    batches = batching.cut(batching.reshuffled(stream_key, num_examples, num_epochs=num_epochs), batch_size)
+    batches = batching.batches(batching.reshuffled(stream_key, num_examples, num_epochs=num_epochs), batch_size)
     # Not the batches of the next updates, but others, which the parameters know no better than these.
     probe_epochs = -(-NUM_PROBES * batch_size // num_examples)
-    probes = batching.cut(batching.reshuffled(probe_key, num_examples, num_epochs=probe_epochs), batch_size)
+    probes = batching.batches(batching.reshuffled(probe_key, num_examples, num_epochs=probe_epochs), batch_size)
 
     def record(carry, batches):
         state, vectors = carry

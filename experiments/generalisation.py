@@ -57,7 +57,7 @@ def train(problem, setting, batch_size, data, params, stream, learning_rate):
     """Return training loss and test error after the epochs and after the updates, each [2]."""
     train_data, test = data
     method = descent.method(gradients.mean(problem.loss), optax.sgd(learning_rate))
-    batches = batching.cut(stream[: setting.num_updates * batch_size], batch_size)
+    batches = batching.batches(stream[: setting.num_updates * batch_size], batch_size)
     first = setting.num_epochs * problem.num_examples // batch_size
     state, found = method.init(params), []
     for part in (batches[:first], batches[first:]):

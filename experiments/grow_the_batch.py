@@ -67,7 +67,7 @@ def phase(problem, batch_size, num_updates, params, key, learning_rate):
         method,
         method.init(params),
         problem.train,
-        batching.cut(stream, batch_size),
+        batching.batches(stream, batch_size),
         lambda state, info: mean_loss(problem, state.params),
         every=max(1, num_updates // POINTS),
     )

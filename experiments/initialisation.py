@@ -77,7 +77,7 @@ def measure(depth, num_draws, num_epochs, key):
     model = models.mlp((64, *[WIDTH] * (depth - 1), 10))
     problem = problems.classification(model, datasets.digits(), num_classes=10)
     stream_key, draw_key = jax.random.split(key)
-    batches = batching.cut(batching.reshuffled(stream_key, problem.num_examples, num_epochs=num_epochs), BATCH_SIZE)
+    batches = batching.batches(batching.reshuffled(stream_key, problem.num_examples, num_epochs=num_epochs), BATCH_SIZE)
     keys = jax.random.split(draw_key, num_draws)
     start = jax.jit(lambda gain, params: jax.lax.map(partial(at_start, problem, model, gain), params, batch_size=50))
     over_rates = jax.vmap(partial(train, problem, batches), (None, None, 0))

@@ -37,7 +37,7 @@ def train(problem, num_epochs, every, key):
     def record(state, info):
         return state.params, info.aux.noise_scale
 
-    batches = batching.cut(stream, BATCH_SIZE)
+    batches = batching.batches(stream, BATCH_SIZE)
     return descent.run(method, method.init(problem.init(init_key)), problem.train, batches, record, every=every)[1]
 
 
@@ -56,7 +56,7 @@ def measure(problem, num_pairs, params, key):
 def overhead(problem, params, batch_size, key, num_updates):
     """Return seconds per update (plain, with the running scale), medians of runs in turn and in both orders."""
     stream = batching.reshuffled(key, problem.num_examples, length=batch_size * num_updates)
-    batches = batching.cut(stream, batch_size)
+    batches = batching.batches(stream, batch_size)
     optimizer = optax.sgd(LEARNING_RATE)
     plain = descent.method(gradients.mean(problem.loss), optimizer)
     tracked = tracking.noise_scale(

@@ -87,7 +87,7 @@ def train(problem, name, h, batch_size, num_updates, tuned, key):
     stream = batching.with_replacement(stream_key, problem.num_examples, length=batch_size * num_updates)
     # Only the mean of theta^2 counts for the prediction: from +-1 rather than N(0, 1) the runs differ less.
     state = method.init(jnp.sign(problem.init(init_key)))
-    batches = batching.cut(stream, batch_size)
+    batches = batching.batches(stream, batch_size)
     excess_loss = problem.metrics["excess_loss"]
     return descent.run(
         method, state, problem.train, batches, lambda state, info: excess_loss(state.opt_state[-1], None)

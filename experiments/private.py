@@ -57,7 +57,7 @@ def train(problem, batch_size, noise_multiplier, params, stream, key, learning_r
     noise = {"noise_multiplier": noise_multiplier, "noise_key": lambda batch: batch[1][0]} if noise_multiplier else {}
     gradient = gradients.clipped(loss, MAX_NORM, **noise)
     method = descent.with_keys(descent.method(gradient, optax.sgd(learning_rate)), key)
-    batches = batching.cut(stream, batch_size)
+    batches = batching.batches(stream, batch_size)
     state, _ = descent.run(method, method.init(params), problem.train, batches, every=len(batches))
     train_loss = jax.vmap(problem.loss, (None, 0))(state.params, problem.train).mean()
     return train_loss, jax.vmap(problem.metrics["accuracy"], (None, 0))(state.params, problem.test).mean()
@@ -66,7 +66,7 @@ def train(problem, batch_size, noise_multiplier, params, stream, key, learning_r
 def baseline(problem, batch_size, params, stream, learning_rate):
     """Return the same without clipping or noise."""
     method = descent.method(gradients.mean(problem.loss), optax.sgd(learning_rate))
-    batches = batching.cut(stream, batch_size)
+    batches = batching.batches(stream, batch_size)
     state, _ = descent.run(method, method.init(params), problem.train, batches, every=len(batches))
     train_loss = jax.vmap(problem.loss, (None, 0))(state.params, problem.train).mean()
     return train_loss, jax.vmap(problem.metrics["accuracy"], (None, 0))(state.params, problem.test).mean()

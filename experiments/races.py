@@ -189,7 +189,7 @@ def race(model: str, batch_size: int, num_updates: int, key, ceilings, seconds: 
     ways = {"gdjax": by_gdjax, "NumPy": by_numpy, "scikit-learn": by_sklearn}
     if torch:
         ways["PyTorch"] = by_torch
-    sides = {name: way(problem, params, batching.cut(stream, batch_size)) for name, way in ways.items()}
+    sides = {name: way(problem, params, batching.batches(stream, batch_size)) for name, way in ways.items()}
     named = {"race": "updates", "model": model, "batch_size": batch_size, "num_updates": num_updates}
     rows = raced(sides, named, seconds=seconds)
     rate = flops_of(SIZES[model], batch_size) * num_updates / rows[0]["seconds"]["median"]

@@ -88,7 +88,7 @@ def reader(setting, key):
 
 def train(problem, family, batch_size, num_examples, memory, params, stream, peak_rate):
     """Return the held-out loss of one half, to choose the rate by, and of the other, to report."""
-    batches = batching.cut(stream[:num_examples], batch_size)
+    batches = batching.batches(stream[:num_examples], batch_size)
     warm_up = max(1, int(WARM_UP * len(batches)))
     shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, warm_up, len(batches))
     optimizer = FAMILIES[family](lambda update: peak_rate * shape(update), memory)

@@ -31,7 +31,7 @@ def loss(theta, target):
 def train(order, targets, key, learning_rate):
     """Return theta^2, averaged over the ends of the last half of the epochs."""
     method = descent.method(gradients.mean(loss), optax.sgd(learning_rate))
-    batches = batching.cut(order(key, NUM_EXAMPLES, num_epochs=NUM_EPOCHS), 1)
+    batches = batching.batches(order(key, NUM_EXAMPLES, num_epochs=NUM_EPOCHS), 1)
     state = method.init(jnp.zeros(()))
     _, thetas = descent.run(method, state, targets, batches, lambda state, info: state.params, every=NUM_EXAMPLES)
     return (thetas[NUM_EPOCHS // 2 :] ** 2).mean()

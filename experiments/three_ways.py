@@ -31,7 +31,7 @@ def train(problem, batch_size, num_epochs, data, key, learning_rate):
         return jax.vmap(problem.loss, (None, 0))(state.params, data).mean()
 
     state = method.init(problem.init(init_key))
-    batches = batching.cut(stream, batch_size)
+    batches = batching.batches(stream, batch_size)
     _, losses = descent.run(method, state, data, batches, train_loss, every=problem.num_examples // batch_size)
     return losses
 

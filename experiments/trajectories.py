@@ -38,7 +38,7 @@ NUM_FRAMES, FRAMES_A_SECOND = 48, 12
 def path(problem, batch_size, learning_rate, draw, num_epochs, every, params, key):
     """Return the parameters at every `every`-th update, the start first."""
     method = descent.method(gradients.mean(problem.loss), optax.sgd(learning_rate))
-    batches = batching.cut(draw(key, problem.num_examples, num_epochs=num_epochs), batch_size)
+    batches = batching.batches(draw(key, problem.num_examples, num_epochs=num_epochs), batch_size)
     _, points = descent.run(method, method.init(params), problem.train, batches, params_after, every=every)
     return jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), params, points)
 

@@ -32,7 +32,7 @@ def train(problem, method, key):
     state = method.init(problem.init(init_key))
     stream = batching.reshuffled(stream_key, problem.num_examples, num_epochs=20)
     _, history = descent.run(
-        method, state, problem.train, batching.cut(stream, 32), lambda state, info: state.params, every=90
+        method, state, problem.train, batching.batches(stream, 32), lambda state, info: state.params, every=90
     )
     return jax.tree.map(
         lambda first, later: jnp.stack([first, *(later[m // 90 - 1] for m in MOMENTS[1:])]), state.params, history

@@ -7,7 +7,7 @@
 >>> sgd = method(gradients.mean(loss), optax.sgd(0.5))
 >>> stream = batching.cyclic(jax.random.key(0), 4, num_epochs=3)
 >>> for batch_size in (1, 2, 4):
-...     state, losses = run(sgd, sgd.init(0.0), data, batching.cut(stream, batch_size))
+...     state, losses = run(sgd, sgd.init(0.0), data, batching.batches(stream, batch_size))
 ...     print(batch_size, losses.shape, float(state.params), int(state.num_examples))
 1 (12,) 5.665283203125 12
 2 (6,) 4.7578125 12
@@ -36,12 +36,12 @@ class State(NamedTuple):
     Attributes:
         params: the parameters.
         opt_state: the state of the optax transformation.
-        num_examples: int32 scalar, examples seen so far, below 2^31.
+        num_examples: examples seen so far, a scalar `batching.Count`: they may be more than 2^32.
     """
 
     params: Params
     opt_state: Any
-    num_examples: jax.Array
+    num_examples: batching.Count
 
 
 class Info(NamedTuple):
@@ -87,7 +87,7 @@ def method(gradient: Gradient, optimizer: optax.GradientTransformation) -> Metho
     def init(params: Params) -> State:
         params = jax.tree.map(jnp.asarray, params)
         train, _ = trainable(params)
-        return State(params, optimizer.init(train), jnp.zeros((), jnp.int32))
+        return State(params, optimizer.init(train), batching.Count.of(0))
 
     def step(state: State, batch: Batch) -> tuple[State, Info]:
         estimate = gradient(state.params, batch)
@@ -107,8 +107,8 @@ def with_keys(method: Method, key: jax.Array) -> Method:
 
     The gradient of `method` must be of a loss `(params, (example, key)) -> scalar`. The key at position p of the stream
     is `fold_in(key, p)`, p being counted by `State.num_examples`: an example that is visited again has a fresh key, a
-    replayed or resumed run has the same ones, and so has every batch size. A loss without randomness, of the same
-    parameters, is what a `Problem` evaluates.
+    replayed or resumed run has the same ones, and so has every batch size. From 2^32 on, the high and the low half of p
+    are folded in one after the other. A loss without randomness, of the same parameters, is what a `Problem` evaluates.
 
     Args:
         method: whose batches become `(batch, keys [B])`.
@@ -116,8 +116,8 @@ def with_keys(method: Method, key: jax.Array) -> Method:
     """
 
     def step(state: State, batch: Batch) -> tuple[State, Info]:
-        positions = state.num_examples + jnp.arange(num_examples(batch, "batch"), dtype=jnp.int32)
-        return method.step(state, (batch, jax.vmap(jax.random.fold_in, (None, 0))(key, positions)))
+        keys = batching.position_keys(key, state.num_examples, num_examples(batch, "batch"))
+        return method.step(state, (batch, keys))
 
     return Method(method.init, step)
 
@@ -322,7 +322,7 @@ def train(
         method_,
         method_.init(problem.init(init_key)),
         problem.train,
-        batching.cut(order, batch_size),
+        batching.batches(order, batch_size),
         record or evaluation(problem),
         every=every or max(1, problem.num_examples // batch_size),
         unroll=unroll,

@@ -1,4 +1,5 @@
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +9,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gdjax import batching
+from gdjax.batching import Count, _cipher, _count
 
 STREAMS = (batching.reshuffled, batching.shuffled_once, batching.cyclic, batching.with_replacement)
 PERMUTING = STREAMS[:3]
+LOOKED_UP = 2**13 + 1  # the least number of examples whose order is not sorted
+
+
+def chi_square(counts, expected):
+    return ((np.asarray(counts) - expected) ** 2 / expected).sum()
+
+
+def limit(degrees):
+    """Four standard deviations above the mean of chi square."""
+    return degrees + 4 * math.sqrt(2 * degrees)
+
+
+def by_definition(key, num_examples, position):
+    """Return the entry at a position, a Python integer, of the reshuffled stream of many examples."""
+    epoch, index = divmod(position, num_examples)
+    key = jax.random.fold_in(key, np.uint32(epoch >> 32)) if epoch >> 32 else key
+    order = _cipher.draw(jax.random.fold_in(key, np.uint32(epoch % 2**32)), num_examples)
+    return int(_cipher.look_up(order[None], jnp.uint32(0), jnp.uint32(index), num_examples))
 
 
 @pytest.mark.parametrize("stream", PERMUTING)
@@ -35,6 +55,16 @@ def test_every_order_is_equally_likely():
     assert len(counts) == 6
     # Multinomial with p = 1/6: each count has standard deviation sqrt(6000 * 5/36) = 28.9.
     assert np.all(np.abs(counts - 1000) < 4 * 28.9)
+
+
+@pytest.mark.parametrize("num_examples", [2, 3, 4, 5])
+def test_the_orders_of_few_examples_are_all_reached_and_equally_often(num_examples):
+    keys = jax.random.split(jax.random.key(2), 100 * math.factorial(num_examples))
+    epoch = {"start": num_examples, "length": num_examples}
+    orders = jax.jit(jax.vmap(lambda key: batching.reshuffled(key, num_examples, **epoch)))(keys)
+    counts = np.unique(np.asarray(orders), axis=0, return_counts=True)[1]
+    assert len(counts) == math.factorial(num_examples)
+    assert chi_square(counts, 100) < limit(len(counts) - 1)
 
 
 def test_with_replacement_is_uniform_and_independent_of_position(key):
@@ -70,17 +100,17 @@ def test_cut_keeps_order_and_accounts_for_every_entry(length, batch_size):
     stream = jnp.arange(length)
     if batch_size > length:
         with pytest.raises(ValueError, match=f"batch_size={batch_size} must be between 1 and the {length} entries"):
-            batching.cut(stream, batch_size)
+            batching.batches(stream, batch_size)
     elif length % batch_size:
         with pytest.raises(
             ValueError, match=f"batch_size={batch_size} leaves {length % batch_size} of .* drop_remainder"
         ):
-            batching.cut(stream, batch_size)
-        kept = batching.cut(stream, batch_size, drop_remainder=True)
+            batching.batches(stream, batch_size)
+        kept = batching.batches(stream, batch_size, drop_remainder=True)
         assert kept.shape == (length // batch_size, batch_size)
         np.testing.assert_array_equal(kept.reshape(-1), stream[: kept.size])
     else:
-        batches = batching.cut(stream, batch_size)
+        batches = batching.batches(stream, batch_size)
         assert batches.shape == (length // batch_size, batch_size)
         np.testing.assert_array_equal(batches.reshape(-1), stream)
 
@@ -88,7 +118,7 @@ def test_cut_keeps_order_and_accounts_for_every_entry(length, batch_size):
 @pytest.mark.parametrize("batch_size", [0, -1])
 def test_cut_refuses_a_batch_size_below_one(batch_size):
     with pytest.raises(ValueError, match=f"batch_size={batch_size} must be between 1 and"):
-        batching.cut(jnp.arange(4), batch_size)
+        batching.batches(jnp.arange(4), batch_size)
 
 
 @pytest.mark.parametrize(
@@ -110,3 +140,160 @@ def test_a_stream_refuses_a_length_it_cannot_have(arguments, message, key):
 def test_a_stream_of_no_examples_is_refused(key):
     with pytest.raises(ValueError, match="num_examples=0 must be at least 1"):
         batching.reshuffled(key, 0, num_epochs=1)
+
+
+def test_an_order_that_is_looked_up_is_a_permutation_of_any_number():
+    """Whatever numbers it is made of. One operation at a time and all in one shape: nothing is compiled for each N."""
+    rng, places, which = np.random.default_rng(0), np.arange(300), jnp.asarray([[0], [1]])
+    words = rng.integers(2**32, size=(2, _cipher.NUM_PASSES, 1 + _cipher.NUM_ROUNDS), dtype=np.uint32)
+    for num_examples in range(1, 301):
+        orders = words.copy()
+        orders[:, :, 0] %= num_examples  # the shifts
+        indices = jnp.asarray(np.tile(places % num_examples, (2, 1)), jnp.uint32)
+        entries = np.asarray(_cipher.look_up(jnp.asarray(orders), which, indices, num_examples))
+        np.testing.assert_array_equal(np.sort(entries[:, :num_examples]), np.tile(places[:num_examples], (2, 1)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_examples", [*range(1, 301), LOOKED_UP - 1, LOOKED_UP, 2**20 - 1, 2**20, 10**7])
+def test_every_epoch_visits_every_example_once(num_examples, key):
+    for stream in (batching.reshuffled, batching.shuffled_once):
+        epochs = np.asarray(stream(key, num_examples, num_epochs=2)).reshape(2, num_examples)
+        for epoch in epochs:
+            np.testing.assert_array_equal(np.bincount(epoch, minlength=num_examples), np.ones(num_examples))
+
+
+@pytest.mark.parametrize("num_examples", [LOOKED_UP, 10**6 + 3, 2**31])
+def test_many_examples_are_as_likely_at_every_position(num_examples):
+    """Eighths of the epoch against eighths of the data, and neighbours and epochs against one another."""
+    starts = np.linspace(0, num_examples - 2, 40).astype(np.uint32)
+    keys = jax.random.split(jax.random.key(4), 200)
+
+    def pairs(key, start):
+        return batching.reshuffled(key, num_examples, start=start, length=2)
+
+    over_starts = jax.vmap(pairs, (None, 0))
+    first = Count(jnp.zeros(40, jnp.uint32), jnp.asarray(starts))
+    draw = jax.jit(lambda keys, starts: jax.vmap(over_starts, (0, None))(keys, starts))
+    entries, later = (np.asarray(draw(keys, start), np.int64) for start in (first, first + num_examples))
+    eighth, place = entries * 8 // num_examples, np.arange(40) // 5
+    table = [np.bincount(eighth[:, place == p].ravel(), minlength=8) for p in range(8)]
+    assert chi_square(table, entries.size / 64) < limit(64)
+    apart = (entries[..., 1] - entries[..., 0]) % num_examples  # uniform on 1 ... N - 1
+    assert chi_square(np.bincount((apart * 16 // num_examples).ravel(), minlength=16), apart.size / 16) < limit(15)
+    between = (later - entries) % num_examples
+    assert chi_square(np.bincount((between * 16 // num_examples).ravel(), minlength=16), between.size / 16) < limit(15)
+    for a, b in ((entries[..., 0], entries[..., 1]), (entries, later)):
+        assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 4 / math.sqrt(a.size)
+
+
+def test_an_order_keeps_neither_rows_nor_columns_of_the_table_together(key):
+    """Pairs that begin in one row or column end in one as often as any two of N."""
+    num_examples = LOOKED_UP
+    rows = math.isqrt(num_examples)
+    columns = num_examples // rows
+    orders = np.asarray(batching.reshuffled(key, num_examples, num_epochs=60)).reshape(60, num_examples)
+    for lag in (1, columns, columns + 1):
+        a, b = orders[:, lag:], orders[:, :-lag]
+        for together, chance in ((a // columns == b // columns, 1 / rows), (a % columns == b % columns, 1 / columns)):
+            deviation = math.sqrt(chance / together.size)
+            assert abs(together.mean() - chance) < 5 * deviation + 2 / num_examples
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+def test_a_window_of_many_examples_is_a_slice_of_the_endless_stream(stream, key):
+    whole = np.asarray(stream(key, LOOKED_UP, num_epochs=3))
+    window = jax.jit(lambda start: stream(key, LOOKED_UP, start=start, length=100))
+    for start in (0, LOOKED_UP - 50, 2 * LOOKED_UP - 1):
+        np.testing.assert_array_equal(window(np.int32(start)), whole[start : start + 100])
+        np.testing.assert_array_equal(window(Count.of(start)), whole[start : start + 100])
+    np.testing.assert_array_equal(
+        stream(key, LOOKED_UP, start=LOOKED_UP - 7, length=2 * LOOKED_UP), whole[-2 * LOOKED_UP - 7 : -7]
+    )
+
+
+@pytest.mark.parametrize("num_examples", [1, 7, LOOKED_UP, 10**7, 2**31 - 1, 2**31])
+def test_windows_lie_anywhere_below_2_to_the_63(num_examples, key):
+    """Across 2^31, 2^32, 2^40 and 2^62, at a start that is known and one that is traced."""
+    traced = {
+        stream: jax.jit(lambda start, stream=stream: stream(key, num_examples, start=start, length=4))
+        for stream in STREAMS
+    }
+    for start in (2**31 - 2, 2**32 - 2, 2**40 - 2, 2**62 - 2, 2**63 - 4):
+        positions = range(start, start + 4)
+        for stream, window in traced.items():
+            np.testing.assert_array_equal(window(Count.of(start)), stream(key, num_examples, start=start, length=4))
+        np.testing.assert_array_equal(traced[batching.cyclic](Count.of(start)), [p % num_examples for p in positions])
+        once = [batching.shuffled_once(key, num_examples, start=p % num_examples, length=1)[0] for p in positions]
+        np.testing.assert_array_equal(traced[batching.shuffled_once](Count.of(start)), once)
+        if num_examples >= LOOKED_UP:
+            entries = [by_definition(key, num_examples, p) for p in positions]
+            np.testing.assert_array_equal(traced[batching.reshuffled](Count.of(start)), entries)
+
+
+def test_a_far_epoch_is_a_permutation_like_any_other(key):
+    for num_examples in (7, LOOKED_UP):
+        epoch = 2**61 // num_examples
+        draw = jax.jit(lambda start, n=num_examples: batching.reshuffled(key, n, start=start, length=2 * n))
+        orders = np.asarray(draw(Count.of(epoch * num_examples))).reshape(2, num_examples)
+        np.testing.assert_array_equal(np.sort(orders), np.tile(np.arange(num_examples), (2, 1)))
+        assert (orders[0] != orders[1]).any()
+
+
+def test_what_a_stream_draws_does_not_grow_with_the_data(key):
+    """The program for 512 of 2^31 holds no array of more entries, where an order would be 8 GiB."""
+    for stream in (*STREAMS,):
+        window = jax.jit(lambda start, stream=stream: stream(key, 2**31, start=start, length=512))
+        assert window.lower(Count.of(5)).compile().memory_analysis().temp_size_in_bytes < 2**18
+
+
+@pytest.mark.parametrize(
+    ("num_examples", "arguments", "message"),
+    [
+        (2**31 + 1, {"length": 3}, "num_examples=2147483649 must be at least 1 and at most 2.31"),
+        (2**20, {"num_epochs": 2**12}, "1 to 2.31 entries long, and a longer one taken in windows: num_epochs=4096"),
+        (7, {"start": 2**63 - 2, "length": 3}, "start=9223372036854775806 must be at least 0, and start . length=3 at"),
+    ],
+)
+def test_a_stream_refuses_what_it_cannot_count(num_examples, arguments, message, key):
+    with pytest.raises(ValueError, match=message):
+        batching.reshuffled(key, num_examples, **arguments)
+
+
+COUNTS = st.integers(0, 2**63 - 1) | st.sampled_from([0, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**63 - 1])
+
+
+@given(a=COUNTS, b=COUNTS, small=st.integers(-(2**31), 2**31 - 1), divisor=st.integers(1, 2**31))
+def test_a_count_is_the_integer_that_it_stands_for(a, b, small, divisor):
+    count = Count.of(a)
+    assert (int(count), int(np.asarray(count)), f"{count}", repr(count)) == (a, a, str(a), f"Count({a})")
+    assert int(count + b) == int(b + count) == int(count + Count.of(b)) == a + b
+    assert int(count + np.int32(small)) == (a + small) % 2**64
+    for other in (b, Count.of(b)):
+        assert [bool(x) for x in (count == other, count != other, count < other, count <= other)] == [
+            a == b,
+            a != b,
+            a < b,
+            a <= b,
+        ]
+        assert [bool(x) for x in (count > other, count >= other)] == [a > b, a >= b]
+    quotient, remainder = divmod(count, divisor)
+    assert (int(quotient), int(remainder)) == divmod(a, divisor)
+    assert int(count.astype(jnp.uint32)) == a % 2**32
+    np.testing.assert_allclose(count.astype(jnp.float32), np.float32(a), rtol=2e-7)
+
+
+@given(high=st.integers(0, 2**32 - 1), low=st.integers(0, 2**32 - 1), bound=st.integers(1, 2**31))
+def test_random_bits_are_scaled_exactly(high, low, bound):
+    found = _count.below(jnp.asarray([high, low], jnp.uint32), bound)
+    assert int(found) == (bound * (high << 32 | low)) >> 64
+
+
+def test_arrays_of_counts_and_what_is_no_count():
+    counts = Count.of(jnp.asarray([3, -1], jnp.int32)) + 2
+    np.testing.assert_array_equal(np.asarray(counts), [5, 1])
+    assert np.shape(counts) == (2,)
+    with pytest.raises(ValueError, match=r"number=1.5 must be an integer"):
+        Count.of(1.5)
+    with pytest.raises(ValueError, match=r"divisor=0 must be between 1 and 2.31"):
+        divmod(counts, 0)

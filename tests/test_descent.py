@@ -102,7 +102,7 @@ def test_frozen_leaves_pass_through_an_optimizer_that_keeps_moments():
 @pytest.mark.parametrize("batch_size", [1, 4, 12])
 def test_run_equals_a_python_loop(batch_size, examples, key):
     method = descent.method(gradients.mean(mlp_loss), optax.sgd(0.01, momentum=0.9))
-    batches = batching.cut(batching.reshuffled(key, 12, num_epochs=3), batch_size)
+    batches = batching.batches(batching.reshuffled(key, 12, num_epochs=3), batch_size)
     state, losses = descent.run(method, method.init(MODEL.init(key)), examples, batches)
     by_hand, expected = method.init(MODEL.init(key)), []
     for indices in batches:
@@ -116,7 +116,7 @@ def test_run_equals_a_python_loop(batch_size, examples, key):
 def test_stochastic_descent_equals_a_loop_written_by_hand(regression, key):
     method = descent.method(gradients.mean(linear_loss), optax.sgd(0.05))
     stream = batching.reshuffled(key, 12, num_epochs=2)
-    state, _ = descent.run(method, method.init(jnp.zeros(3)), regression, batching.cut(stream, 1))
+    state, _ = descent.run(method, method.init(jnp.zeros(3)), regression, batching.batches(stream, 1))
     weights, (x, y) = np.zeros(3), map(np.asarray, regression)
     for i in np.asarray(stream):
         weights -= 0.05 * (x[i] @ weights - y[i]) * x[i]
@@ -129,7 +129,7 @@ def test_stochastic_descent_equals_scikit_learn(regression):
         penalty=None, fit_intercept=False, learning_rate="constant", eta0=0.05, shuffle=False, max_iter=3, tol=None
     ).fit(x, y)
     method = descent.method(gradients.mean(linear_loss), optax.sgd(0.05))
-    batches = batching.cut(batching.cyclic(jax.random.key(0), 12, num_epochs=3), 1)
+    batches = batching.batches(batching.cyclic(jax.random.key(0), 12, num_epochs=3), 1)
     state, _ = descent.run(method, method.init(jnp.zeros(3)), regression, batches)
     precision.assert_close(state.params, model.coef_, rtol=1e-10)
 
@@ -142,7 +142,7 @@ def test_batch_descent_is_deterministic_gradient_descent_whatever_the_order(stre
     optimum = np.linalg.solve(hessian, x.T @ y / 12)
     expected = optimum - np.linalg.matrix_power(np.eye(3) - 0.3 * hessian, 7) @ optimum
     method = descent.method(gradients.mean(linear_loss), optax.sgd(0.3))
-    batches = batching.cut(stream(key, 12, num_epochs=7), 12)
+    batches = batching.batches(stream(key, 12, num_epochs=7), 12)
     state, _ = descent.run(method, method.init(jnp.zeros(3)), regression, batches)
     precision.assert_close(state.params, expected, rtol=1e-11)
 
@@ -154,19 +154,19 @@ def test_a_run_in_chunks_is_bit_for_bit_the_run_in_one_piece(batch_size, example
     method = descent.method(gradients.mean(mlp_loss), optax.sgd(0.01, momentum=0.9))
     run = jax.jit(lambda state, batches: descent.run(method, state, examples, batches))
     start = method.init(MODEL.init(key))
-    whole = batching.cut(batching.reshuffled(key, 12, length=60), batch_size)
+    whole = batching.batches(batching.reshuffled(key, 12, length=60), batch_size)
     straight, losses = run(start, whole)
 
     state, pieces, position = start, [], 0
     for updates in (1, 4, 6):
         length = updates * batch_size
         window = batching.reshuffled(key, 12, start=position, length=length)
-        state, piece = run(state, batching.cut(window, batch_size))
+        state, piece = run(state, batching.batches(window, batch_size))
         pieces.append(piece)
         position += length
     _, expected = run(start, whole[: position // batch_size])
     rest = batching.reshuffled(key, 12, start=position, length=60 - position)
-    state, piece = run(state, batching.cut(rest, batch_size))
+    state, piece = run(state, batching.batches(rest, batch_size))
     assert_equal(tuple(state), tuple(straight))
     assert_equal(jnp.concatenate([*pieces, piece]), losses)
     assert_equal(jnp.concatenate(pieces), expected)
@@ -176,7 +176,7 @@ def test_a_run_in_chunks_is_bit_for_bit_the_run_in_one_piece(batch_size, example
 @pytest.mark.parametrize("every", [1, 3, 4, 5, 9, 100])
 def test_records_are_taken_every_so_many_updates_and_at_the_end(every, examples, key):
     method = descent.method(gradients.mean(mlp_loss), optax.sgd(0.1))
-    batches = batching.cut(batching.reshuffled(key, 12, num_epochs=3), 4)
+    batches = batching.batches(batching.reshuffled(key, 12, num_epochs=3), 4)
     start = method.init(MODEL.init(key))
     end, full = descent.run(method, start, examples, batches, lambda state, info: (state, info))
     state, history = descent.run(method, start, examples, batches, lambda state, info: (state, info), every=every)
@@ -191,7 +191,7 @@ def test_records_are_taken_every_so_many_updates_and_at_the_end(every, examples,
 )
 def test_unrolling_changes_neither_updates_nor_records(every, unroll, expected, examples, key):
     method = descent.method(gradients.mean(mlp_loss), optax.sgd(0.1))
-    batches = batching.cut(batching.reshuffled(key, 12, num_epochs=3), 4)
+    batches = batching.batches(batching.reshuffled(key, 12, num_epochs=3), 4)
     start = method.init(MODEL.init(key))
     run = partial(descent.run, method, start, examples, batches, lambda state, info: (state, info), every=every)
     assert_close(jax.tree.map(lambda x: x, run(unroll=unroll)), jax.tree.map(lambda x: x, run()))
@@ -209,7 +209,7 @@ def test_the_step_is_traced_once_for_any_number_of_updates_rates_and_seeds(examp
         method = descent.method(gradients.mean(loss), optax.sgd(learning_rate))
         stream = batching.reshuffled(key, 12, num_epochs=10)
         state = method.init(MODEL.init(key))
-        return descent.run(method, state, examples, batching.cut(stream, 2), every=6)[1]
+        return descent.run(method, state, examples, batching.batches(stream, 2), every=6)[1]
 
     chex.clear_trace_counter()
     over_rates = jax.vmap(train, (None, 0))
@@ -221,7 +221,7 @@ def test_the_step_is_traced_once_for_any_number_of_updates_rates_and_seeds(examp
 def test_a_diverging_lane_leaves_its_neighbours_as_they_are(examples, key):
     def train(learning_rate):
         method = descent.method(gradients.mean(mlp_loss), optax.sgd(learning_rate))
-        batches = batching.cut(batching.reshuffled(key, 12, num_epochs=20), 3)
+        batches = batching.batches(batching.reshuffled(key, 12, num_epochs=20), 3)
         return descent.run(method, method.init(MODEL.init(key)), examples, batches)[1]
 
     lanes = jax.jit(jax.vmap(train))
@@ -318,7 +318,7 @@ def test_the_gradient_rule_looks_at_the_gradient_it_is_given():
 @pytest.mark.usefixtures("nans")
 def test_no_improvement_counts_the_values_in_a_row_that_are_not_below_the_best(values, num_updates):
     values = jnp.asarray(values)
-    rule = descent.no_improvement(3, lambda state, info: values[state.num_examples - 1])
+    rule = descent.no_improvement(3, lambda state, info: values[state.num_examples.low - 1])
     _, ending = descend_until(0.5, {"no improvement": rule})
     assert int(ending.num_updates) == num_updates
 
@@ -341,7 +341,7 @@ def test_until_ends_every_lane_at_its_own_time():
 @pytest.mark.usefixtures("replays")
 def test_until_is_the_same_loop_as_run(examples, key):
     method = descent.method(gradients.mean(mlp_loss), optax.sgd(0.01, momentum=0.9))
-    batches = batching.cut(batching.reshuffled(key, 12, num_epochs=4), 4)
+    batches = batching.batches(batching.reshuffled(key, 12, num_epochs=4), 4)
     start = method.init(MODEL.init(key))
     state, ending = descent.until(method, start, examples, batches, {}, every=3)
     assert int(ending.num_updates) == 12
@@ -378,7 +378,7 @@ def test_each_position_of_the_stream_has_its_own_key_whoever_takes_the_gradient(
     """Against a loop by hand; 24 entries of 6 examples, so that each is visited again."""
     stream = batching.reshuffled(key, 6, num_epochs=4)
     method = descent.with_keys(descent.method(estimator(dropped_out), optax.sgd(0.01)), key)
-    state, losses = descent.run(method, method.init(jnp.ones(4)), KEYED_DATA, batching.cut(stream, 4))
+    state, losses = descent.run(method, method.init(jnp.ones(4)), KEYED_DATA, batching.batches(stream, 4))
     params, expected = jnp.ones(4), []
     for t in range(6):
         values = []
@@ -391,8 +391,23 @@ def test_each_position_of_the_stream_has_its_own_key_whoever_takes_the_gradient(
     precision.assert_close(state.params, params, rtol=1e-12)
 
 
+@pytest.mark.usefixtures("replays")
+def test_the_keys_of_far_positions_are_folded_in_by_halves(key):
+    """Across 2^32, up to which a key is that of `fold_in` alone, and across 2^33."""
+    method = descent.with_keys(descent.method(gradients.per_example(dropped_out), optax.sgd(0.0)), key)
+    batch = jax.tree.map(lambda x: x[:4], KEYED_DATA)
+    for first in (2**32 - 2, 2**33 - 2):
+        state = method.init(jnp.ones(4))._replace(num_examples=batching.Count.of(first))
+        state, info = jax.jit(method.step)(state, batch)
+        assert int(state.num_examples) == first + 4
+        for i, p in enumerate(range(first, first + 4)):
+            base = jax.random.fold_in(key, p >> 32) if p >> 32 else key
+            example = jax.tree.map(lambda x, i=i: x[i], batch), jax.random.fold_in(base, np.uint32(p % 2**32))
+            precision.assert_close(info.aux.losses[i], dropped_out(jnp.ones(4), example), rtol=1e-12)
+
+
 def test_a_run_with_keys_that_is_cut_in_two_is_the_run_in_one_piece(key):
-    batches = batching.cut(batching.reshuffled(key, 6, num_epochs=4), 3)
+    batches = batching.batches(batching.reshuffled(key, 6, num_epochs=4), 3)
     method = descent.with_keys(descent.method(gradients.mean(dropped_out), optax.sgd(0.05, momentum=0.9)), key)
     run = jax.jit(lambda state, batches: descent.run(method, state, KEYED_DATA, batches)[0])
     start = method.init(jnp.ones(4))
@@ -413,7 +428,7 @@ def test_every_batch_size_sees_the_same_keys(key):
             method,
             method.init(jnp.ones(4)),
             KEYED_DATA,
-            batching.cut(stream, size),
+            batching.batches(stream, size),
             lambda state, info: info.aux.losses,
         )[1].reshape(-1)
         for size in (1, 4, 6)
@@ -431,7 +446,7 @@ def test_a_run_that_is_called_again_compiles_nothing(key):
         return 0.5 * (center - x) ** 2
 
     method = descent.method(gradients.mean(counted), optax.sgd(0.1))
-    data, batches = jnp.arange(6.0), batching.cut(batching.cyclic(key, 6, num_epochs=2), 3)
+    data, batches = jnp.arange(6.0), batching.batches(batching.cyclic(key, 6, num_epochs=2), 3)
     state, first = descent.run(method, method.init(jnp.zeros(())), data, batches)
     rules = {"low": descent.loss_at_most(0.01)}
     descent.until(method, state, data, batches, rules)
@@ -459,7 +474,7 @@ def test_programs_of_a_method_go_with_it(key):
 def test_batches_may_be_anything_that_can_be_scanned(key):
     """Here the examples themselves, which a fetch takes as they come, against batches cut by index."""
     method = descent.method(gradients.mean(lambda center, x: 0.5 * (center - x) ** 2), optax.sgd(0.1))
-    data, indices = jnp.arange(6.0), batching.cut(batching.reshuffled(key, 6, num_epochs=2), 3)
+    data, indices = jnp.arange(6.0), batching.batches(batching.reshuffled(key, 6, num_epochs=2), 3)
     streamed = {"x": data[indices]}
     state, losses = descent.run(method, method.init(0.0), data, streamed, every=3, fetch=lambda data, batch: batch["x"])
     expected_state, expected = descent.run(method, method.init(0.0), data, indices, every=3)
@@ -469,7 +484,7 @@ def test_batches_may_be_anything_that_can_be_scanned(key):
 
 def test_a_budget_may_be_traced_and_begin_anywhere(key):
     method = descent.method(gradients.mean(lambda center, x: 0.5 * (center - x) ** 2), optax.sgd(0.1))
-    data, batches = jnp.arange(6.0), batching.cut(batching.reshuffled(key, 6, num_epochs=4), 3)
+    data, batches = jnp.arange(6.0), batching.batches(batching.reshuffled(key, 6, num_epochs=4), 3)
     start = method.init(0.0)
     counted = jax.jit(
         lambda first, count: descent.until(method, start, data, batches, first=first, num_updates=count)[0]
@@ -496,7 +511,7 @@ def test_train_is_the_loop_written_out_and_can_be_mapped_over_keys_and_rates(key
     keys, rates = jax.random.split(key, 2), jnp.asarray([0.1, 0.3])
     states, history = jax.jit(jax.vmap(jax.vmap(train, (None, 0)), (0, None)))(keys, rates)
     assert history["loss"].shape == (2, 2, 3)
-    np.testing.assert_array_equal(history["examples"][1, 1], [6, 12, 18])
+    np.testing.assert_array_equal(np.asarray(history["examples"])[1, 1], [6, 12, 18])
     init_key, stream_key = jax.random.split(keys[1])
     center, stream = float(problem.init(init_key)), batching.reshuffled(stream_key, 6, num_epochs=3)
     for t, indices in enumerate(np.asarray(stream).reshape(-1, 2), 1):

@@ -88,7 +88,7 @@ def test_no_key_is_used_twice():
         keys = iter(jax.random.split(key, 16))
         for stream in (batching.reshuffled, batching.shuffled_once, batching.with_replacement):
             yield stream(next(keys), 6, num_epochs=3)
-        batches = batching.cut(batching.reshuffled(next(keys), 6, num_epochs=1), 2)
+        batches = batching.batches(batching.reshuffled(next(keys), 6, num_epochs=1), 2)
         yield descent.run(method, method.init(w), batch, batches)
         yield noisy(w, batch)
         yield noise.measure(square, w, batch, next(keys), num_examples=4).b_simple

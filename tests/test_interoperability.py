@@ -62,7 +62,7 @@ def test_a_model_of_another_library_trains_and_a_step_is_the_gradient_of_the_bat
 
         method = descent.method(gradients.mean(problem.loss), optax.sgd(0.05))
         start = method.init(problem.init(key))
-        batches = batching.cut(batching.reshuffled(key, 32, num_epochs=10), 4)
+        batches = batching.batches(batching.reshuffled(key, 32, num_epochs=10), 4)
         state, _ = descent.run(method, start, problem.train, batches[:1])
         grad = jax.grad(mean_loss)(start.params, *batching.take(problem.train, batches[0]))
         expected = jax.tree.map(lambda weight, g: weight - 0.05 * g, start.params, grad)

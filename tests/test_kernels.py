@@ -15,7 +15,7 @@ CPU = pytest.mark.skipif(jax.default_backend() != "cpu", reason="for a CPU only"
 
 
 EXAMPLES = jax.random.normal(jax.random.key(1), (12, 3))
-BATCHES = batching.cut(batching.reshuffled(jax.random.key(2), 12, num_epochs=2), 1)
+BATCHES = batching.batches(batching.reshuffled(jax.random.key(2), 12, num_epochs=2), 1)
 
 
 def train(learning_rate):

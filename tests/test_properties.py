@@ -186,7 +186,7 @@ def test_every_loop_is_the_loop_written_by_hand(params, num_examples, data):
     batch_size = data.draw(st.sampled_from([1, 2, num_examples]))
     train = examples(num_examples, data.draw(st.sampled_from(FLOATS)))
     stream = batching.reshuffled(jax.random.key(1), num_examples, length=4 * batch_size)
-    batches = np.asarray(batching.cut(stream, batch_size))
+    batches = np.asarray(batching.batches(stream, batch_size))
     method = descent.method(gradients.mean(loss), optax.sgd(RATE))
     every = data.draw(st.integers(1, 5))
     state, losses = descent.run(method, method.init(params), train, batches.tolist(), every=every)
@@ -269,7 +269,7 @@ def test_an_epoch_of_batches_holds_every_row_of_the_data_once(num_examples, name
     batch_size = data.draw(st.sampled_from([n for n in (1, 2, 3, 5, 7) if n <= 2 * num_examples]))
     stream = data.draw(st.sampled_from([batching.reshuffled, batching.shuffled_once, batching.cyclic]))
     entries = stream(jax.random.key(data.draw(st.integers(0, 9))), np.int64(num_examples), num_epochs=2 * batch_size)
-    batches = [batching.take(rows, batch) for batch in batching.cut(entries, batch_size)]
+    batches = [batching.take(rows, batch) for batch in batching.batches(entries, batch_size)]
     for name in names:
         if rows[name] is None:
             continue
@@ -320,7 +320,7 @@ def test_training_is_the_loop_written_by_hand_for_a_tree_of_every_kind():
     key = jax.random.key(1)
     options = {"key": key, "batch_size": batch_size, "num_updates": 5, "chunk_updates": 2}
     state, losses = training.run(method, method.init(ALL), train, **options)
-    batches = batching.cut(batching.reshuffled(key, num_examples, length=5 * batch_size), batch_size)
+    batches = batching.batches(batching.reshuffled(key, num_examples, length=5 * batch_size), batch_size)
     now, expected_losses = descend(ALL, train, np.asarray(batches))
     assert_close(list(filter(is_number, jax.tree.leaves(state.params))), now, ALL)
     assert_close(losses, [np.asarray(expected_losses)], ALL)

@@ -43,7 +43,7 @@ def test_run_equals_a_hand_written_scan_and_a_python_loop(problem, capsys):
 
         def library(params, stream):
             method = descent.method(gradients.mean(problem.loss), optax.sgd(rate))
-            return descent.run(method, method.init(params), problem.train, batching.cut(stream, 1))[0].params
+            return descent.run(method, method.init(params), problem.train, batching.batches(stream, 1))[0].params
 
         def by_hand(params, stream):
             def update(params, i):
@@ -81,7 +81,7 @@ def test_the_program_does_not_grow_with_updates_rates_or_seeds(problem, capsys):
             method = descent.method(gradients.mean(problem.loss), optax.sgd(rate))
             stream = batching.reshuffled(key, problem.num_examples, num_epochs=num_epochs)
             state = method.init(problem.init(key))
-            return descent.run(method, state, problem.train, batching.cut(stream, 1), every=problem.num_examples)[1]
+            return descent.run(method, state, problem.train, batching.batches(stream, 1), every=problem.num_examples)[1]
 
         keys, rates = jax.random.split(jax.random.key(0), num_seeds), jnp.geomspace(1e-3, 1, num_rates)
         return timing.compiled(jax.vmap(jax.vmap(train, (None, 0)), (0, None)), keys, rates)

@@ -229,7 +229,7 @@ def _input(problem: Problem, batch_size: int, num_updates: int, key: jax.Array):
     """Return (params, data, batches int32[T, B]) drawn from `key`."""
     init_key, stream_key = jax.random.split(key)
     stream = batching.reshuffled(stream_key, problem.num_examples, length=num_updates * batch_size)
-    return problem.init(init_key), problem.train, batching.cut(stream, batch_size)
+    return problem.init(init_key), problem.train, batching.batches(stream, batch_size)
 
 
 class Program(NamedTuple):

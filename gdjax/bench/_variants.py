@@ -202,7 +202,7 @@ def scans(problem: Problem, learning_rate: float, batch_sizes: Sequence[int]) ->
     run_one = scan(problem, learning_rate)
 
     def run(params, data, batches):
-        cuts = [batching.cut(batches.reshape(-1), size, drop_remainder=True) for size in batch_sizes]
+        cuts = [batching.batches(batches.reshape(-1), size, drop_remainder=True) for size in batch_sizes]
         return tuple(run_one(params, data, cut)[0] for cut in cuts), ()
 
     return run

@@ -172,7 +172,7 @@ def gradient_noise(problem: Problem, gradient: Gradient, batch_size: int, exampl
         estimate = gradient(params, batching.take(examples, indices))
         return optax.tree.norm(optax.tree.sub(estimate.grad, full), squared=True)
 
-    errors = jax.lax.map(squared_error, batching.cut(stream, batch_size, drop_remainder=True))
+    errors = jax.lax.map(squared_error, batching.batches(stream, batch_size, drop_remainder=True))
     return errors.mean() / optax.tree.norm(full, squared=True)
 
 

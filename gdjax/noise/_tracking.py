@@ -6,7 +6,7 @@
 >>> data = jax.random.normal(jax.random.key(0), (1000,))
 >>> method = descent.method(gradients.with_sq_norms(loss), optax.sgd(0.0))
 >>> method = noise_scale(method, half_life=5000)
->>> batches = batching.cut(batching.reshuffled(jax.random.key(1), 1000, num_epochs=20), 50)
+>>> batches = batching.batches(batching.reshuffled(jax.random.key(1), 1000, num_epochs=20), 50)
 >>> record = lambda state, info: info.aux.noise_scale.b_simple
 >>> _, scales = descent.run(method, method.init(0.5), data, batches, record, every=100)
 >>> [f"{scale:.2f}" for scale in scales]  # of the whole data: 3.83

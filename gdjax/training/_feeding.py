@@ -35,11 +35,17 @@ from gdjax._trees import is_key
 from gdjax.descent import Info, Method, Record, State
 from gdjax.problem import Batch
 
-MAX_POSITION = 2**31  # positions in a stream are int32
-WINDOW_EPOCHS = 8  # costs an eighth more than the epochs themselves; int32[8 N] in memory
+MAX_POSITION = 2**63  # of a stream
+NARROW = 2**31  # positions that int32 holds
+# A small stream sorts each epoch that a window touches: 8 epochs cost an eighth more than the epochs themselves.
+WINDOW_EPOCHS = 8
+MAX_WINDOW = WINDOW_EPOCHS * 2**13  # entries, unless a chunk takes more; a longer order is looked up, not sorted
 
 Stream = Callable[..., jax.Array]
-"""`stream(key, num_examples, start=..., length=...) -> int32[length]`, from `gdjax.batching`."""
+"""`stream(key, num_examples, start=..., length=...) -> int32[length]`, from `gdjax.batching`.
+
+`start` is an int32 in a run that ends below position 2^31 of its stream, and a `batching.Count` in a longer one.
+"""
 Step = Callable[[State, Batch], tuple[State, Info]]
 Program = Callable[..., tuple[State, tuple[jax.Array, Any]]]
 """`(state, inputs, *, length) -> (state, (losses, records))`, `state` donated."""
@@ -91,7 +97,7 @@ def planned(state: State, data: Batch, key: jax.Array, mesh: Mesh | None, **numb
     if first_example + batch_size * num_updates >= MAX_POSITION:
         raise ValueError(
             f"num_updates={num_updates} of batch_size={batch_size} after {first_example} examples go past position "
-            f"2^31 of the stream: at most {(MAX_POSITION - 1 - first_example) // batch_size} updates"
+            f"2^63 of the stream: at most {(MAX_POSITION - 1 - first_example) // batch_size} updates"
         )
     if mesh is not None and set(mesh.axis_types) != {AxisType.Auto}:
         raise ValueError(
@@ -119,7 +125,7 @@ def on_device(method: Method, data, key, plan: Plan, stream: Stream, record: Rec
     def chunk(state, inputs, *, length):
         data, window, first = inputs
         entries = lax.dynamic_slice_in_dim(window, first, length * plan.batch_size)
-        batches = batching.cut(entries, plan.batch_size)
+        batches = batching.batches(entries, plan.batch_size)
         return descent.run(method, state, data, batches, _with_loss(record), every=plan.every)
 
     window_of = _windows(stream, key, problem.num_examples(data), plan, done)
@@ -158,24 +164,32 @@ def from_host(method: Method, data, key, plan: Plan, stream: Stream, record: Rec
 def _windows(stream: Stream, key, num_examples: int, plan: Plan, done: int) -> Callable:
     """Return `(chunk) -> (window of the stream int32[S], position in it where the chunk begins)`.
 
-    A window draws each epoch that it touches, whole, so it holds several epochs or one chunk, whichever is more.
+    It holds several epochs of a small data set, or one chunk, whichever is more.
     """
     chunk_entries = min(plan.chunk_updates, plan.num_updates) * plan.batch_size
-    chunks = min(-(-WINDOW_EPOCHS * num_examples // chunk_entries), -(-plan.num_updates // plan.chunk_updates))
+    wanted = min(WINDOW_EPOCHS * num_examples, MAX_WINDOW)
+    chunks = min(-(-wanted // chunk_entries), -(-plan.num_updates // plan.chunk_updates))
     entries = chunk_entries * chunks
     first = plan.first_example + done * plan.batch_size
-    drawn = jax.jit(partial(stream, num_examples=num_examples, length=entries))
+    drawn = partial(_drawn, stream, num_examples, entries)
     key = placed(key, plan.sharding())
+    end = plan.first_example + plan.num_updates * plan.batch_size
 
     @lru_cache(maxsize=2)
     def window(number: int):
-        return drawn(key, start=np.int32(first + number * entries))
+        start = first + number * entries
+        return drawn(key, np.int32(start) if end <= NARROW else batching.Count.of(start))
 
     def window_of(chunk: int):
         number, place = divmod(chunk, chunks)
         return window(number), np.int32(place * chunk_entries)
 
     return window_of
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))  # here, so that another run of the same stream need not compile it
+def _drawn(stream: Stream, num_examples: int, length: int, key, start) -> jax.Array:
+    return stream(key, num_examples, start=start, length=length)
 
 
 def _batches(x: np.ndarray, *, indices: np.ndarray, plan: Plan) -> jax.Array:

@@ -91,7 +91,7 @@ def run(
 
     Raises:
         ValueError: for numbers that do not fit each other, a batch that the devices cannot share equally (naming one
-            that they can), a stream longer than 2^31, and a folder that cannot be written, is in use by a run that is
+            that they can), a stream longer than 2^63, and a folder that cannot be written, is in use by a run that is
             alive, or holds another run.
         ModuleNotFoundError: with a folder, without orbax-checkpoint or filelock; with data in NumPy arrays, without
             grain.
@@ -200,7 +200,7 @@ def _resumed(checkpoints, state, history, plan: Plan) -> tuple[int, State]:
             f"num_updates={plan.num_updates} are fewer than the {done} that the run in {checkpoints.folder} has made"
         )
     if jax.process_count() > 1:
-        done = int(multihost_utils.broadcast_one_to_all(np.int32(done)))
+        done = int(multihost_utils.broadcast_one_to_all(batching.Count.of(done)))
     if not done:
         return 0, state
     past = _until(history, done // plan.every)

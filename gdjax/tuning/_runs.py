@@ -120,7 +120,7 @@ def trainer(
         while done < end:
             first = done % most
             if first == 0 or streams is None:
-                begun = (done - first) * batch_size
+                begun = batching.Count.of((done - first) * batch_size)
                 streams = jnp.stack([window(key, begun, entries=most * batch_size) for key in runs.stream_keys])
             count = min(end - done, most - first)
             given = states, runs.learning_rates, runs.seeds, active, streams, first, count, problem.train

@@ -285,7 +285,7 @@ def test_the_command_spends_a_budget(command, capsys):
     ):
         method = descent.method(gradients.mean(problem.loss), optax.sgd(rate))
         stream = batching.reshuffled(keys[1], 48, length=12 * 16)
-        state, _ = descent.run(method, method.init(problem.init(keys[0])), problem.train, batching.cut(stream, 16))
+        state, _ = descent.run(method, method.init(problem.init(keys[0])), problem.train, batching.batches(stream, 16))
         loss = jax.vmap(problem.loss, (None, 0))(state.params, problem.train).mean()
         assert rows[16]["verified"]["costs"][seed] == pytest.approx(float(loss), rel=1e-6)
     assert "train_loss after 200 examples" in result["goal"]

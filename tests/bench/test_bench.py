@@ -49,7 +49,7 @@ def by_hand(problem, params, batches):
 
 def inputs(problem, batch_size, num_updates):
     stream = batching.reshuffled(jax.random.key(3), N, length=batch_size * num_updates)
-    return problem.init(jax.random.key(0)), problem.train, batching.cut(stream, batch_size)
+    return problem.init(jax.random.key(0)), problem.train, batching.batches(stream, batch_size)
 
 
 def assert_equal(found, expected):
@@ -85,7 +85,7 @@ def test_every_lane_makes_the_updates_of_its_own_batch_size(dtype):
     params, data, ticks = inputs(problem, variants.microbatch_size(sizes), 12)
     found = jax.jit(variants.lanes(problem, RATE, sizes))(params, data, ticks)[0]
     for i, size in enumerate(sizes):
-        batches = batching.cut(ticks.reshape(-1), size, drop_remainder=True)
+        batches = batching.batches(ticks.reshape(-1), size, drop_remainder=True)
         assert_equal(jax.tree.map(lambda x, i=i: x[i], found), by_hand(problem, params, batches))
 
 
@@ -98,7 +98,7 @@ def test_scans_make_the_updates_of_every_batch_size(problem):
     params, data, ticks = inputs(problem, 2, 12)
     found = jax.jit(variants.scans(problem, RATE, (2, 10)))(params, data, ticks)[0]
     for size, one in zip((2, 10), found, strict=True):
-        assert_equal(one, by_hand(problem, params, batching.cut(ticks.reshape(-1), size, drop_remainder=True)))
+        assert_equal(one, by_hand(problem, params, batching.batches(ticks.reshape(-1), size, drop_remainder=True)))
 
 
 TURNS = {"scan": [6.0, 4.0, 4.0, 4.0, 4.0, 3.0, 4.0], "lanes": [9.0, 8.0, 8.0, 8.0, 8.0, 9.0], "other": [1.0, 2.0]}
@@ -167,7 +167,7 @@ def test_lanes_are_compared_with_the_scans_one_after_another(monkeypatch):
     batches = same[0][2]
     for found, size in ((two, 2), (six_hundred, 600)):
         run = variants.scan(bench.mlp(64, 128, 10), bench.LEARNING_RATE)
-        cut = batching.cut(batches.reshape(-1), size, drop_remainder=True)
+        cut = batching.batches(batches.reshape(-1), size, drop_remainder=True)
         assert_equal(found, jax.jit(run)(*same[0][:2], cut)[0])
 
 

@@ -51,7 +51,7 @@ def test_with_sq_norms_is_mean_with_norms_beside_it(params, batch):
 def test_with_sq_norms_scans_over_steps_and_vmaps_over_seeds(batch):
     def train(key, estimator):
         method = descent.method(estimator(loss), optax.sgd(0.05, momentum=0.9))
-        batches = batching.cut(batching.reshuffled(key, B, num_epochs=6), 3)
+        batches = batching.batches(batching.reshuffled(key, B, num_epochs=6), 3)
         return descent.run(method, method.init(MODEL.init(key)), batch, batches, lambda state, info: (state, info))
 
     keys = jax.random.split(jax.random.key(3), 2)
@@ -60,7 +60,7 @@ def test_with_sq_norms_scans_over_steps_and_vmaps_over_seeds(batch):
         state, (expected, _) = train(key, gradients.mean)
         assert_close(jax.tree.map(lambda x, lane=lane: x[lane], tuple(states)), tuple(state))
         before = jax.tree.map(lambda x: x[-2], expected.params)
-        order = batching.cut(batching.reshuffled(key, B, num_epochs=6), 3)[-1]
+        order = batching.batches(batching.reshuffled(key, B, num_epochs=6), 3)[-1]
         norms = materialised_norms(before, batching.take(batch, order))
         assert_close(jax.tree.map(lambda x, lane=lane: x[lane, -1], infos.aux.sq_norms), norms)
     assert history.num_examples.shape == (2, 10)

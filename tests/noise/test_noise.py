@@ -320,7 +320,7 @@ def test_tracking_forgets_by_half_lives_and_divides_last():
 
 def test_tracking_leaves_the_run_as_it_is(key):
     data = population(20)
-    batches = batching.cut(batching.reshuffled(key, 20, num_epochs=2), 4)
+    batches = batching.batches(batching.reshuffled(key, 20, num_epochs=2), 4)
     plain = descent.method(gradients.with_sq_norms(linear_loss), optax.sgd(0.1))
     expected, losses = descent.run(plain, plain.init(PARAMS), data, batches)
     method = tracked(half_life=100.0, num_examples=20)

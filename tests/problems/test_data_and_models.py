@@ -244,7 +244,7 @@ def test_the_loss_of_every_built_in_problem_falls(name, key):
     if problem.num_examples > 5000:
         problem = dataclasses.replace(problem, train=jax.tree.map(lambda x: x[:128], problem.train), test=None)
     method = descent.method(gradients.mean(problem.loss), optax.sgd(0.05))
-    batches = batching.cut(batching.reshuffled(key, problem.num_examples, num_epochs=2), 32)
+    batches = batching.batches(batching.reshuffled(key, problem.num_examples, num_epochs=2), 32)
     start = method.init(problem.init(key))
     state, _ = jax.jit(lambda state: descent.run(method, state, problem.train, batches))(start)
     before, after = (jax.vmap(problem.loss, (None, 0))(s.params, problem.train).mean() for s in (start, state))

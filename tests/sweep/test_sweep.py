@@ -32,7 +32,7 @@ def train(point):
     """Eight updates of least squares from the point's start, at its rate."""
     loss = lambda w, example: 0.5 * (example[0] @ w - example[1]) ** 2  # noqa: E731
     method = descent.method(gradients.mean(loss), optax.sgd(point["rate"]))
-    batches = batching.cut(batching.cyclic(None, 5, length=8), 1)
+    batches = batching.batches(batching.cyclic(None, 5, length=8), 1)
     state, losses = descent.run(method, method.init(point["start"]), (jnp.asarray(X), jnp.asarray(Y)), batches)
     return {"w": state.params, "losses": losses}
 

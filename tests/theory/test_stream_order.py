@@ -19,7 +19,7 @@ COMMON = {"target_variance": (TARGETS**2).mean(), "num_examples": 4}
 
 def train(stream, batch_size, targets=TARGETS):
     method = descent.method(gradients.mean(lambda theta, c: 0.5 * CURVATURE * (theta - c) ** 2), optax.sgd(RATE))
-    batches = batching.cut(stream, batch_size)
+    batches = batching.batches(stream, batch_size)
     return descent.run(method, method.init(jnp.asarray(0.0)), targets, batches)[0].params
 
 

@@ -117,7 +117,7 @@ def test_linear_rule_keeps_the_movement_per_example(key):
     for factor in (1, 4):
         optimizer = optax.sgd(theory.linear_rule(0.1, factor))
         method = descent.method(gradients.mean(lambda w, slope: w * slope), optimizer)
-        batches = batching.cut(batching.cyclic(key, 24, num_epochs=1), 2 * factor)
+        batches = batching.batches(batching.cyclic(key, 24, num_epochs=1), 2 * factor)
         ends.append(descent.run(method, method.init(0.0), slopes, batches)[0].params)
     precision.assert_close(ends[0], ends[1], rtol=1e-12)
 
@@ -129,7 +129,7 @@ def test_sqrt_rule_keeps_the_spread_of_adam_per_example(key):
     for batch_size, settings in ((8, adam), (8 * factor, theory.sqrt_rule(adam, factor))):
         with jax.numpy_dtype_promotion("standard"):  # optax's Adam mixes int32 and float64
             method = descent.method(gradients.mean(lambda w, slope: w * slope), optax.adam(*settings))
-            batches = batching.cut(batching.cyclic(key, num_examples, num_epochs=1), batch_size)
+            batches = batching.batches(batching.cyclic(key, num_examples, num_epochs=1), batch_size)
 
             @jax.jit
             @jax.vmap
@@ -151,7 +151,7 @@ def test_a_memory_halves_once_in_its_half_life(batch_size, key):
     decay = theory.decay_per_update(20.0, batch_size)
     method = descent.method(gradients.mean(lambda w, slope: w * slope), optax.sgd(1.0, momentum=decay))
     slopes = jnp.zeros(25).at[:batch_size].set(1.0)
-    batches = batching.cut(batching.cyclic(key, 25, num_epochs=1), batch_size)
+    batches = batching.batches(batching.cyclic(key, 25, num_epochs=1), batch_size)
     _, moved = descent.run(method, method.init(0.0), slopes, batches, lambda state, info: -info.update)
     precision.assert_close(moved[:: 20 // batch_size], [1.0, 0.5], rtol=1e-12)
     longer = theory.same_half_life(decay, 3)

@@ -95,7 +95,7 @@ def test_a_run_in_chunks_is_the_loop_of_descent(run, data, key, every, num_updat
     def record(state, info):
         return {"loss": info.loss, "seen": state.num_examples}
 
-    batches = batching.cut(stream(key, NUM_EXAMPLES, start=0, length=4 * num_updates), 4)
+    batches = batching.batches(stream(key, NUM_EXAMPLES, start=0, length=4 * num_updates), 4)
     loop = jax.jit(lambda state: descent.run(METHOD, state, data, batches, record, every=every))
     assert_equal(run(record=record, every=every, num_updates=num_updates, stream=stream), loop(START))
     assert int(START.num_examples) == 0
@@ -105,6 +105,22 @@ def test_the_state_of_a_finished_run_goes_on_where_it_ended(run, straight):
     state, losses = run(num_updates=4)
     state, more = run(num_updates=8, state=state)
     assert_equal((state, np.concatenate([losses, more])), straight)
+
+
+@pytest.mark.parametrize("first", [2**31 - 20, 2**32 - 20])
+def test_a_run_goes_on_past_what_32_bits_count(run, data, first, tmp_path):
+    """On the device, from host memory, and resumed, against the loop over windows by hand."""
+    pytest.importorskip("grain")
+    start = START._replace(num_examples=batching.Count.of(first))
+    window = batching.reshuffled(jax.random.key(0), NUM_EXAMPLES, start=first, length=4 * 12)
+    loop = jax.jit(lambda state: descent.run(METHOD, state, data, batching.batches(window, 4)))
+    expected = loop(start)
+    assert int(expected[0].num_examples) == first + 48
+    common = {"state": start, "stream": batching.reshuffled}
+    assert_equal(run(**common), expected)
+    assert_equal(run(**common, data=jax.tree.map(np.asarray, data)), expected)
+    run(**common, num_updates=8, folder=tmp_path)
+    assert_equal(run(**common, folder=tmp_path), expected)
 
 
 def test_the_step_is_traced_once_and_a_chunk_compiled_once(run, caplog):
@@ -341,7 +357,7 @@ def devices(num_devices, axis_type=AxisType.Auto):
         ({"every": 5}, "every=5 must divide num_updates=12: 10 would do"),
         ({"every": 6}, "every=6 must divide chunk_updates=4: 6 would do"),
         ({"key": jax.random.PRNGKey(0)}, r"must be a typed key, from jax.random.key\(seed\)"),
-        ({"num_updates": 2**29}, "go past position 2.31 of the stream: at most 536870911 updates"),
+        ({"num_updates": 2**61}, "go past position 2.63 of the stream: at most 2305843009213693951 updates"),
         ({"data": ()}, "data has no arrays"),
         ({"batch_size": 3, "mesh": devices(2)}, "batch_size=3 cannot be shared equally by the 2 devices.* is 4"),
         ({"mesh": devices(2, AxisType.Explicit)}, "mesh must have Auto axes"),

@@ -141,7 +141,7 @@ def test_every_run_is_that_of_its_seed_and_rate(key):
             return jax.vmap(problem.loss, (None, 0))(state.params, problem.test).mean()
 
         start = method.init(problem.init(init_key))
-        return record(start, None), descent.run(method, start, problem.train, batching.cut(stream, 3), record)[1]
+        return record(start, None), descent.run(method, start, problem.train, batching.batches(stream, 3), record)[1]
 
     assert np.isfinite(found.costs).all()
     for seed, keys in enumerate(zip(*(jax.random.split(k, 2) for k in jax.random.split(key)), strict=True)):
