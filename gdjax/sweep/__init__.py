@@ -6,10 +6,12 @@
 ((2, 3), (2, 3))
 """
 
+from gdjax.sweep._programs import free_bytes
 from gdjax.sweep._sweep import Grid, grid, map  # noqa: A004
 
 __all__ = [
     "Grid",
+    "free_bytes",
     "grid",
     "map",
 ]

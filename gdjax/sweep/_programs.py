@@ -15,6 +15,7 @@
 
 import contextlib
 import math
+import os
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -158,8 +159,12 @@ def needed_bytes(program: jax.stages.Compiled) -> int:
     return sum(getattr(memory, part, 0) for part in parts)
 
 
-def free_bytes(mesh: Mesh) -> float:
-    """Return the free memory of a device: of CPU devices, each a share of what the machine or its cgroup has left."""
+def free_bytes(mesh: Mesh | None = None) -> float:
+    """Return the free memory of a device: of CPU devices, each a share of what the machine or its cgroup has left.
+
+    Without a mesh it is that of the default device.
+    """
+    mesh = mesh or Mesh(np.asarray(jax.devices()[:1]), ("points",))
     stats = [device.memory_stats() for device in mesh.devices.flat]
     if all(stats):
         return min(s["bytes_limit"] - s["bytes_in_use"] for s in stats)
@@ -174,6 +179,8 @@ def _host_bytes() -> Iterator[float]:
     with contextlib.suppress(OSError, ValueError):  # of a container, which psutil does not see; 'max' is no limit
         limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
         yield limit - used
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # not on Windows
+        yield os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     yield math.inf
 
 

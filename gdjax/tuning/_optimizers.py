@@ -9,7 +9,7 @@ from functools import partial
 
 import optax
 
-from gdjax.tuning._lanes import Optimizer
+from gdjax.tuning._runs import Optimizer
 
 # With the learning rate that the first grid has in its middle.
 OPTIMIZERS: dict[str, tuple[Optimizer, float]] = {

@@ -11,10 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gdjax import batching, timing
+from gdjax import batching, commands, timing
 from gdjax.bench import _bench as bench
 from gdjax.bench import _variants as variants
-from gdjax.commands import _cli as cli
 from gdjax.commands import bench as bench_report
 from gdjax.commands._session import Common
 from gdjax.problem import Problem
@@ -241,7 +240,7 @@ def test_the_command_keeps_its_result_and_compares_it_with_an_earlier_one(monkey
     command = ["gdjax", "bench", "--models", "my_bench:problem", "--variants", "scan", "microbatched", "my_bench:mine"]
     command += ["--batch-sizes", "1", "4", "--json", "-"]
     monkeypatch.setattr(sys, "argv", [*command, "--out", "first"])
-    cli.main()
+    commands.main()
     first = json.loads(capsys.readouterr().out)
     assert [(row["variant"], row["batch_size"], "skipped" in row) for row in first["rows"]] == [
         *(("scan", 1, False), ("microbatched", 1, True), ("my_bench:mine", 1, False)),
@@ -250,7 +249,7 @@ def test_the_command_keeps_its_result_and_compares_it_with_an_earlier_one(monkey
     assert first["provenance"]["arguments"]["batch_sizes"] == [1, 4]
     assert (tmp_path / "first" / "figure.png").stat().st_size > 1000
     monkeypatch.setattr(sys, "argv", [*command, "--out", "second", "--compare", "first/result.json"])
-    cli.main()
+    commands.main()
     shown = capsys.readouterr()
     changes = json.loads(shown.out)["changes"]
     assert [(c["variant"], c["batch_size"]) for c in changes] == [

@@ -12,8 +12,8 @@ import time
 import jax
 import pytest
 
+from gdjax import commands
 from gdjax.commands import _arguments as arguments
-from gdjax.commands import _cli as cli
 from gdjax.commands import _session as command
 from gdjax.commands._hosts import Hosts
 from gdjax.commands._session import Common
@@ -61,7 +61,7 @@ def gdjax(folder, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["gdjax", *arguments])
         status = 0
         try:
-            cli.main()
+            commands.main()
         except SystemExit as end:
             status = end.code or 0
         return status, *capsys.readouterr()
@@ -192,7 +192,7 @@ def test_what_tyro_cannot_understand_it_explains_and_the_exit_status_is_2(gdjax,
 
 
 def test_a_failure_is_one_line_exit_status_1_and_debug_shows_where(gdjax, folder, monkeypatch):
-    monkeypatch.setattr("gdjax.compare.compare", lambda *given, **named: 1 / 0)
+    monkeypatch.setattr("gdjax.compare.plan", lambda *given, **named: 1 / 0)
     small = ("compare", "--problem", "my_module:problem")
     assert gdjax(*small) == (1, "", "gdjax: ZeroDivisionError: division by zero (--debug shows where)\n")
     with pytest.raises(ZeroDivisionError):
@@ -291,7 +291,7 @@ def test_x64_is_set_before_the_command_runs(request):
     before = jax.config.read("jax_enable_x64")
     request.addfinalizer(lambda: jax.config.update("jax_enable_x64", before))
     jax.config.update("jax_enable_x64", False)
-    command.run(cli.Compare(common=Common(x64=True)), lambda asked: None)
+    command.run(commands.COMMANDS["compare"](common=Common(x64=True)), lambda asked: None)
     assert jax.numpy.zeros(1).dtype == "float64"
 
 
@@ -300,7 +300,7 @@ def test_help_lists_every_option_with_its_text_and_the_exit_statuses(gdjax):
         for field in dataclasses.fields(kind):
             yield from fields(field.type) if field.type in (Common, Hosts) else [field.name.replace("_", "-")]
 
-    for name, kind in {"compare": cli.Compare, "advise": cli.Advise, "bench": cli.Bench}.items():
+    for name, kind in commands.COMMANDS.items():
         status, printed, complained = gdjax(name, "--help")
         assert (status, complained) == (0, "")
         explained = [part for part in re.split(r"\n│? {0,3}--(?=\w)", printed)[1:] if len(part.split()) > 3]
