@@ -20,7 +20,7 @@ def wide(x: jax.Array) -> jax.Array:
     return x if jnp.finfo(x.dtype).bits >= 32 else x.astype(jnp.float32)
 
 
-KEPT, MAX_KEPT = "__gdjax_kept__", 64  # an attribute; programs of one function
+KEPT, MAX_KEPT = "__gdjax_kept__", 64  # an attribute; programs of one owner
 
 
 def kept(owner: Any, key: Hashable, make: Callable[[], Any]) -> Any:

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from gdjax.commands import _specs as specs
+from gdjax.commands import _specs
 from gdjax.commands._session import Common, progress, saving
 
 if TYPE_CHECKING:
@@ -49,13 +49,13 @@ class Advise:
         if (self.target is None) == (self.examples is None):
             raise ValueError("give exactly one of --target 'loss<=0.05', to reach, and --examples 8192, to spend")
         with saving("advise", self, seed=self.seed) as save:
-            problem = specs.problem(self.problem)
+            problem = _specs.problem(self.problem)
             sizes = [problem.num_examples if size == "full" else size for size in self.batch_sizes or ()]
             with progress() as show:
                 found = advise.batch_size(
                     problem,
                     tuning.Budget(self.examples or 0) if self.target is None else self.target,
-                    optimizer=specs.optimizer(self.optimizer),
+                    optimizer=_specs.optimizer(self.optimizer),
                     sizes=sizes or None,
                     seconds=self.budget,
                     memory=self.memory and 1e9 * self.memory,

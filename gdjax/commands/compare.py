@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from gdjax.commands import _specs as specs
+from gdjax.commands import _specs
 from gdjax.commands._session import Common, progress, saving
 
 if TYPE_CHECKING:
@@ -58,13 +58,13 @@ class Compare:
         with saving("compare", self, seed=self.seed) as save:
             if self.cache is not None:
                 timing.keep_compiled(self.cache)
-            problem = specs.problem(self.problem)
+            problem = _specs.problem(self.problem)
             sizes = self.batch_sizes or compare.default_batch_sizes(problem.num_examples)
             with progress() as show:
                 plan = compare.plan(
                     problem,
                     [problem.num_examples if size == "full" else size for size in sizes],
-                    optimizer=specs.optimizer(self.optimizer),
+                    optimizer=_specs.optimizer(self.optimizer),
                     learning_rate=self.learning_rate,
                     num_epochs=self.num_epochs,
                     num_seeds=self.num_seeds,
