@@ -8,6 +8,7 @@ SystemExit: 2
 
 import contextlib
 import dataclasses
+import io
 import os
 import signal
 import sys
@@ -74,10 +75,18 @@ def ended(*, debug: bool = False) -> Iterator[None]:
         sys.exit(1)
 
 
-def say(text: str) -> None:
+class _Aside(io.TextIOBase):
+    """Standard output that goes where `say` says it."""
+
+    def write(self, text: str) -> int:
+        say(text, end="")
+        return len(text)
+
+
+def say(text: str, end: str = "\n") -> None:
     """Print to standard error; where that is full or gone, the exit status alone has to tell."""
     try:
-        print(text, file=sys.stderr, flush=True)
+        print(text, end=end, file=sys.stderr, flush=True)
     except (OSError, ValueError):
         _silenced(sys.stderr)
 
@@ -157,7 +166,7 @@ def saving(name: str, command: Any, *, seed: int) -> Iterator[Callable[..., None
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(report.run_folder(report.timestamped(name) if common.out is None else common.out))
         if common.json == "-":  # a user's own problem may print
-            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+            stack.enter_context(contextlib.redirect_stdout(_Aside()))
         elif common.json is not None:
             _files.check_replaceable(Path(common.json), "json")
 
@@ -178,9 +187,8 @@ def saving(name: str, command: Any, *, seed: int) -> Iterator[Callable[..., None
             if common.json not in (None, "-"):
                 _files.write_json(Path(common.json), result)
             # Nobody may be listening any more: all that was to be kept has been.
-            tell = say if common.json == "-" else print
-            tell(text)
-            tell(f"Saved {folder / 'result.json'} and {', '.join(['figure.png', *files])}")
+            print(text)
+            print(f"Saved {folder / 'result.json'} and {', '.join(['figure.png', *files])}")
             if common.json == "-" and stdout is not None:
                 stdout.write(_files.to_json(result))
 

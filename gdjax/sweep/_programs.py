@@ -15,6 +15,7 @@
 
 import contextlib
 import math
+import os
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -163,7 +164,7 @@ def free_bytes(mesh: Mesh | None = None) -> float:
 
     Without a mesh it is that of the default device.
     """
-    mesh = mesh or Mesh(np.asarray(jax.devices()[:1]), ("lanes",))
+    mesh = mesh or Mesh(np.asarray(jax.devices()[:1]), ("points",))
     stats = [device.memory_stats() for device in mesh.devices.flat]
     if all(stats):
         return min(s["bytes_limit"] - s["bytes_in_use"] for s in stats)
@@ -178,6 +179,8 @@ def _host_bytes() -> Iterator[float]:
     with contextlib.suppress(OSError, ValueError):  # of a container, which psutil does not see; 'max' is no limit
         limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
         yield limit - used
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # not on Windows
+        yield os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     yield math.inf
 
 

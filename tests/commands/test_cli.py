@@ -178,7 +178,7 @@ def test_bad_input_is_one_line_exit_status_2_and_no_file(gdjax, folder, given, m
         ),
         (
             ["compare", "--num-epochs", "1.5"],
-            "Error parsing --num-epochs: invalid literal for int() with base 10: '1.5'",
+            "Error parsing --num-epochs",
         ),
         (["compute"], "Unrecognized options: compute"),
     ],
