@@ -2,10 +2,11 @@
 
 import collections
 import contextlib
+import signal
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -109,16 +110,11 @@ class _Reporter:
     """Tells what a journal holds: to the terminal, to the file that `progress` reads, and to checkpoints."""
 
     def __init__(self, journal: Journal, checkpoints: Checkpoints | None):
-        from tqdm import tqdm
-
         self.journal, self.checkpoints = journal, checkpoints
         self.saved_at = self.began = time.monotonic()
         self.saved = journal.num_updates
         self.before = 0.0 if checkpoints is None else _progress.seconds(checkpoints.folder)
-        # None: tqdm's own way to be silent where standard error is no terminal
-        disable = True if jax.process_index() or sys.stderr is None else None
-        total, done = journal.plan.num_updates, journal.num_updates
-        self.bar = tqdm(total=total, initial=done, unit="update", disable=disable, file=sys.stderr)
+        self.bar = _bar(journal)
         self.report()
 
     def show(self, loss: float) -> None:
@@ -153,9 +149,7 @@ class _Reporter:
             self.report()
         self.saved_at = time.monotonic()
 
-    def interrupt(self, signum: int) -> None:
-        import signal
-
+    def interrupt(self, signum: int) -> NoReturn:
         name = signal.Signals(signum).name
         if self.checkpoints is not None:
             self.checkpoints.finish()
@@ -169,6 +163,20 @@ class _Reporter:
     def close(self) -> None:
         with contextlib.suppress(OSError, ValueError):
             self.bar.close()
+
+
+def _bar(journal: Journal) -> Any:
+    """Return a progress bar on standard error: none in other processes than the first, and where it is no terminal."""
+    from tqdm import tqdm
+
+    options = {"total": journal.plan.num_updates, "initial": journal.num_updates, "unit": "update"}
+    silent = tqdm(**options, disable=True)
+    if jax.process_index() or sys.stderr is None:
+        return silent
+    try:
+        return tqdm(**options, disable=None, file=sys.stderr)
+    except (OSError, ValueError):  # a terminal that is lost
+        return silent
 
 
 def _agreed(received: list[int], stopped: bool) -> tuple[int, bool]:
