@@ -19,6 +19,7 @@ one later: each therefore carries a checksum of its arrays and identity, and one
 import contextlib
 import logging
 import os
+import sys
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping
@@ -178,17 +179,26 @@ def opened(folder: str | os.PathLike, identity: Identity) -> Iterator[Checkpoint
 
 @contextlib.contextmanager
 def _quiet_orbax() -> Iterator[None]:
-    """Keep orbax from logging, one traceback a thread, what it raises as well."""
+    """Keep orbax from logging, one traceback a thread, what it raises as well.
+
+    When one array cannot be read, it also leaves the reads of the others behind, which then find nobody to tell.
+    """
 
     def others(record: logging.LogRecord) -> bool:
         return "orbax" not in record.pathname
 
-    logger = logging.getLogger("absl")
+    def unraisable(found: Any) -> None:
+        if str(found.exc_value) != "Event loop is closed":
+            before(found)
+
+    logger, before = logging.getLogger("absl"), sys.unraisablehook
     logger.addFilter(others)
+    sys.unraisablehook = unraisable
     try:
         yield
     finally:
         logger.removeFilter(others)
+        sys.unraisablehook = before
 
 
 def check_installed() -> None:

@@ -431,7 +431,6 @@ def damage(step, how):
         path.write_bytes(content)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of orbax's other reads, left alone
 @pytest.mark.parametrize("how", ["truncated", "flipped", "another identity", "wrong but readable"])
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(run, straight, finished, tmp_path, how):
     folder = shutil.copytree(finished, tmp_path / "run")
