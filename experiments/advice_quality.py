@@ -26,21 +26,15 @@ import jax
 import numpy as np
 
 from experiments.steps_to_target import tuned_at_every_size
-from gdjax import _files, advise, problems
+from gdjax import _files, advise, problems, tuning
 from gdjax import report as plots
 from gdjax import report as records
-from gdjax.advise import _choices as choices
-from gdjax.advise import _pilots as advise_pilots
-from gdjax.advise import _throughput as throughput
 from gdjax.commands import experiment
 from gdjax.problems import datasets, models
-from gdjax.tuning import _lanes as lanes
-from gdjax.tuning import _optimizers as optimizers
-from gdjax.tuning import _pilots as pilots
-from gdjax.tuning import _targets as targets
 
 NUM_SEEDS, NUM_FRESH = 3, 10
 NUM_TOKENS = 32
+MAX_EPOCHS = 200
 
 
 def images():
@@ -83,15 +77,15 @@ class Options(experiment.Options):
 def judge_one(make_problem, target, optimizer, largest, *, budget, seed, sizes=None):
     """Return a row for one problem: the advice, the search, and their times at speeds measured in turn."""
     problem = make_problem()
-    target = targets.parse_target(target, problem)
-    sizes = sizes or [b for b in choices.default_batch_sizes(problem.num_examples) if b <= (largest or np.inf)]
-    found = advise.advise(problem, target, optimizer=optimizer, batch_sizes=sizes, budget=budget, seed=seed)
+    target = tuning.parse_target(target, problem)
+    sizes = sizes or [b for b in advise.default_batch_sizes(problem.num_examples) if b <= (largest or np.inf)]
+    found = advise.batch_size(problem, target, optimizer=optimizer, sizes=sizes, seconds=budget, seed=seed)
 
     began = time.perf_counter()
-    make, middle = optimizers.OPTIMIZERS[optimizer]
+    make, middle = tuning.OPTIMIZERS[optimizer]
     key = jax.random.key(seed + 1)
     searched = tuned_at_every_size(problem, make, middle / 32 * sizes[0], target, sizes, NUM_SEEDS, key)
-    timed = throughput.throughput(problem, make, sizes, learning_rate=middle)
+    timed = tuning.speeds(problem, make, sizes, learning_rate=middle)
     search_seconds = time.perf_counter() - began
 
     clocks = {choice.batch_size: choice.time_again for choice in timed if choice.time_again}  # of what fits
@@ -99,19 +93,18 @@ def judge_one(make_problem, target, optimizer, largest, *, budget, seed, sizes=N
     speeds = dict(zip(clocks, np.median(rounds, axis=0), strict=True))
     # The best of many noisy numbers is too good to be true: the search's first three are run again, with the seeds that
     # the advised batch size is run with.
-    optima = {size: pilot.optimum() for size, pilot in searched.items()}
+    optima = {size: tuned.optimum() for size, tuned in searched.items()}
     times = {size: float(updates.mean()) * speeds[size] for size, (_, updates) in optima.items()}
 
     search = partial(
-        pilots.search(lanes.runs(problem, make, metric=target.metric, on=target.on, num_lanes=NUM_FRESH), target),
+        tuning.searching(problem, make, target, num_runs=NUM_FRESH),
         num_seeds=NUM_FRESH,
         key=jax.random.key(seed + 2),
-        max_examples=advise_pilots.MAX_EPOCHS * problem.num_examples,
+        max_examples=MAX_EPOCHS * problem.num_examples,
     )
 
     def fresh_seconds(size, rate):
-        pilot = search(np.asarray([rate]), batch_size=size)
-        return float(pilot.costs.mean()) * speeds[size]
+        return float(search(np.asarray([rate]), batch_size=size).costs.mean()) * speeds[size]
 
     fresh = {size: fresh_seconds(size, optima[size][0]) for size in sorted(times, key=times.__getitem__)[:3]}
     best = min(fresh, key=fresh.__getitem__)

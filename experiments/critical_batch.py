@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gdjax import batching, compare, descent, gradients, noise, problems, theory
+from gdjax import batching, descent, gradients, noise, problems, theory, tuning
 from gdjax import report as plots
 from gdjax.commands import experiment
 from gdjax.noise import _intervals as intervals
@@ -99,9 +99,8 @@ def tuned(problem, setting, batch_size, starts):
         found.update(zip(rates.tolist(), updates.T, strict=True))
         return updates.mean(0)
 
-    means = compare.tune(updates_at, guess * RATE_FACTORS)
-    best = compare.best_rate(means)
-    return found[best], best, min(means) < best < max(means)
+    best = tuning.minimise(updates_at, guess * RATE_FACTORS)
+    return found[best.rate], best.rate, not best.at_edge
 
 
 def noise_scales(problem, setting, num_updates, num_pairs, params, stream, learning_rate, key):

@@ -23,8 +23,8 @@ from gdjax.commands import experiment
 from gdjax.theory import quadratics
 
 TARGET, POWER, MAX_UPDATES = 0.01, 0.5, 10**6
-LEARNING_RATES = jnp.logspace(-4, 0.7, 60)
-MEMORIES = jnp.append(0.0, 1 - jnp.logspace(-0.3, -3.5, 12))  # of momentum and of the average
+LEARNING_RATES = np.logspace(-4, 0.7, 60)
+MEMORIES = np.append(0.0, 1 - np.logspace(-0.3, -3.5, 12))  # of momentum and of the average
 BATCH_SIZES = tuple(4**k for k in range(9))
 MEASURED = tuple(4**k for k in range(7))
 NUM_SEEDS = 64, 16  # up to LARGE examples an update, and above, where runs differ less and cost more
@@ -71,10 +71,10 @@ def tune(name, h, batch_size):
     def of_memory(memory):
         method = partial(system, name, h, batch_size, memory)
         return quadratics.fewest_updates(
-            method, h, learning_rates=LEARNING_RATES, target=TARGET, max_updates=MAX_UPDATES
+            method, h, learning_rates=jnp.asarray(LEARNING_RATES), target=TARGET, max_updates=MAX_UPDATES
         )
 
-    memories = MEMORIES if name in ("momentum", "averaging") else jnp.zeros(1)
+    memories = jnp.asarray(MEMORIES) if name in ("momentum", "averaging") else jnp.zeros(1)
     updates, rates = jax.lax.map(of_memory, memories)
     best = jnp.argmin(updates)
     return Tuned(updates[best], rates[best], memories[best])

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gdjax import batching, compare, descent, gradients, problems
+from gdjax import batching, descent, gradients, problems, tuning
 from gdjax import report as plots
 from gdjax.commands import experiment
 
@@ -83,9 +83,8 @@ def tuned(train, starts, rates):
         accuracies.update(zip(rates.tolist(), np.asarray(of_rates).T, strict=True))
         return np.asarray(losses).mean(0)
 
-    losses = compare.tune(losses_at, rates)
-    best = compare.best_rate(losses)
-    return accuracies[best], best, min(losses) < best < max(losses)
+    best = tuning.minimise(losses_at, rates)
+    return accuracies[best.rate], best.rate, not best.at_edge
 
 
 def privacy(batch_size, noise_multiplier, num_examples, num_epochs):

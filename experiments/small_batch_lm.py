@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gdjax import batching, compare, descent, gradients, problems, theory
+from gdjax import batching, descent, gradients, problems, theory, tuning
 from gdjax import report as plots
 from gdjax.commands import experiment
 from gdjax.problems import datasets, models
@@ -108,10 +108,9 @@ def tuned(run, starts, num_tuned, middle):
     def losses_at(rates):
         return np.mean([of_seed(i, rates) for i in range(num_tuned)], axis=0)
 
-    found = compare.tune(losses_at, middle * RATE_FACTORS)
-    rate = compare.best_rate(found)
-    _, report = run(*jax.tree.map(lambda x: x[num_tuned:], starts), jnp.full(len(RATE_FACTORS), rate))
-    return np.asarray(report), rate, min(found) < rate < max(found)
+    found = tuning.minimise(losses_at, middle * RATE_FACTORS)
+    _, report = run(*jax.tree.map(lambda x: x[num_tuned:], starts), jnp.full(len(RATE_FACTORS), found.rate))
+    return np.asarray(report), found.rate, not found.at_edge
 
 
 def judge(rows, name):

@@ -14,45 +14,40 @@ from functools import partial
 import jax
 import numpy as np
 
-from gdjax import problems
+from gdjax import advise, problems, tuning
 from gdjax import report as plots
-from gdjax.advise import _choices as choices
 from gdjax.commands import experiment
 from gdjax.theory import scaling
-from gdjax.tuning import _lanes as lanes
-from gdjax.tuning import _optimizers as optimizers
-from gdjax.tuning import _pilots as pilots
-from gdjax.tuning import _targets as targets
 
 TARGET = "loss<=0.05"
 FACTOR, NUM_RATES, MAX_EPOCHS = 2.0, 6, 200
 
 
 def tuned_at_every_size(problem, optimizer, first_rate, target, sizes, num_seeds, key):
-    """Return {B: Pilot}, each over a grid around the best rate of the size before, moved where that is at its edge."""
+    """Return {B: Tuning}, each over a grid around the best rate of the size before, moved where that is at its edge."""
     found, rate = {}, first_rate
-    runs = lanes.runs(problem, optimizer, metric=target.metric, on=target.on, num_lanes=NUM_RATES * num_seeds)
-    search = partial(pilots.search(runs, target), num_seeds=num_seeds, key=key)
+    run = tuning.searching(problem, optimizer, target, num_runs=NUM_RATES * num_seeds)
+    search = partial(run, num_seeds=num_seeds, key=key, max_examples=MAX_EPOCHS * problem.num_examples)
     for size in sizes:
         grid = rate * FACTOR ** (np.arange(NUM_RATES) - (NUM_RATES - 1) / 2)
-        pilot = pilots.tune(partial(search, batch_size=size), grid, max_examples=MAX_EPOCHS * problem.num_examples)
-        if pilot.found:
-            found[size] = pilot
-            rate = pilot.optimum()[0] * math.sqrt(FACTOR)  # the next size will want a larger one
+        tuned = tuning.search_grid(partial(search, batch_size=size), grid)
+        if tuned.found:
+            found[size] = tuned
+            rate = tuned.optimum()[0] * math.sqrt(FACTOR)  # the next size will want a larger one
     return found
 
 
 def main(options: experiment.Options) -> experiment.Result:
     problem = problems.digits_mlp()
-    target = targets.parse_target(TARGET, problem)
-    sizes = [32, 128] if options.smoke else choices.default_batch_sizes(problem.num_examples)
-    names = ["sgd"] if options.smoke else list(optimizers.OPTIMIZERS)
+    target = tuning.parse_target(TARGET, problem)
+    sizes = [32, 128] if options.smoke else advise.default_batch_sizes(problem.num_examples)
+    names = ["sgd"] if options.smoke else list(tuning.OPTIMIZERS)
     rows, curves, laws = [], {}, {}
     for name in names:
-        make, first_rate = optimizers.OPTIMIZERS[name]
+        make, first_rate = tuning.OPTIMIZERS[name]
         first_rate *= 1 if options.smoke else 1 / 16  # the middle of the first grid is meant for B = 32
         found = tuned_at_every_size(problem, make, first_rate, target, sizes, 3, jax.random.key(options.seed))
-        optima = {size: pilot.optimum() for size, pilot in found.items()}
+        optima = {size: tuned.optimum() for size, tuned in found.items()}
         laws[name] = scaling.fit(list(optima), np.stack([updates for _, updates in optima.values()]))
         curves[name] = optima
         for (size, (rate, updates)), residual in zip(optima.items(), laws[name].residuals, strict=True):

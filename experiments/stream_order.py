@@ -20,7 +20,7 @@ from gdjax.commands import experiment
 from gdjax.theory import stream_order
 
 NUM_EXAMPLES, NUM_EPOCHS = 64, 100
-LEARNING_RATES = jnp.logspace(-2.5, -0.1, 13)  # at the least, the start is forgotten e-fold in 5 epochs
+LEARNING_RATES = np.logspace(-2.5, -0.1, 13)  # at the least, the start is forgotten e-fold in 5 epochs
 ORDERS = ("with_replacement", "shuffled_once", "reshuffled")
 
 

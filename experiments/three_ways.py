@@ -10,6 +10,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from gdjax import batching, descent, gradients, problems
@@ -17,7 +18,7 @@ from gdjax import report as plots
 from gdjax.commands import experiment
 
 NUM_SEEDS = 3
-LEARNING_RATES = jnp.logspace(-2.5, 1, 8)
+LEARNING_RATES = np.logspace(-2.5, 1, 8)
 
 
 def train(problem, batch_size, num_epochs, data, key, learning_rate):

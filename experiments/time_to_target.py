@@ -10,26 +10,23 @@ Cost        60 s on two CPU cores.
 import numpy as np
 
 from gdjax import advise, problems
-from gdjax.advise import _choices as choices
 from gdjax.commands import experiment
-from gdjax.tuning import _targets as targets
 
 TARGET = "loss<=0.05"
 
 
 def main(options: experiment.Options) -> experiment.Result:
     problem = problems.digits_mlp()
-    target = targets.parse_target("loss<=0.3" if options.smoke else TARGET, problem)
-    found = advise.advise(
+    found = advise.batch_size(
         problem,
-        target,
-        batch_sizes=[8, 64] if options.smoke else None,
-        budget=60 if options.smoke else 120,
+        "loss<=0.3" if options.smoke else TARGET,
+        sizes=[8, 64] if options.smoke else None,
+        seconds=60 if options.smoke else 120,
         seed=options.seed,
     )
-    run = [choice for choice in found.choices if choice.measured is not None]
+    run = [choice for choice in found.choices if choice.verified is not None]
     outside = [choice.batch_size for choice in run if not choice.inside]
-    guess = choices.fastest(found.choices)
+    guess = min(run, key=lambda choice: choice.seconds[1])
     regret = guess.measured_seconds / min(choice.measured_seconds for choice in run)
     held = len(outside) <= 1 and regret <= 1.3
     beyond = f" (B = {', '.join(map(str, outside))})" if outside else ""

@@ -1,6 +1,8 @@
 """Arrays and pytrees of them: what several modules ask of a leaf."""
 
+import weakref
 from collections.abc import Callable, Hashable
+from types import MethodType
 from typing import Any
 
 import jax
@@ -18,20 +20,25 @@ def wide(x: jax.Array) -> jax.Array:
     return x if jnp.finfo(x.dtype).bits >= 32 else x.astype(jnp.float32)
 
 
-MAX_KEPT = 16  # programs of one function
+KEPT, MAX_KEPT = "__gdjax_kept__", 64  # an attribute; programs of one owner
 
 
-def kept(owner: Callable, key: Hashable, make: Callable[[], Any]) -> Any:
-    """Return `make()`, made once for each key and kept as long as the function `owner` lives.
+def kept(owner: Any, key: Hashable, make: Callable[[], Any]) -> Any:
+    """Return `make()`, made once for each key and kept as long as `owner`, a function or a problem, lives.
 
     What is made usually refers to `owner`, a compiled program to the function that it was made from. So it is kept in
-    the attributes of the function itself, where Python's garbage collector finds the cycle, and not in a table, which
-    would keep both for ever. The latest MAX_KEPT are kept; of a callable without attributes none is.
+    the attributes of the owner itself, where Python's garbage collector finds the cycle, and not in a table, which
+    would keep both for ever. The latest MAX_KEPT are kept. Nothing is kept of a callable without attributes of its own,
+    as a method of an object is. `functools.wraps`, and `jax.vmap` with it, copies the attributes of one function to
+    another: what is there counts only where it was made for `owner`.
     """
     attributes = getattr(owner, "__dict__", None)
-    if not isinstance(attributes, dict):
+    if not isinstance(attributes, dict) or isinstance(owner, MethodType):
         return make()
-    found: dict[Hashable, Any] = attributes.setdefault("__gdjax_kept__", {})
+    made_for, found = attributes.get(KEPT, (lambda: None, {}))
+    if made_for() is not owner:
+        found = {}
+        attributes[KEPT] = weakref.ref(owner), found
     value = found.pop(key) if key in found else make()
     found[key] = value  # the last used comes last
     if len(found) > MAX_KEPT:

@@ -425,7 +425,10 @@ def _block(method: Method, data: Batch, fetch: Fetch, *, unroll: int = 1) -> Cal
     def block(state, batches):
         # The info travels in the carry, so that only the last one is kept and the step is compiled once; what
         # nobody records of it is removed by the compiler.
-        shape = jax.eval_shape(update, state, jax.tree.map(lambda x: x[0], batches))[1]
+        one = jax.tree.map(lambda x: x[0], batches)
+        if num_examples(batches, "batches") == 1:
+            return update(state, one)
+        shape = jax.eval_shape(update, state, one)[1]
         blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shape)
 
         def advance(carry, batch):

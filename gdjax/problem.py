@@ -16,10 +16,6 @@ instance with .mean()
 """
 
 import dataclasses
-import difflib
-import importlib
-import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -190,56 +186,6 @@ def trainable(params: Params) -> tuple[Params, Params]:
 def merge(train: Params, frozen: Params) -> Params:
     """Undo `trainable`."""
     return jax.tree.map(lambda a, b: b if a is None else a, train, frozen, is_leaf=lambda leaf: leaf is None)
-
-
-def load(spec: str) -> Problem:
-    """Import a problem named as 'package.module:attribute', a Problem or a function of no argument that returns one.
-
-    Raises:
-        ValueError: as `imported`; and where something else was found there.
-    """
-    found = imported(spec, "problem")
-    if callable(found) and not isinstance(found, Problem):
-        try:
-            found = found()
-        except (Exception, SystemExit) as error:
-            raise ValueError(f"problem={spec!r}: calling it without arguments raised {error!r}") from error
-    if not isinstance(found, Problem):
-        raise ValueError(f"problem={spec!r} is a {type(found).__name__}, not a gdjax.problem.Problem")
-    return found
-
-
-def imported(spec: str, argument: str) -> Any:
-    """Return what 'package.module:attribute' names. The current folder is searched first, as `python -m` does.
-
-    Raises:
-        ValueError: says, for the argument of this name, which part of `spec` could not be imported.
-    """
-    module_name, colon, attribute = spec.partition(":")
-    if not (module_name and colon and attribute):
-        raise ValueError(f"{argument}={spec!r} is not of the form package.module:attribute")
-    here = os.getcwd()
-    sys.path.insert(0, here)
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"{argument}={spec!r}: no module named {error.name!r} here or in this environment (looked in {here})"
-            + (f"; a file {module_name} is named without '.py'" if module_name.endswith(".py") else "")
-        ) from error
-    except (Exception, SystemExit) as error:
-        raise ValueError(f"{argument}={spec!r}: importing {module_name!r} raised {error!r}") from error
-    finally:
-        sys.path.remove(here)
-    if not hasattr(module, attribute):
-        public = [
-            name for name, x in vars(module).items() if name[0] != "_" and (callable(x) or isinstance(x, Problem))
-        ]
-        raise ValueError(
-            f"{argument}={spec!r}: module {module_name!r} has no {attribute!r}; the nearest that it has: "
-            + (", ".join(difflib.get_close_matches(attribute, public, n=5, cutoff=0)) or "nothing")
-        )
-    return getattr(module, attribute)
 
 
 def _abstract_params(init: Callable[[jax.Array], Params]) -> Params:

@@ -15,10 +15,10 @@ Spread(median=3.0, low=1.0, high=9.0, num_runs=8)
 """
 
 import contextlib
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -222,7 +222,7 @@ def ceilings(*, product_size: int | None = None, copy_size: int | None = None, b
     )
 
 
-def keep_compiled(folder: Path) -> None:
+def keep_compiled(folder: str | os.PathLike) -> None:
     """Keep compiled programs in `folder` and read them from there: jax's persistent compilation cache.
 
     Every program is kept, however small. One with a callback to Python is not: jax cannot keep it. The folder may be
@@ -237,7 +237,7 @@ def keep_compiled(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def profiled(folder: Path) -> Iterator[None]:
+def profiled(folder: str | os.PathLike) -> Iterator[None]:
     """Write a trace of what runs inside to `folder`: perfetto_trace.json.gz, under plugins/profile/DATE.
 
     Raises:

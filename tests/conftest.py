@@ -11,6 +11,7 @@ import hypothesis
 import jax
 import pytest
 
+os.environ["MATPLOTLIBRC"] = os.path.join(os.path.dirname(__file__), "matplotlibrc")  # of processes started here too
 jax.config.update("jax_num_cpu_devices", 2)  # for the tests of sharding; all else runs on the first
 jax.config.update("jax_enable_x64", os.environ.get("JAX_ENABLE_X64", "1") != "0")
 jax.config.update("jax_numpy_rank_promotion", "raise")

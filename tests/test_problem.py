@@ -1,5 +1,4 @@
 import functools
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -77,58 +76,6 @@ def test_merge_undoes_trainable():
     merged = problem.merge(train, frozen)
     assert jax.tree.structure(merged) == jax.tree.structure(params)
     assert all(a is b for a, b in zip(jax.tree.leaves(merged), jax.tree.leaves(params), strict=True))
-
-
-@pytest.fixture
-def beside(tmp_path, monkeypatch):
-    """A folder with a module in it, and the caller standing in that folder."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "my_module.py").write_text(
-        "from gdjax import problems\nproblem = problems.least_squares()\nmake = problems.least_squares\nother = 3\n"
-    )
-    (tmp_path / "broken.py").write_text("1 / 0\n")
-    (tmp_path / "needy.py").write_text("import a_package_that_is_not_there\n")
-
-
-@pytest.mark.usefixtures("beside")
-@pytest.mark.parametrize("spec", ["my_module:problem", "my_module:make"])
-def test_load_finds_a_problem_beside_the_caller_and_leaves_the_path_as_it_was(spec):
-    path = list(sys.path)
-    assert problems.named(spec).name == "least-squares"
-    assert sys.path == path
-
-
-def test_load_searches_the_current_folder_first(tmp_path, monkeypatch):
-    for folder in ("installed", "here"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "found_twice.py").write_text(
-            f"import dataclasses\nfrom gdjax import problems\n"
-            f"problem = dataclasses.replace(problems.least_squares(), name={folder!r})\n"
-        )
-    monkeypatch.syspath_prepend(tmp_path / "installed")
-    monkeypatch.chdir(tmp_path / "here")
-    assert problems.named("found_twice:problem").name == "here"
-
-
-@pytest.mark.usefixtures("beside")
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("absent:problem", "no module named 'absent' here or in this environment"),
-        ("needy:problem", "no module named 'a_package_that_is_not_there'"),
-        ("broken:problem", "importing 'broken' raised ZeroDivisionError"),
-        ("my_module:absent", "module 'my_module' has no 'absent'; the nearest that it has: "),
-        ("my_module:other", "is a int, not a gdjax.problem.Problem"),
-        ("my_module:", "is not of the form package.module:attribute"),
-        (":problem", "is not of the form package.module:attribute"),
-        ("no-such-name", "is not one of digits-mlp, least-squares"),
-    ],
-)
-def test_load_says_which_part_of_a_spec_is_wrong(spec, message):
-    path = list(sys.path)
-    with pytest.raises(ValueError, match=message):
-        problems.named(spec)
-    assert sys.path == path
 
 
 @pytest.mark.parametrize(

@@ -296,9 +296,10 @@ AXES = (
 
 @FEW
 @given(st.lists(st.sampled_from(range(len(AXES))), min_size=1, max_size=3), st.sampled_from([None, 2, 4]))
-def test_a_sweep_of_a_grid_is_the_product_lane_by_lane(chosen, chunk_size):
+def test_a_sweep_of_a_grid_is_the_product_point_by_point(chosen, chunk_size):
     axes = {f"axis {i}": AXES[axis] for i, axis in enumerate(chosen)}
-    found = sweep.run(lambda lane: (lane, None), sweep.grid(**axes), chunk_size=chunk_size)
+    grid = sweep.grid(**axes)
+    found = sweep.map(lambda point: (point, None), grid, chunk_size=chunk_size)
     rows = [
         [
             jax.tree.map(lambda x, i=i: np.asarray(x)[i], axis if isinstance(axis, Pair) else np.asarray(axis))
@@ -308,7 +309,7 @@ def test_a_sweep_of_a_grid_is_the_product_lane_by_lane(chosen, chunk_size):
     ]
     product = list(itertools.product(*rows))
     for i, name in enumerate(axes):
-        wanted = jax.tree.map(lambda *x: np.stack(x), *(row[i] for row in product))
+        wanted = jax.tree.map(lambda *x: np.stack(x).reshape(*grid.shape, *x[0].shape), *(row[i] for row in product))
         jax.tree.map(np.testing.assert_array_equal, found[0][name], wanted)
 
 

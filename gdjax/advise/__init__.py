@@ -1,11 +1,14 @@
-"""Which batch size reaches a target first on this device: predicted, then verified."""
+"""Which batch size reaches a target first on this device: predicted, then verified.
 
-from gdjax.advise._advise import advise
+>>> from gdjax import problems
+>>> advice = batch_size(problems.least_squares(), "loss<=0.01", seconds=60)
+>>> advice.batch_size in (1, 2, 4, 8, 16, 32, 64), advice.tuned is not None, len(advice.choices)
+(True, True, 11)
+"""
+
+from gdjax.advise._advise import batch_size
 from gdjax.advise._answer import Advice
+from gdjax.advise._choices import Choice, default_batch_sizes
 from gdjax.advise._figure import advice
 
-__all__ = [
-    "Advice",
-    "advice",
-    "advise",
-]
+__all__ = ["Advice", "Choice", "advice", "batch_size", "default_batch_sizes"]

@@ -20,14 +20,14 @@ def advice(found: Advice, title: str) -> "Figure":
     figure, (costs, speed, times, trade) = report.panels(4, title=title, width=4.4)
     choices = [choice for choice in found.choices if choice.fits]
     sizes = np.asarray([choice.batch_size for choice in choices])
-    run = [choice for choice in choices if np.isfinite(choice.measured_seconds)]
+    run = found.verified
     at = [choice.batch_size for choice in run]
     spent = isinstance(found.goal, Budget)
     for axis, rows, measured in (
         (
             costs,
-            [choice.loss if spent else choice.updates for choice in choices],
-            [choice.costs.mean() for choice in run],
+            [choice.predicted for choice in choices],
+            [choice.verified.costs.mean() for choice in run if choice.verified],
         ),
         (times, [choice.seconds for choice in choices], [choice.measured_seconds for choice in run]),
     ):
@@ -36,14 +36,18 @@ def advice(found: Advice, title: str) -> "Figure":
         if not (spent and axis is times):
             axis.fill_between(sizes, low, high, color=report.COLOURS[0], alpha=0.2, linewidth=0, label="90 % interval")
         axis.plot(at, measured, "o", color=report.COLOURS[1], label="verified", fillstyle="none", markeredgewidth=1.5)
-    optima = {size: pilot.optimum()[1].mean() for size, pilot in found.pilots.items()}
-    costs.plot(list(optima), list(optima.values()), "s", color=report.COLOURS[2], markersize=5, label="pilots")
+    optima = {size: tuning.optimum()[1].mean() for size, tuning in found.tunings.items()}
+    costs.plot(list(optima), list(optima.values()), "s", color=report.COLOURS[2], markersize=5, label="tuned")
     times.axvline(found.batch_size, color="gray", linewidth=1, linestyle=":", label=f"advice: B = {found.batch_size}")
     for label, form, guessed in (("measured", "o-", False), ("extrapolated", "o:", True)):
-        some = [(choice.batch_size, choice.seconds_per_update) for choice in choices if choice.extrapolated is guessed]
+        some = [
+            (choice.batch_size, choice.speed.seconds_per_update)
+            for choice in choices
+            if choice.speed.extrapolated is guessed
+        ]
         if some:
             speed.plot(*zip(*some, strict=True), form, color=report.COLOURS[0], label=label)
-    points = [(c.expected_seconds, c.expected_loss if spent else c.expected_updates * c.batch_size) for c in choices]
+    points = [(choice.expected_seconds, found.question.price(choice)) for choice in choices]
     points, on = np.asarray(points), np.isin(sizes, found.pareto)
     trade.plot(*points[~on].T, "o", color=report.COLOURS[6], fillstyle="none", label="beaten in both")
     trade.plot(*points[on][points[on][:, 0].argsort()].T, "o-", color=report.COLOURS[0], label="Pareto set")

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from gdjax import batching, problems, timing
-from gdjax.bench import _variants as variants
+from gdjax.bench import _variants
 from gdjax.problem import Problem
-from gdjax.problems import models
+from gdjax.problems import models as networks
 from gdjax.problems.datasets import Split
 from gdjax.timing import Ceilings
 
@@ -37,19 +37,19 @@ Progress = Callable[[str, float], None]
 
 def mlp(*sizes: int) -> Problem:
     """Return a classifier of random vectors."""
-    return _classification(models.mlp(sizes), (sizes[0],))
+    return _classification(networks.mlp(sizes), (sizes[0],))
 
 
 def cnn() -> Problem:
     """Return a classifier of random 28 x 28 images."""
-    return _classification(models.cnn((28, 28, 1)), (28, 28, 1))
+    return _classification(networks.cnn((28, 28, 1)), (28, 28, 1))
 
 
 def transformer() -> Problem:
     """Return a language model of random sequences."""
     tokens = jax.random.randint(jax.random.key(0), (NUM_EXAMPLES, SEQUENCE + 1), 0, NUM_TOKENS)
     return problems.language_model(
-        models.transformer(num_tokens=NUM_TOKENS), Split(tokens, None), num_tokens=NUM_TOKENS
+        networks.transformer(num_tokens=NUM_TOKENS), Split(tokens, None), num_tokens=NUM_TOKENS
     )
 
 
@@ -62,8 +62,8 @@ MODELS: dict[str, Callable[[], Problem]] = {
 
 
 def bench(
-    model_names: Sequence[str] = tuple(MODELS),
-    variant_names: Sequence[str] = (*variants.VARIANTS, "lanes"),
+    models: Sequence[str] | Mapping[str, Problem] = tuple(MODELS),
+    variants: Sequence[str] | Mapping[str, _variants.Variant | None] = (*_variants.VARIANTS, "lanes"),
     batch_sizes: Sequence[int] = BATCH_SIZES,
     *,
     budget: float = BUDGET,
@@ -73,8 +73,8 @@ def bench(
     """Time every variant of every model at every batch size; `lanes` once for all batch sizes.
 
     Args:
-        model_names: of `MODELS`, or problems as `problems.named` takes them.
-        variant_names: of `variants.VARIANTS`, 'lanes', or 'module:function'.
+        models: names of `MODELS`, or {name: problem}.
+        variants: names of `VARIANTS` and 'lanes', or {name: variant}, where 'lanes' needs none.
         batch_sizes: examples per update.
         budget: seconds of timed runs for each program.
         ceilings: of the device; measured where not given.
@@ -88,17 +88,20 @@ def bench(
         ValueError: before anything is timed, for an unknown name, one given twice, none, or a batch size outside
             1 ... N.
     """
-    _check_distinct(models=model_names, variants=variant_names, batch_sizes=batch_sizes)
-    chosen = {name: variants.named(name) for name in variant_names if name != "lanes"}
-    loaded = {name: MODELS[name]() if name in MODELS else _problem(name) for name in model_names}
+    _check_distinct(models=models, variants=variants, batch_sizes=batch_sizes)
+    loaded = _found("models", models, MODELS)
+    loaded = {name: x if isinstance(x, Problem) else x() for name, x in loaded.items()}
+    chosen = _found("variants", variants, {**_variants.VARIANTS, "lanes": None})
+    with_lanes = "lanes" in chosen
+    chosen = {name: variant for name, variant in chosen.items() if variant is not None and name != "lanes"}
     _check_sizes(batch_sizes, loaded)
     progress("ceilings of the device", 0.0)
     ceilings = ceilings or timing.ceilings()
-    num_groups = len(loaded) * (len(batch_sizes) * bool(chosen) + ("lanes" in variant_names))
+    num_groups = len(loaded) * (len(batch_sizes) * bool(chosen) + with_lanes)
     rows: list[Row] = []
     done = itertools.count()
 
-    def group(model: str, size: int, some: Mapping[str, variants.Variant], **rest) -> list[Row]:
+    def group(model: str, size: int, some: Mapping[str, _variants.Variant], **rest) -> list[Row]:
         number = next(done)
 
         def show(stage: str, fraction: float) -> None:
@@ -110,11 +113,11 @@ def bench(
     for model in loaded:
         for size in batch_sizes if chosen else ():
             rows += group(model, size, chosen)
-        if "lanes" in variant_names:
-            both = {"scan": variants.scans, "lanes": variants.lanes}
+        if with_lanes:
+            both = {"scan": _variants.scans, "lanes": _variants.lanes}
             rows += group(
                 model,
-                variants.microbatch_size(batch_sizes),
+                _variants.microbatch_size(batch_sizes),
                 {name: partial(variant, batch_sizes=batch_sizes) for name, variant in both.items()},
                 num_runs=dict.fromkeys(both, len(batch_sizes)),
                 min_examples=max(batch_sizes),
@@ -124,7 +127,7 @@ def bench(
 
 def measure(
     problem: Problem,
-    chosen: Mapping[str, variants.Variant],
+    chosen: Mapping[str, _variants.Variant],
     batch_size: int,
     *,
     budget: float,
@@ -153,7 +156,7 @@ def measure(
         bytes_accessed of an update; fraction_of_product and fraction_of_roofline; temporary_bytes of the program. None
         is 'no analysis', or no scan to compare with. What cannot be run is a row that says so in "skipped".
     """
-    num_runs = {"vmapped-seeds": variants.num_seeds()} if num_runs is None else num_runs
+    num_runs = {"vmapped-seeds": _variants.num_seeds()} if num_runs is None else num_runs
     step = _step(problem, batch_size)
     rows: dict[str, Row] = {}
     programs: dict[str, Program] = {}
@@ -167,6 +170,8 @@ def measure(
             programs[name] = _program(variant(problem, LEARNING_RATE), inputs, step, alone=name == "python-loop")
         except (ValueError, jax.errors.JaxRuntimeError) as error:
             rows[name] |= {"skipped": str(error).splitlines()[0]}
+        except (Exception, SystemExit) as error:  # of a function that is no variant
+            raise ValueError(f"variant={name!r} is not (problem, learning_rate) -> run: it raised {error!r}") from error
     progress(f"timing {len(programs)} ways in turn", 0.5)
     names = sorted(programs, key=lambda name: name != "scan")  # the first is what the others are compared with
     functions, inputs = [programs[name].run for name in names], [programs[name].inputs for name in names]
@@ -202,7 +207,7 @@ def compared(rows: Sequence[Row], earlier: Sequence[Row]) -> list[Row]:
     return found
 
 
-def _classification(model: models.Model, shape: tuple[int, ...]) -> Problem:
+def _classification(model: networks.Model, shape: tuple[int, ...]) -> Problem:
     x_key, label_key = jax.random.split(jax.random.key(0))
     labels = jax.random.randint(label_key, (NUM_EXAMPLES,), 0, 10)
     return problems.classification(
@@ -210,11 +215,14 @@ def _classification(model: models.Model, shape: tuple[int, ...]) -> Problem:
     )
 
 
-def _problem(name: str) -> Problem:
-    try:
-        return problems.named(name)
-    except ValueError as error:
-        raise ValueError(f"models: {error}; or of {', '.join(MODELS)}") from error
+def _found(argument: str, given: Sequence[str] | Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """Return {name: what it is}, names without one from those that are known."""
+    if isinstance(given, Mapping):
+        return dict(given)
+    for name in given:
+        if name not in known:
+            raise ValueError(f"{argument}: {name!r} is not one of {', '.join(known)}; your own go in by a mapping")
+    return {name: known[name] for name in given}
 
 
 def _input(problem: Problem, batch_size: int, num_updates: int, key: jax.Array):
@@ -234,7 +242,7 @@ class Program(NamedTuple):
 
 
 def _step(problem: Problem, batch_size: int) -> timing.Compiled:
-    method = variants.plain_method(problem, LEARNING_RATE)
+    method = _variants.plain_method(problem, LEARNING_RATE)
     state = jax.eval_shape(lambda key: method.init(problem.init(key)), jax.random.key(0))
     return timing.compiled(lambda state, batch: method.step(state, batch)[0], state, _first(problem.train, batch_size))
 
@@ -280,14 +288,14 @@ def _costs(
 
 def _num_updates(flops: float | None, num_runs: int) -> int:
     wanted = MAX_UPDATES if not flops else FLOPS_PER_RUN / flops / num_runs
-    return min(MAX_UPDATES, max(variants.UNROLL, variants.UNROLL * round(wanted / variants.UNROLL)))
+    return min(MAX_UPDATES, max(_variants.UNROLL, _variants.UNROLL * round(wanted / _variants.UNROLL)))
 
 
 def _first(data, batch_size: int):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), jnp.asarray(x).dtype), data)
 
 
-def _check_distinct(**arguments: Sequence) -> None:
+def _check_distinct(**arguments: Sequence | Mapping) -> None:
     for name, given in arguments.items():
         if not given or len(set(given)) < len(given):
             raise ValueError(f"{name}={tuple(given)} must be different, and at least one")

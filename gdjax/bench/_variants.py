@@ -16,7 +16,7 @@ per-example: ghost 3.625
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from gdjax import batching, descent, gradients, kernels
 from gdjax.descent import Method
 from gdjax.gradients import Gradient
-from gdjax.problem import Batch, Params, Problem, imported
+from gdjax.problem import Batch, Params, Problem
 
 Run = Callable[[Params, Batch, jax.Array], tuple[Params, Any]]
 Variant = Callable[[Problem, float], Run]
@@ -219,23 +219,6 @@ VARIANTS: dict[str, Variant] = {
     "per-example: vmap": per_example_vmap,
     "per-example: ghost": per_example_ghost,
 }
-
-
-def named(spec: str) -> Variant:
-    """Return a built-in variant by name, or import 'module:function', the current folder first.
-
-    Raises:
-        ValueError: for a name that is not built in and a function that cannot be imported.
-    """
-    if spec in VARIANTS:
-        return VARIANTS[spec]
-    if ":" not in spec or " " in spec:
-        known = ", ".join([*VARIANTS, "lanes"])
-        raise ValueError(f"variant={spec!r} is not one of {known}; one of your own is module:function")
-    found = imported(spec, "variant")
-    if callable(found):
-        return cast(Variant, found)
-    raise ValueError(f"variant={spec!r} is a {type(found).__name__}, not (problem, learning_rate) -> run")
 
 
 def microbatch_size(batch_sizes: Sequence[int]) -> int:

@@ -1,5 +1,20 @@
 """The command line: `gdjax compare`, `advise` and `bench`, and how an experiment is run."""
 
-from gdjax.commands._cli import main
+from gdjax.commands import _arguments, _session
+from gdjax.commands.advise import Advise
+from gdjax.commands.bench import Bench
+from gdjax.commands.compare import Compare
 
-__all__ = ["main"]
+COMMANDS = {"compare": Compare, "advise": Advise, "bench": Bench}
+
+
+def main() -> None:
+    """Run `gdjax`; exit status 0 done, 1 failure, 2 bad input, 130 interrupted."""
+    with _session.ended():
+        asked = _arguments.parse(
+            COMMANDS, prog="gdjax", description="Gradient descent, and how many examples each update should see."
+        )
+    _session.run(asked, lambda asked: asked.run())
+
+
+__all__ = ["COMMANDS", "main"]

@@ -1,7 +1,7 @@
 """A frozen dataclass as a command line, by tyro: a field is an option, and the string below it is its help.
 
-Beside what tyro does, a mistake is a ValueError with the text of one line, nothing is coloured (https://no-color.org),
-and there is --version.
+Beside what tyro does, nothing is coloured (https://no-color.org), and there is --version. What tyro cannot understand
+it explains on standard error, and ends with status 2.
 
 >>> import dataclasses
 >>> from typing import Literal
@@ -13,17 +13,17 @@ and there is --version.
 Train(num_epochs=3, batch_sizes=(1, 'full'))
 >>> parse(Train, prog="gd", description="Descend.", arguments=["--num-epochs", "x"])
 Traceback (most recent call last):
-ValueError: Error parsing --num-epochs: invalid literal for int() with base 10: 'x'; see gd --help
+SystemExit: 2
 """
 
 import contextlib
 import importlib.metadata
 import io
-import itertools
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from gdjax.commands._session import say
 
 STATUSES = "Exit status: 0 done, 1 failure, 2 bad input, 130 interrupted."
 
@@ -40,7 +40,8 @@ def parse(
         arguments: default those of the process.
 
     Raises:
-        ValueError: for arguments that cannot be understood, with the command that lists those that can.
+        SystemExit: with status 2 for arguments that cannot be understood, and 0 after --help and --version.
+        ValueError: where a command is missing.
         ModuleNotFoundError: where tyro is not installed.
     """
     try:
@@ -65,22 +66,13 @@ def parse(
         ),
     }
     said, complaint = io.StringIO(), io.StringIO()  # no terminals, hence no colours
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(complaint):
-        try:
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(complaint):
             if isinstance(kinds, type):
                 return tyro.cli(kinds, **options)
             return tyro.extras.subcommand_cli_from_dict(dict(kinds), **options)
-        except SystemExit as end:
-            status = end.code
-    if status:
-        command = f"{prog} {given[0]}" if not isinstance(kinds, type) and given[0] in kinds else prog
-        raise ValueError(f"{_one_line(complaint.getvalue())}; see {command} --help")
-    print(said.getvalue(), end="")
-    sys.exit(0)
-
-
-def _one_line(box: str) -> str:
-    """Return what a box says below its title, up to its first rule or empty line."""
-    lines = (re.sub("[│╭╮╰╯─]|-{4,}", "", line).strip() for line in box.splitlines()[1:])
-    said = next(group for text, group in itertools.groupby(lines, bool) if text)
-    return " ".join(" ".join(said).split()).rstrip(".")
+    except SystemExit as end:
+        print(said.getvalue(), end="")
+        if end.code:
+            say(complaint.getvalue().rstrip())
+        raise SystemExit(end.code) from None

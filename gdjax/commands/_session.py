@@ -6,17 +6,15 @@ Traceback (most recent call last):
 SystemExit: 2
 """
 
-import _thread
 import contextlib
 import dataclasses
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import CodeType, FrameType, MappingProxyType
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from gdjax.commands._hosts import Hosts, joined
@@ -29,11 +27,11 @@ if TYPE_CHECKING:
 class Common:
     """What every command and experiment can be asked."""
 
-    out: Path | None = None
+    out: str | None = None
     """Folder for result.json and figure.png. Default: runs/NAME-DATE-TIME."""
     json: str | None = None
     """Write the result to this file too; '-' is standard output, with nothing else on it."""
-    data: Path | None = None
+    data: str | None = None
     """Folder of the data sets that built-in problems and --full read. Default: the environment variable GDJAX_DATA."""
     x64: bool = False
     """Compute in float64."""
@@ -48,6 +46,8 @@ def ended(*, debug: bool = False) -> Iterator[None]:
 
     A reader of standard output who has seen enough (`| head`) is no error.
     """
+    if sys.stderr is None:  # closed: what is opened next would get its number, and what others write to that
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     try:
         try:
             with _interruptions_kept():
@@ -55,22 +55,36 @@ def ended(*, debug: bool = False) -> Iterator[None]:
         finally:
             print(end="", flush=True)  # for `print`, unlike `sys.stdout`, a closed standard output is none
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to fail when Python ends
+        _silenced(sys.stdout)
         sys.exit(0)
     except KeyboardInterrupt:
-        _complain("interrupted", 130)
-        sys.stderr.flush()
+        say("gdjax: interrupted")
         os._exit(130)  # at once: the device still computes, and may call back into a Python that is being taken down
     except (ValueError, ModuleNotFoundError) as error:
         if debug:
             raise
-        sys.exit(_complain(" ".join(f"{error}".split()), 2))
+        say("gdjax: " + " ".join(f"{error}".split()))
+        sys.exit(2)
     except Exception as error:
         if debug:
             raise
         first, *_ = f"{error}".strip().splitlines() or [""]
         what = ": ".join(filter(None, (type(error).__name__, first)))
-        sys.exit(_complain(f"{what} (--debug shows where)", 1))
+        say(f"gdjax: {what} (--debug shows where)")
+        sys.exit(1)
+
+
+def say(text: str) -> None:
+    """Print to standard error; where that is full or gone, the exit status alone has to tell."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        _silenced(sys.stderr)
+
+
+def _silenced(stream: Any) -> None:
+    """Lead a stream nowhere, so that nothing is left to fail when Python ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def end_at_interruption() -> None:
@@ -89,38 +103,23 @@ def _end_at_once(signum: int, frame: Any) -> None:
 
 @contextlib.contextmanager
 def _interruptions_kept() -> Iterator[None]:
-    """Interrupt again where Ctrl-C comes in a callback whose errors Python drops.
+    """End the process where Ctrl-C comes in a callback whose errors Python drops.
 
     jax has one for the garbage collector.
     """
 
-    def again(dropped: Any) -> None:
-        if dropped.exc_type is KeyboardInterrupt:
-            threading.Thread(target=_interrupt_outside, args=(again.__code__,), daemon=True).start()
-        else:
-            before(dropped)
+    def dropped(what: Any) -> None:
+        if what.exc_type is KeyboardInterrupt:
+            _end_at_once(signal.SIGINT, None)
+        before(what)
 
     if signal.getsignal(signal.SIGINT) is _end_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    before, sys.unraisablehook = sys.unraisablehook, again
+    before, sys.unraisablehook = sys.unraisablehook, dropped
     try:
         yield
     finally:
         sys.unraisablehook = before
-
-
-def _interrupt_outside(code: CodeType) -> None:
-    """Interrupt the main thread when it has left `code`, where it would be dropped once more."""
-    main = threading.main_thread().ident
-    frame: FrameType | None
-    while True:
-        time.sleep(0.01)
-        frame = sys._current_frames().get(main or 0)
-        while frame is not None and frame.f_code is not code:
-            frame = frame.f_back
-        if frame is None:
-            break
-    _thread.interrupt_main()
 
 
 def run(command: Any, do: Callable[[Any], None]) -> None:
@@ -131,13 +130,13 @@ def run(command: Any, do: Callable[[Any], None]) -> None:
             import jax
 
             jax.config.update("jax_enable_x64", True)
-        if common.data:
+        if common.data is not None:
             from gdjax.problems import _sources as sources
 
             sources.read_from(common.data)
         with joined(common.hosts) as aside:
             if aside:
-                command = dataclasses.replace(command, common=dataclasses.replace(common, out=aside, json=None))
+                command = dataclasses.replace(command, common=dataclasses.replace(common, out=str(aside), json=None))
             do(command)
 
 
@@ -156,11 +155,11 @@ def saving(name: str, command: Any, *, seed: int) -> Iterator[Callable[..., None
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed={seed} must have 64 bits: from {-(2**63)} to {2**63 - 1}")
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(report.run_folder(common.out or report.timestamped(name)))
+        folder = stack.enter_context(report.run_folder(report.timestamped(name) if common.out is None else common.out))
         if common.json == "-":  # a user's own problem may print
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         elif common.json is not None:
-            _files.check_writable(Path(common.json), "json")
+            _files.check_replaceable(Path(common.json), "json")
 
         def save(
             result: dict[str, Any],
@@ -179,9 +178,10 @@ def saving(name: str, command: Any, *, seed: int) -> Iterator[Callable[..., None
             if common.json not in (None, "-"):
                 _files.write_json(Path(common.json), result)
             # Nobody may be listening any more: all that was to be kept has been.
-            print(text)
-            print(f"Saved {folder / 'result.json'} and {', '.join(['figure.png', *files])}")
-            if common.json == "-":
+            tell = say if common.json == "-" else print
+            tell(text)
+            tell(f"Saved {folder / 'result.json'} and {', '.join(['figure.png', *files])}")
+            if common.json == "-" and stdout is not None:
                 stdout.write(_files.to_json(result))
 
         yield save
@@ -190,18 +190,13 @@ def saving(name: str, command: Any, *, seed: int) -> Iterator[Callable[..., None
 @contextlib.contextmanager
 def progress() -> Iterator[Callable[[str, float], None]]:
     """Show a progress bar on standard error, where that is a terminal; yield a function (stage, fraction done)."""
-    from tqdm import tqdm
+    from gdjax import report
 
     form = "{percentage:3.0f}%|{bar}| {elapsed} {desc}"
-    with tqdm(total=1.0, disable=None, leave=False, file=sys.stderr, bar_format=form) as bar:
+    with report.progress_bar(total=1.0, leave=False, bar_format=form) as bar:
 
         def show(stage: str, fraction: float) -> None:
             bar.update(max(0.0, fraction - bar.n))  # a grid that grows begins again
             bar.set_description_str(stage)
 
         yield show
-
-
-def _complain(message: str, status: int) -> int:
-    print(f"gdjax: {message}", file=sys.stderr)
-    return status

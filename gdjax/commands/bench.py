@@ -10,10 +10,12 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gdjax.commands import _specs as specs
 from gdjax.commands._session import Common, progress, saving
 
 if TYPE_CHECKING:
@@ -46,25 +48,30 @@ class Bench:
     """Split a CPU into so many devices, for `sharded`; the other variants may be slower then."""
     compare: Path | None = None
     """An earlier result.json: print ratios to it, and mark changes beyond the noise of both."""
-    profile: Path | None = None
+    profile: str | None = None
     """Folder for a trace of the measurements that https://ui.perfetto.dev opens (perfetto_trace.json.gz)."""
-    cache: Path | None = None
+    cache: str | None = None
     """Folder of compiled programs to read and to add to, so that a second run compiles nothing."""
     common: Common = Common()
 
     def run(self) -> None:
         from gdjax import bench, report, timing
-        from gdjax.bench import _variants as variants
 
         if self.devices is not None:
             split_cpu(self.devices)
         earlier = None if self.compare is None else _earlier(self.compare)
         with saving("bench", self, seed=0) as save:
-            if self.cache:
+            if self.cache is not None:
                 timing.keep_compiled(self.cache)
-            chosen = self.variants or (*variants.VARIANTS, "lanes")
-            with progress() as show, timing.profiled(self.profile) if self.profile else contextlib.nullcontext():
-                rows, ceilings = bench.bench(self.models, chosen, self.batch_sizes, progress=show)
+            models = {name: specs.model(name) for name in self.models}
+            chosen = {name: specs.variant(name) for name in self.variants or (*bench.VARIANTS, "lanes")}
+            if len(models) < len(self.models) or len(chosen) < len(self.variants):
+                raise ValueError(f"models={self.models} and variants={self.variants} must each be different")
+            with (
+                progress() as show,
+                timing.profiled(self.profile) if self.profile is not None else contextlib.nullcontext(),
+            ):
+                rows, ceilings = bench.bench(models, chosen, self.batch_sizes, progress=show)
             changes = [] if earlier is None else bench.compared(rows, earlier["rows"])
             here = report.provenance(arguments={}, seed=0, wall_seconds=0.0)
             title = "Ways to run gradient descent on {count} x {kind}; bars are 95% intervals".format(**here["device"])
@@ -79,12 +86,17 @@ def split_cpu(num_devices: int) -> None:
     """Make jax show a CPU as several devices.
 
     Raises:
-        ValueError: for a number below 1, and where jax has begun to use the devices as they are.
+        ValueError: for a number below 1, for more than this machine has use for, and where jax has begun to use the
+            devices as they are.
     """
     import jax
 
-    if num_devices < 1:
-        raise ValueError(f"devices={num_devices} must be at least 1")
+    most = max(8, os.cpu_count() or 1)
+    if not 1 <= num_devices <= most:
+        raise ValueError(
+            f"devices={num_devices} must be at least 1 and at most {most}: each has threads of its own, and more than "
+            f"the {os.cpu_count()} cores of this machine only wait for one another"
+        )
     try:
         jax.config.update("jax_num_cpu_devices", num_devices)
     except RuntimeError as error:
@@ -167,6 +179,8 @@ def _earlier(path: Path) -> dict[str, Any]:
         ValueError: where the file cannot be read or is none of `gdjax bench`.
     """
     try:
+        if path.exists() and not path.is_file():  # a device need not end
+            raise OSError("it is not a file")
         result = json.loads(path.read_text())
         parts = result["provenance"]["versions"], result["provenance"]["device"]
         if all(_is_row(row) for row in result["rows"]) and all(isinstance(part, dict) and part for part in parts):

@@ -2,10 +2,6 @@
 
 Every batch size starts from the same parameters, sees the same stream and the same number of examples. Only the number
 of examples per update differs, and the learning rate, which is tuned for each.
-
->>> tried = tune(lambda rates: (np.log10(rates) - 1) ** 2, np.asarray([0.01, 0.1, 1.0]))  # the best is beyond the grid
->>> list(tried), best_rate(tried)
-([0.01, 0.1, 1.0, 10.0, 100.0, 1000.0], 10.0)
 """
 
 import dataclasses
@@ -14,18 +10,19 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gdjax import batching, descent, gradients, timing
+from gdjax import batching, gradients, timing, tuning
+from gdjax._trees import kept
+from gdjax.compare._plan import Plan, plan
+from gdjax.gradients import Gradient
 from gdjax.problem import Problem
-from gdjax.tuning import _histories as histories
+from gdjax.tuning import Budget
 
-LEARNING_RATES = tuple(np.logspace(-2.5, 1, 8).tolist())
+NUM_AT_ONCE = 64  # examples of a gradient over all that are judged
 DIVERGED = 1e3  # a final loss this many times the initial one has diverged, whether or not it overflowed
-MAX_GRIDS = 4  # of 8 rates, each 4 decades from the one before
-NUM_EPOCHS = 64
-NUM_SEEDS = 3
 
 Progress = Callable[[str, float], None]
 """(what is being done, fraction of all that is done)."""
@@ -46,8 +43,12 @@ class Row:
         losses: [S, E], mean loss over the training examples.
         metrics: {name: [S, E]}, mean over the examples of `metrics_on`.
         metrics_on: 'test', or 'train' where the problem has no test examples.
-        gradient_noise: E|g_B - g|^2 / |g|^2 over the batches of an epoch, at the initial parameters.
-        seconds: median time of one run of T updates, without evaluation.
+        gradient_noise: E|g_B - g|^2 / |g|^2 over the batches of an epoch of `num_noise` examples, at the initial
+            parameters; NaN where a batch is larger than that, and 0 where it is all N.
+        num_noise: examples that it is taken over, at most NUM_EVALUATED.
+        seconds: time of one run of T updates, without evaluation.
+        extrapolated: whether an update was too long to be timed, so that its time is in proportion to the examples.
+        microbatch_size: examples that a gradient holds at a time, None for all B.
         compile_seconds: compilation of that run.
         flops_per_gradient, memory_per_gradient: floating-point operations and temporary bytes of one compiled
             gradient, by the compiler's own count; None where it has none.
@@ -68,7 +69,10 @@ class Row:
     metrics: dict[str, np.ndarray]
     metrics_on: str
     gradient_noise: float
+    num_noise: int
     seconds: float
+    extrapolated: bool
+    microbatch_size: int | None
     compile_seconds: float
     flops_per_gradient: float | None
     memory_per_gradient: float | None
@@ -102,177 +106,190 @@ class Row:
         }
 
 
-def compare(
+def batch_sizes(
     problem: Problem,
+    sizes: Sequence[int] | None = None,
     *,
-    batch_sizes: Sequence[int] | None = None,
-    learning_rate: float | None = None,
-    num_epochs: int = NUM_EPOCHS,
-    num_seeds: int = NUM_SEEDS,
+    planned: Plan | None = None,
     seed: int = 0,
+    done: Sequence[Row] = (),
+    keep: Callable[[Row], None] = lambda row: None,
     progress: Progress = lambda stage, fraction: None,
+    **options: Any,
 ) -> list[Row]:
     """Train at every batch size on the same stream, each at its best learning rate, and measure.
 
     Args:
         problem: what to train.
-        batch_sizes: default (1, 32, N).
-        learning_rate: one rate for all batch sizes, instead of tuning.
-        num_epochs: length of the stream in epochs; all batch sizes see it, less a last incomplete batch.
-        num_seeds: initial parameters and streams drawn, each used at every batch size and rate.
-        seed: of the key that they are drawn from.
+        sizes: batch sizes; default (1, 32, N).
+        planned: what to do, from `plan`; by default it is made here, of `options`.
+        seed: of the key that parameters and streams are drawn from.
+        done: rows of an earlier call with the same plan and seed; their batch sizes are not run again.
+        keep: called with every row when it is known.
         progress: called with what is being done and the fraction that is done, now and then.
+        **options: as in `plan`: optimizer, learning_rate, num_epochs, num_seeds, budget, memory.
 
     Returns:
-        One Row for every batch size, in the order given.
+        One Row for every batch size of the plan, in its order.
 
     Raises:
         ValueError: before anything is compiled, for a batch size outside 1 ... N or given twice, or numbers below 1.
     """
-    num_examples = problem.num_examples
-    batch_sizes = default_batch_sizes(num_examples) if batch_sizes is None else tuple(batch_sizes)
-    _check(batch_sizes, num_examples, learning_rate, num_epochs, num_seeds)
-    init_key, stream_key = jax.random.split(jax.random.key(seed))
-    keys = jax.random.split(init_key, num_seeds), jax.random.split(stream_key, num_seeds)
-    data = problem.train, problem.train if problem.test is None else problem.test
-    rows = []
-    for i, batch_size in enumerate(batch_sizes):
+    what = planned or plan(problem, sizes, **options)
+    rows = {row.batch_size: row for row in done}
+    for i, speed in enumerate(what.speeds):
+        if speed.batch_size in rows:
+            continue
 
         def of_all(stage: str, fraction: float, i=i) -> None:
-            progress(stage, (i + fraction) / len(batch_sizes))
+            progress(stage, (i + fraction) / len(what.speeds))
 
-        rows.append(_row(problem, batch_size, num_epochs, data, keys, learning_rate, of_all))
-    return rows
-
-
-def default_batch_sizes(num_examples: int) -> tuple[int, ...]:
-    """Return (1, 32, N), without repeats where N <= 32."""
-    return tuple(dict.fromkeys((1, min(32, num_examples), num_examples)))
+        row = _row(problem, what, speed, seed, of_all)
+        rows[row.batch_size] = row
+        keep(row)
+    return [rows[speed.batch_size] for speed in what.speeds]
 
 
-def gradient_noise(problem: Problem, batch_size: int, data, init_key, stream_key):
+def gradient_noise(problem: Problem, gradient: Gradient, batch_size: int, examples, init_key, stream_key):
     """Return E|g_B - g|^2 / |g|^2 over the batches of one epoch, at the initial parameters: tr Cov(update) / |g|^2.
 
     The learning rate cancels. For N uniform examples it is (tr Sigma / B) (N - B)/(N - 1) / |g|^2 (SGD without
     replacement).
+
+    Args:
+        problem, gradient: the loss, and an estimator of its mean gradient.
+        batch_size: B.
+        examples: the N examples that the epoch goes over.
+        init_key, stream_key: of the parameters, and of the order of the epoch.
     """
-    gradient = gradients.mean(problem.loss)
     params = problem.init(init_key)
-    stream = batching.reshuffled(stream_key, problem.num_examples, num_epochs=1)
-    full = gradient(params, data).grad
+    count = len(jax.tree.leaves(examples)[0])
+    stream = batching.reshuffled(stream_key, count, num_epochs=1)
+    whole = gradients.microbatched(problem.loss, microbatch_size=_largest_divisor(count, NUM_AT_ONCE))
+    full = whole(params, examples).grad
 
     def squared_error(indices):
-        estimate = gradient(params, batching.take(data, indices))
+        estimate = gradient(params, batching.take(examples, indices))
         return optax.tree.norm(optax.tree.sub(estimate.grad, full), squared=True)
 
     errors = jax.lax.map(squared_error, batching.cut(stream, batch_size, drop_remainder=True))
     return errors.mean() / optax.tree.norm(full, squared=True)
 
 
-def tune(losses_at: Callable[[np.ndarray], np.ndarray], grid: np.ndarray, *, grow: bool = True) -> dict[float, float]:
-    """Return {rate: loss} over a logarithmic grid that grows until its best rate is not at an edge.
-
-    Args:
-        losses_at: rates [R] -> losses [R]; NaN and infinity count as infeasible. Every call is for R rates, so that one
-            compiled program serves them all.
-        grid: the first rates [R], ascending.
-        grow: whether to look beyond the first grid; at most MAX_GRIDS grids are tried.
-    """
-    found: dict[float, float] = {}
-    factor = (grid[-1] / grid[0]) * (grid[1] / grid[0]) if grow else 1.0
-    below = above = grid
-    for _ in range(MAX_GRIDS if grow else 1):
-        losses = losses_at(grid)
-        found |= zip(grid.tolist(), np.where(np.isfinite(losses), losses, np.inf).tolist(), strict=True)
-        best = best_rate(found)
-        if best == min(found):  # also where every rate diverged
-            grid = below = below / factor
-        elif best == max(found):
-            grid = above = above * factor
-        else:
-            break
-    return dict(sorted(found.items()))
-
-
-def best_rate(losses: dict[float, float]) -> float:
-    """Return the rate of the lowest loss, the smallest such rate where several are equal."""
-    return min(losses, key=lambda rate: (losses[rate], rate))
-
-
-def _row(problem: Problem, batch_size: int, num_epochs: int, data, keys, learning_rate, progress) -> Row:
-    """Tune, then time, one batch size, with the draws that all batch sizes share: keys are used again on purpose."""
-    again = partial(jax.tree.map, jax.random.clone, keys)
-    num_examples, num_seeds = problem.num_examples, len(keys[0])
-    num_updates = num_epochs * num_examples // batch_size
-    grid = np.asarray(LEARNING_RATES if learning_rate is None else (learning_rate,))
-
-    def watch(fraction: float) -> None:
-        runs = f"{len(grid) * num_seeds} runs of {num_updates} updates"
-        progress(f"B = {batch_size}: {runs}", 0.9 * fraction)
-
-    watch(0.0)
-    train_lanes = histories.of_lanes(problem, batch_size, num_epochs, data, again(), len(grid), watch)
-    found, sweep_seconds = {}, 0.0
-
-    def losses_at(rates: np.ndarray) -> np.ndarray:
-        nonlocal sweep_seconds
-        history, elapsed = timing.timed(train_lanes, rates)
-        sweep_seconds += elapsed
-        for i, rate in enumerate(rates.tolist()):
-            found[rate] = jax.tree.map(lambda x, i=i: x[:, i], history)
-        return history["loss"][:, :, -1].mean(0)
-
-    losses = tune(losses_at, grid, grow=learning_rate is None)
-    rate = best_rate(losses)
-
-    progress(f"B = {batch_size}: timing at learning rate {rate:.3g}", 0.9)
-    init_key, stream_key = (keys_of_seeds[0] for keys_of_seeds in again())
-    params = problem.init(init_key)
-    batches = histories.batches(problem, batch_size, num_epochs, stream_key)
-    run = timing.compiled(partial(_descend, problem), data[0], batches, params, rate)
-    batch = jax.tree.map(lambda x: x[:batch_size], data[0])
-    step = timing.compiled(gradients.mean(problem.loss), params, batch)
-    noise = jax.jit(jax.vmap(partial(gradient_noise, problem, batch_size), (None, 0, 0)))(data[0], *again())
+def _row(problem: Problem, what: Plan, speed: tuning.Speed, seed: int, progress: Progress) -> Row:
+    """Tune one batch size, with the draws that all batch sizes share: keys are used again on purpose."""
+    batch_size, num_examples = speed.batch_size, problem.num_examples
+    num_updates = what.num_examples // batch_size
+    tuned = _tuned(problem, what, speed, jax.random.key(seed), progress)
+    history, best = tuned.history, tuned.best
+    assert history is not None
+    values = jax.tree.map(lambda x: x[best], history.values)
+    progress(f"B = {batch_size}: its gradient", 0.9)
+    flops, memory = _gradient_counts(problem, what, batch_size)
+    noise, num_noise = _noise(problem, what, batch_size, jax.random.key(seed))
     return Row(
         name="stochastic" if batch_size == 1 else "batch" if batch_size == num_examples else "mini-batch",
         batch_size=batch_size,
         num_updates=num_updates,
         num_examples=num_updates * batch_size,
         num_epochs=num_updates * batch_size / num_examples,
-        learning_rate=rate,
-        learning_rates=list(losses),
-        tuning_losses=list(losses.values()),
-        at_edge=learning_rate is None and rate in (min(losses), max(losses)),
-        examples_seen=found[rate]["examples"][0],
-        losses=found[rate]["loss"],
-        metrics=found[rate]["metrics"],
+        learning_rate=tuned.rate,
+        learning_rates=tuned.learning_rates.tolist(),
+        tuning_losses=tuned.losses.tolist(),
+        at_edge=what.learning_rate is None and tuned.at_edge,
+        examples_seen=history.updates * batch_size,
+        losses=values["loss"],
+        metrics=values["metrics"],
         metrics_on="train" if problem.test is None else "test",
-        gradient_noise=float(noise.mean()),
-        seconds=timing.seconds(run, data[0], batches, params, rate),
-        compile_seconds=run.compile_seconds,
-        flops_per_gradient=step.flops,
-        memory_per_gradient=step.temporary_bytes,
-        sweep_seconds=sweep_seconds,
-        num_runs=len(losses) * num_seeds,
+        gradient_noise=noise,
+        num_noise=num_noise,
+        seconds=speed.seconds_per_update * num_updates,
+        extrapolated=speed.extrapolated,
+        microbatch_size=speed.microbatch_size,
+        compile_seconds=speed.compile_seconds,
+        flops_per_gradient=flops,
+        memory_per_gradient=memory,
+        sweep_seconds=tuned.seconds,
+        num_runs=tuned.costs.size,
     )
 
 
-def _descend(problem: Problem, data, batches, params, learning_rate):
-    """Return the parameters after one update for each batch: the loop alone, to be timed."""
-    method = descent.method(gradients.mean(problem.loss), optax.sgd(learning_rate))
-    state, _ = descent.run(method, method.init(params), data, batches, lambda state, info: (), every=len(batches))
-    return state.params
+def _tuned(problem: Problem, what: Plan, speed: tuning.Speed, key, progress: Progress) -> tuning.Tuning:
+    """Return the search of one batch size, evaluated every N // B updates and at the end."""
+    batch_size = speed.batch_size
+    num_updates = what.num_examples // batch_size
+    num_runs = what.num_seeds * len(what.learning_rates)
+    trained = f"B = {batch_size}: {num_runs} runs of {num_updates} updates"
+    progress(trained, 0.0)
+    search = tuning.search(_trainer(problem, what, num_runs), Budget(what.num_examples), lambda values: values["loss"])
+    limits: dict[str, Any] = {
+        "batch_size": batch_size,
+        "num_seeds": what.num_seeds,
+        "key": key,
+        "every": max(1, min(problem.num_examples // batch_size, num_updates)),
+        "stop_diverged": what.learning_rate is None,
+        "progress": lambda updates, loss: progress(trained, 0.9 * updates / num_updates),
+    }
+    if what.learning_rate is not None:
+        return search(np.asarray(what.learning_rates), **limits)
+    return tuning.search_grid(search, np.asarray(what.learning_rates), **limits)
 
 
-def _check(batch_sizes: Sequence[int], num_examples: int, learning_rate, num_epochs: int, num_seeds: int) -> None:
-    for batch_size in batch_sizes:
-        if not 1 <= batch_size <= num_examples:
-            raise ValueError(f"batch_size={batch_size} must be between 1 and N={num_examples}, the training examples")
-    if len(set(batch_sizes)) < len(batch_sizes) or not batch_sizes:
-        raise ValueError(f"batch_sizes={tuple(batch_sizes)} must be different, and at least one")
-    if learning_rate is not None and not 0 < learning_rate < float("inf"):
-        raise ValueError(f"learning_rate={learning_rate} must be positive and finite")
-    for name, value, entries in (("num_epochs", num_epochs, num_examples), ("num_seeds", num_seeds, 1)):
-        limit = (2**31 - 1) // entries  # examples seen are counted in int32
-        if not 1 <= value <= limit:
-            raise ValueError(f"{name}={value} must be at least 1 and at most {limit}")
+def _trainer(problem: Problem, what: Plan, num_runs: int) -> tuning.Trainer:
+    on = "train" if problem.test is None else "test"
+
+    def evaluate(params, examples):
+        train, test = examples
+        return {
+            "loss": problem.evaluate(params, train, names=("loss",))["loss"],
+            "metrics": problem.evaluate(params, test, names=tuple(problem.metrics)),
+        }
+
+    def make():
+        examples = tuning.evaluation_examples(problem, "train"), tuning.evaluation_examples(problem, on)
+        return tuning.trainer(
+            problem,
+            what.optimizer,
+            evaluate=evaluate,
+            examples=examples,
+            num_evaluated=len(jax.tree.leaves(examples[0])[0]),
+            num_runs=num_runs,
+            gradient=tuning.estimator(problem, what.microbatches),
+        )
+
+    microbatches = tuple(what.microbatches.items())
+    return kept(problem, ("compare", what.optimizer, num_runs, microbatches), make)
+
+
+def _gradient_counts(problem: Problem, what: Plan, batch_size: int) -> tuple[float | None, int | None]:
+    """Return (floating-point operations, temporary bytes) of one gradient, by the compiler's count; nothing is run."""
+    size = what.microbatches[batch_size]
+    gradient = tuning.estimator(problem, what.microbatches)(batch_size)
+    params = jax.eval_shape(problem.init, jax.random.key(0))
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((batch_size, *np.shape(x)[1:]), jnp.result_type(x)), problem.train
+    )
+    program = kept(problem, ("gradient", batch_size, size), lambda: timing.compiled(gradient, params, batch))
+    pieces = batch_size // (size or batch_size)  # the body of a loop counts once
+    return program.flops and program.flops * pieces, program.temporary_bytes
+
+
+def _noise(problem: Problem, what: Plan, batch_size: int, key) -> tuple[float, int]:
+    """Return (gradient noise, the number of examples that it was taken over)."""
+    examples = tuning.evaluation_examples(problem, "train")
+    count = len(jax.tree.leaves(examples)[0])
+    if batch_size >= count:
+        return 0.0 if batch_size == problem.num_examples else float("nan"), count
+    gradient = tuning.estimator(problem, what.microbatches)(batch_size)
+    measure = partial(gradient_noise, problem, gradient, batch_size)
+
+    def of_seeds(examples, *keys):
+        return jax.lax.map(lambda pair: measure(examples, *pair), keys)
+
+    program = kept(problem, ("noise", batch_size, what.microbatches[batch_size]), lambda: jax.jit(of_seeds))
+    init_key, stream_key = (jax.random.split(part, what.num_seeds) for part in jax.random.split(key))
+    return float(program(examples, init_key, stream_key).mean()), count
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    return max(i for i in range(1, limit + 1) if number % i == 0)

@@ -17,6 +17,7 @@ array([[1. , 2. ],
 (array([4, 3, 0, 1, 2], dtype=int32), ' beot')
 """
 
+import io
 import math
 import re
 
@@ -76,22 +77,30 @@ def libsvm(content: bytes, *, num_features: int) -> tuple[np.ndarray, np.ndarray
 
     Raises:
         ValueError: names the line that is not of this form, or whose indices fall or exceed `num_features`.
+        ModuleNotFoundError: without scikit-learn, whose reader this is.
     """
+    try:
+        from sklearn.datasets import load_svmlight_file
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("LIBSVM text is read by scikit-learn: pip install 'gdjax[experiments]'") from error
     lines = _lines(content)
-    labels, values, columns, counts = np.empty(len(lines)), [], [], []
-    for i, line in enumerate(lines):
+    for i, line in enumerate(lines):  # of which the reader would leave out, or guess, some
         if not LIBSVM_LINE.fullmatch(line):
             raise ValueError(f"LIBSVM line {i + 1} is not 'label index:value ...': {line[:80]!r}")
-        label, *pairs = line.replace(":", " ").split()
-        indices = [int(index) for index in pairs[::2]]
-        if any(low >= high for low, high in zip([0, *indices], [*indices, num_features + 1], strict=True)):
-            raise ValueError(f"LIBSVM line {i + 1}: indices must rise from 1 to at most {num_features}: {line[:80]!r}")
-        labels[i] = float(label)
-        counts.append(len(indices))
-        columns += indices
-        values += map(float, pairs[1::2])
-    features = np.zeros((len(lines), num_features))
-    features[np.repeat(np.arange(len(lines)), counts), np.asarray(columns, int) - 1] = values
+    try:
+        features, labels = load_svmlight_file(
+            io.BytesIO(content),
+            n_features=num_features,
+            zero_based=False,  # pyright: ignore[reportArgumentType]
+        )[:2]
+    except ValueError as error:
+        for i, line in enumerate(lines):
+            indices = [int(index) for index in re.findall(r"(\d+):", line)]
+            if any(low >= high for low, high in zip([0, *indices], [*indices, num_features + 1], strict=True)):
+                limits = f"indices must rise from 1 to at most {num_features}"
+                raise ValueError(f"LIBSVM line {i + 1}: {limits}: {line[:80]!r}") from error
+        raise
+    features, labels = features.toarray(), np.asarray(labels)
     _check_finite(features, "LIBSVM")
     _check_finite(labels[:, None], "LIBSVM")
     return features, labels

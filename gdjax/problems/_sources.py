@@ -13,20 +13,18 @@ gdjax.problems.contents('mnist', '/nowhere', download=True)
 
 import gzip
 import hashlib
-import http.client
 import io
 import os
-import urllib.parse
-import urllib.request
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from gdjax import _files
 
 ENVIRONMENT_VARIABLE = "GDJAX_DATA"
 TIMEOUT = 60.0  # seconds without a byte
+CHUNK = 1 << 20  # bytes that are received in one piece
 GZIP_OVERHEAD = 1 << 16  # bytes by which the .gz of a file that does not compress may exceed it, and more
 
 
@@ -143,39 +141,41 @@ def read_from(folder: str | os.PathLike) -> None:
     Raises:
         ValueError: where there is no such folder.
     """
-    if not Path(folder).expanduser().is_dir():
+    if folder == "" or not Path(folder).expanduser().is_dir():
         raise ValueError(f"data={str(folder)!r} is not a folder: make it, or name the one that holds the data sets")
     os.environ[ENVIRONMENT_VARIABLE] = str(folder)
 
 
-def fetch(url: str, *, limit: int) -> bytes:
-    """Return what lies at an https address, or at an http address of this machine; redirections included.
+class _Received(io.BytesIO):
+    """What is received, up to a limit: nobody knows what a server sends."""
+
+    def __init__(self, limit: int):
+        super().__init__()
+        self.limit = limit
+
+    def write(self, part: Any) -> int:
+        if self.tell() + len(part) > self.limit:
+            raise ValueError(f"it is longer than the {self.limit} bytes expected of it")
+        return super().write(part)
+
+
+def _fetched(url: str, limit: int) -> bytes:
+    """Return what lies at an address, by `pooch`.
 
     Raises:
-        ValueError: for another kind of address, a failure, and more than `limit` bytes.
+        ValueError: for a failure, and more than `limit` bytes.
+        ModuleNotFoundError: without pooch.
     """
     try:
-        _check_address(url)
-        opener = urllib.request.build_opener(_OnlySafeRedirects)
-        with opener.open(url, timeout=TIMEOUT) as response:
-            content = response.read(limit + 1)
-    except (OSError, http.client.HTTPException, ValueError) as error:  # URLError is an OSError
+        import pooch
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("data sets are fetched by pooch: pip install 'gdjax[experiments]'") from error
+    received = _Received(limit)
+    try:
+        pooch.HTTPDownloader(timeout=TIMEOUT, chunk_size=CHUNK)(url, received, None)
+    except (OSError, ValueError) as error:  # what `requests` raises is an OSError
         raise ValueError(f"{url} could not be fetched: {error}") from error
-    if len(content) > limit:
-        raise ValueError(f"{url} is longer than the {limit} bytes expected of it")
-    return content
-
-
-class _OnlySafeRedirects(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, req, fp, code, msg, headers, newurl):
-        _check_address(newurl)
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-def _check_address(url: str) -> None:
-    parts = urllib.parse.urlsplit(url)
-    if parts.scheme != "https" and (parts.scheme, parts.hostname) not in {("http", "localhost"), ("http", "127.0.0.1")}:
-        raise ValueError(f"{url} is not an https address")
+    return received.getvalue()
 
 
 def _is_zipped(source: Source) -> bool:
@@ -183,7 +183,7 @@ def _is_zipped(source: Source) -> bool:
 
 
 def _download(source: Source, path: Path) -> bytes:
-    raw = fetch(source.url, limit=source.size + GZIP_OVERHEAD)
+    raw = _fetched(source.url, source.size + GZIP_OVERHEAD)
     content = _verified(source.url, lambda: raw, source, gunzip=_is_zipped(source))
     path.parent.mkdir(parents=True, exist_ok=True)
     with _files.atomic(path) as file:

@@ -12,18 +12,23 @@ from gdjax.report._figures import (
     panels,
     save,
 )
+from gdjax.report._journal import Journal, journal
+from gdjax.report._progress import progress_bar
 from gdjax.report._records import provenance, run_folder, timestamped
 
 __all__ = [
     "COLOURS",
     "LINES",
+    "Journal",
     "agreement",
     "band",
     "blank",
     "check_installed",
     "curves",
+    "journal",
     "log_scales",
     "panels",
+    "progress_bar",
     "provenance",
     "run_folder",
     "save",

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # Okabe & Ito (2008): eight colours that the colour-blind can tell apart, less yellow, which vanishes on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DPI = 150
 LINES = ("-", "--", "-.", ":")
 
 
@@ -74,9 +75,12 @@ def agreement(points: Mapping[str, tuple[Any, Any]], *, xlabel: str, ylabel: str
 
 
 def save(figure: "Figure", path: Path) -> None:
-    """Write a figure as PNG, whole or not at all."""
+    """Write a figure as PNG, whole or not at all; DPI points an inch unless matplotlib's settings say how many."""
+    from matplotlib import rcParams
+
+    dpi = rcParams["savefig.dpi"]
     with _files.atomic(path) as file:
-        figure.savefig(file, format="png", dpi=150)
+        figure.savefig(file, format="png", dpi=DPI if dpi == "figure" else dpi)
 
 
 def check_installed() -> None:

@@ -11,7 +11,6 @@ import datetime
 import importlib.metadata
 import os
 import platform
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,23 +21,27 @@ import numpy as np
 import optax
 
 from gdjax import _files
+from gdjax.report._commit import commit
 
 
 @contextlib.contextmanager
 def run_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """Create a folder, with its parents, and make sure that files can be written into it.
+    """Create a folder, with its parents, make sure that files can be written into it, and keep other runs out of it.
 
     Where the block fails before it has written anything, the folders made here are removed again.
 
     Raises:
-        ValueError: where the folder cannot be created or written, with the reason.
+        ValueError: where the folder cannot be created or written, with the reason, or another run is writing into it.
+        ModuleNotFoundError: without filelock.
     """
     missing: list[Path] = []
     try:
         with _files.named_in_errors("out", path):
             folder = Path(path).expanduser()
             missing += [ancestor for ancestor in (folder, *folder.parents) if not ancestor.exists()]
-        yield _files.writable_folder(path, "out")
+        folder = _files.writable_folder(path, "out")
+        with _files.alone(folder, "out"):
+            yield folder
     except BaseException:
         with contextlib.suppress(OSError):  # not empty: keep what was written
             for ancestor in missing:
@@ -72,29 +75,10 @@ def provenance(*, arguments: dict[str, Any], seed: int, wall_seconds: float) -> 
         },
         "x64": bool(jax.config.read("jax_enable_x64")),
         "seed": seed,
-        "commit": _commit(Path.cwd()),
-        "gdjax_commit": _commit(Path(__file__).parent, tracks=Path(__file__).name),
+        "commit": commit(Path.cwd()),
+        "gdjax_commit": commit(Path(__file__).parent, tracks=Path(__file__).name),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "arguments": arguments,
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "wall_seconds": wall_seconds,
     }
-
-
-def _commit(folder: Path, tracks: str = "") -> str | None:
-    """Return the commit that `folder` is at, with '-dirty' where files differ from it.
-
-    None outside a repository, and where the repository does not track the file named: an installed package may lie in
-    somebody's checkout without being part of it.
-    """
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(folder), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-
-    try:
-        if tracks:
-            git("ls-files", "--error-unmatch", tracks)
-        return git("describe", "--always", "--dirty", "--abbrev=40", "--match=")
-    except (OSError, subprocess.SubprocessError):
-        return None

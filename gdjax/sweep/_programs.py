@@ -1,20 +1,22 @@
-"""A function of one lane, compiled for many: what `sweep` runs a chunk with.
+"""A function of one grid point, compiled for many: what `sweep` runs a chunk with.
 
 >>> import jax.numpy as jnp
->>> mesh = Mesh(np.asarray(jax.devices()[:1]), ("lanes",))
+>>> mesh = Mesh(np.asarray(jax.devices()[:1]), ("points",))
 >>> scale = jnp.asarray([1.0, 10.0])
->>> function = trace(lambda lane: scale * lane["x"], {"x": np.arange(8.0)})
+>>> def fn(point):
+...     return scale * point["x"]
+>>> function = traced(fn, {"x": np.arange(8.0)})
 >>> [constant.shape for constant in function.constants]  # what it closes over is an argument of the program
 [(2,)]
->>> program = compiled(function, [np.zeros(8, np.float32)], 4, 8, mesh)
+>>> program = compiled(fn, function, [np.zeros(8, np.float32)], 4, 8, mesh)
 >>> program.size, program([np.arange(4, dtype=np.float32)])[0][3]
 (4, Array([ 3., 30.], dtype=float32))
 """
 
 import contextlib
 import math
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,35 +26,35 @@ import numpy as np
 from jax.extend import core
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gdjax._trees import is_key
+from gdjax import _files
+from gdjax._trees import is_key, kept
 
-LANES_PER_DEVICE = 256
-"""Lanes computed together at most, unless a size is asked for: on a CPU more are slower, and a crash costs a chunk."""
+POINTS_PER_DEVICE = 256
+"""Points computed together at most, unless a size is asked for: on a CPU more are slower, and a crash costs a chunk."""
 MEMORY_FRACTION = 0.5
 """Of the device's free memory, what a chunk may need by the compiler's count."""
+SETTINGS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_default_prng_impl", "jax_debug_nans")
+"""Of JAX, that change what a function is traced to."""
 
 
 class Function(NamedTuple):
-    """A traced function of one lane, its arrays apart.
+    """A traced function of one point, its arrays apart.
 
     Attributes:
         batched: (constants, leaves [C, ...]) -> results [C, ...], all lists in the order of the trees' leaves.
         constants: the arrays that the function closes over.
-        results: the pytree of shapes and types that one lane returns.
+        results: the pytree of shapes and types that one point returns.
+        key: what it was traced for, beside the function itself.
     """
 
     batched: Callable[[Sequence[Any], Sequence[Any]], list[jax.Array]]
     constants: list[Any]
     results: Any
-
-    def text(self, leaves: Sequence[np.ndarray]) -> str:
-        """Return the program for two lanes as text, the same in every process: two, so that rules of vmap show."""
-        constants = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in self.constants]
-        return jax.jit(self.batched).lower(constants, _shapes(leaves, 2)).as_text()
+    key: Hashable
 
 
 class Program(NamedTuple):
-    """A function compiled for chunks of `size` lanes: leaves [size, ...] -> results [size, ...]."""
+    """A function compiled for chunks of `size` points: leaves [size, ...] -> results [size, ...]."""
 
     compiled: jax.stages.Compiled
     constants: list[jax.Array]
@@ -63,49 +65,75 @@ class Program(NamedTuple):
         return self.compiled(self.constants, jax.device_put(list(leaves), self.spread))
 
 
-def trace(fn: Callable[[Any], Any], lanes: Any) -> Function:
-    """Trace `fn`, lane -> pytree of arrays, once. Typed keys enter and leave the `Function` as their key data.
+def traced(fn: Callable[[Any], Any], points: Any) -> Function:
+    """Return `fn`, point -> pytree of arrays, traced: once for all points of these shapes and types, as `jax.jit` does.
 
-    The arrays that it closes over become arguments, for otherwise every program holds a copy of each, folds constants
-    in it, and is at most 2 GB. Those that a jitted function inside it closes over stay where they are.
+    Typed keys enter and leave the `Function` as their key data. The arrays that `fn` closes over become arguments, for
+    otherwise every program holds a copy of each, folds constants in it, and is at most 2 GB. Those that a jitted
+    function inside it closes over stay where they are.
     """
-    leaves, tree = jax.tree.flatten(lanes)
+    leaves, tree = jax.tree.flatten(points)
+    kinds = [jax.random.key_impl(leaf) if is_key(leaf) else None for leaf in leaves]
+    shapes = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in (numbers(leaf, "points") for leaf in leaves)]
+    settings = tuple(getattr(jax.config, name) for name in SETTINGS)
+    key = ("traced", tree, *map(str, kinds), *((x.shape, x.dtype) for x in shapes), *settings)
 
     def one(*data):
         wrapped = [
-            jax.random.wrap_key_data(x, impl=jax.random.key_impl(leaf)) if is_key(leaf) else x
-            for x, leaf in zip(data, leaves, strict=True)
+            x if kind is None else jax.random.wrap_key_data(x, impl=kind) for x, kind in zip(data, kinds, strict=True)
         ]
         return jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, fn(tree.unflatten(wrapped)))
 
-    shapes = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in (numbers(leaf, "lanes") for leaf in leaves)]
-    closed, results = jax.make_jaxpr(one, return_shape=True)(*shapes)
-    if not jax.tree.leaves(results):
-        raise ValueError("fn returns no arrays: let it return a pytree of what is to be kept of each lane")
+    def make() -> Function:
+        closed, results = jax.make_jaxpr(one, return_shape=True)(*shapes)
+        if not jax.tree.leaves(results):
+            raise ValueError("fn returns no arrays: let it return a pytree of what is to be kept of each point")
 
-    def batched(constants, leaves):
-        return jax.vmap(core.jaxpr_as_fun(core.ClosedJaxpr(closed.jaxpr, constants)))(*leaves)
+        def batched(constants, leaves):
+            return jax.vmap(core.jaxpr_as_fun(core.ClosedJaxpr(closed.jaxpr, constants)))(*leaves)
 
-    return Function(batched, list(closed.consts), results)
+        return Function(batched, list(closed.consts), results, key)
+
+    return kept(fn, key, make)
 
 
-def compiled(function: Function, leaves: Sequence[np.ndarray], size: int | None, num_lanes: int, mesh: Mesh) -> Program:
-    """Compile for chunks of `size` lanes; where that is None, for as many as are run and fit into memory.
+def fingerprint(fn: Callable[[Any], Any], function: Function, leaves: Sequence[np.ndarray]) -> tuple[str, str]:
+    """Return digests of the program, for two points so that rules of vmap show, and of the arrays in it."""
+    shapes = _shapes(leaves, 2)
+    make = partial(_files.fingerprint, function.batched, function.constants, shapes)
+    return kept(fn, ("fingerprint", function.key), make)
 
-    The first program tried is for all lanes, or LANES_PER_DEVICE on each device. Where the compiler counts more bytes
-    than MEMORY_FRACTION of what a device has free, one for proportionally fewer is compiled, down to one a device.
+
+def compiled(
+    fn: Callable[[Any], Any],
+    function: Function,
+    leaves: Sequence[np.ndarray],
+    size: int | None,
+    num_points: int,
+    mesh: Mesh,
+) -> Program:
+    """Return `function` compiled for chunks of `size` points; where that is None, for as many as are run and fit.
+
+    The first program tried is for all points, or POINTS_PER_DEVICE on each device. Where the compiler counts more bytes
+    than MEMORY_FRACTION of what a device has free, one for proportionally fewer is compiled, down to one a device. It
+    is kept with `fn`, the function that was traced.
     """
-    everywhere, spread = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("lanes"))
-    batched = jax.jit(function.batched, in_shardings=(everywhere, spread), out_shardings=spread)
-    constants = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in function.constants]
-    asked, budget = size is not None, MEMORY_FRACTION * free_bytes(mesh)
-    size = size or mesh.size * min(LANES_PER_DEVICE, math.ceil(num_lanes / mesh.size))
-    while True:
-        program = batched.lower(constants, _shapes(leaves, size)).compile()
-        needed = needed_bytes(program)
-        if asked or needed <= budget or size == mesh.size:
-            return Program(program, jax.device_put(function.constants, everywhere), size, spread)
-        size = max(1, min(int(size * budget / needed), size - 1) // mesh.size) * mesh.size
+    asked, devices = size is not None, tuple(mesh.devices.flat)
+    first = size or mesh.size * min(POINTS_PER_DEVICE, math.ceil(num_points / mesh.size))
+
+    def make() -> Program:
+        everywhere, spread = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("points"))
+        batched = jax.jit(function.batched, in_shardings=(everywhere, spread), out_shardings=spread)
+        constants = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in function.constants]
+        size, budget = first, MEMORY_FRACTION * free_bytes(mesh)
+        while True:
+            program = batched.lower(constants, _shapes(leaves, size)).compile()
+            needed = needed_bytes(program)
+            if asked or needed <= budget or size == mesh.size:
+                return Program(program, jax.device_put(function.constants, everywhere), size, spread)
+            size = max(1, min(int(size * budget / needed), size - 1) // mesh.size) * mesh.size
+
+    return kept(fn, ("compiled", function.key, first, asked, devices), make)
 
 
 def numbers(leaf: Any, name: str) -> np.ndarray:
@@ -130,8 +158,12 @@ def needed_bytes(program: jax.stages.Compiled) -> int:
     return sum(getattr(memory, part, 0) for part in parts)
 
 
-def free_bytes(mesh: Mesh) -> float:
-    """Return the free memory of a device: of CPU devices, each a share of what the machine or its cgroup has left."""
+def free_bytes(mesh: Mesh | None = None) -> float:
+    """Return the free memory of a device: of CPU devices, each a share of what the machine or its cgroup has left.
+
+    Without a mesh it is that of the default device.
+    """
+    mesh = mesh or Mesh(np.asarray(jax.devices()[:1]), ("lanes",))
     stats = [device.memory_stats() for device in mesh.devices.flat]
     if all(stats):
         return min(s["bytes_limit"] - s["bytes_in_use"] for s in stats)
@@ -139,14 +171,13 @@ def free_bytes(mesh: Mesh) -> float:
 
 
 def _host_bytes() -> Iterator[float]:
-    with contextlib.suppress(OSError):  # Linux
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        yield 1024 * float(lines["MemAvailable"].split()[0])
-    with contextlib.suppress(OSError, ValueError):  # 'max' where there is no limit
+    with contextlib.suppress(ModuleNotFoundError):
+        import psutil
+
+        yield psutil.virtual_memory().available
+    with contextlib.suppress(OSError, ValueError):  # of a container, which psutil does not see; 'max' is no limit
         limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
         yield limit - used
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        yield os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     yield math.inf
 
 

@@ -2,7 +2,7 @@
 
     store.json                     the identity of the work, what must be equal for results to be mixed; its checksum
     chunk-00003-5f0c83b2....npz    the arrays of one chunk; the name carries their checksum
-    lock                           who writes, while somebody does
+    lock, lock.holder              while somebody writes, and who
 
 Every file appears whole or not at all. A chunk is read only if its bytes have the checksum of its name, which covers
 the identity and the chunk's position too: a file that was cut short, changed, or carried here from another folder is
@@ -18,9 +18,9 @@ Traceback (most recent call last):
 ValueError: store='...' holds results of another sweep: jax was '0.10.2' and is '0.12.0'. Use a folder of its own for \
 each sweep, or repeat what the first was given
 
-One process at a time works on a store: `flock`, which the system drops when the process ends, however it ends. Over NFS
-Linux keeps it on the server, so that it holds between machines; on file systems that do not share locks between
-machines (some Lustre mounts, FUSE, object stores) it holds only within each of them.
+One process at a time works on a store. Its lock ends with the process, however that ends. Over NFS Linux keeps it on
+the server, so that it holds between machines; on file systems that do not share locks between machines (some Lustre
+mounts, FUSE, object stores) it holds only within each of them.
 """
 
 import contextlib
@@ -36,6 +36,7 @@ import numpy as np
 
 from gdjax import _files
 
+LOCK = ("lock", "lock.holder")
 Identity = Mapping[str, str | int | bool]
 """What must be equal for results to be mixed, each entry under the name that an error calls it."""
 
@@ -50,7 +51,7 @@ def locked(path: str | os.PathLike) -> Iterator[Path]:
         ValueError: where the folder cannot be written, is no store and not empty, or is in use.
     """
     folder = _files.writable_folder(path, "store").absolute()
-    others = sorted(file.name for file in folder.iterdir() if file.name != "lock" and not _is_temporary(file))
+    others = sorted(file.name for file in folder.iterdir() if file.name not in LOCK and not _is_temporary(file))
     if others and "store.json" not in others:
         raise ValueError(f"store={str(path)!r} is no store, but a folder with other files ({others[0]}): use another")
     with _files.alone(folder, "store"):
@@ -77,9 +78,7 @@ def recorded(folder: Path) -> dict[str, Any]:
 def check(folder: Path, identity: Identity) -> None:
     """Raise ValueError, saying what differs, unless these entries of the identity are those of the store, if any."""
     before = recorded(folder)
-    different = [name for name, value in identity.items() if before and before.get(name) != value]
-    if different:
-        changes = ", ".join(f"{name} was {before.get(name)!r} and is {identity[name]!r}" for name in different)
+    if before and (changes := _files.differences(before, identity)):
         raise ValueError(
             f"store={str(folder)!r} holds results of another sweep: {changes}. Use a folder of its own for each sweep, "
             "or repeat what the first was given"
@@ -154,4 +153,4 @@ def _explained(folder: Path, what: str) -> Iterator[None]:
 
 
 def _is_temporary(file: Path) -> bool:
-    return file.name.startswith((".chunk-", ".store.json."))
+    return file.name.startswith((".chunk-", ".store.json.", ".lock.holder."))

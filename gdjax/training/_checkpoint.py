@@ -10,7 +10,7 @@
 >>> with opened(folder, {"batch_size": 4}) as checkpoints:
 ...     checkpoints.newest()  # doctest: +ELLIPSIS
 Traceback (most recent call last):
-ValueError: folder='...' holds another run: its batch_size is 8, here it is 4. Give this run a folder of its own
+ValueError: folder='...' holds another run: batch_size was 8 and is 4. Give this run a folder of its own
 
 Orbax writes beside and renames, so a checkpoint that is there was finished. It does not notice when the disk changes
 one later: each therefore carries a checksum of its arrays and identity, and one that does not match is passed over.
@@ -21,7 +21,6 @@ import logging
 import os
 import sys
 import warnings
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -122,16 +121,9 @@ class Checkpoints(NamedTuple):
         return found.about, arrays
 
     def _check_identity(self, found: Identity) -> None:
-        names = sorted({*found, *self.identity})
-        differing = [
-            f"its {name} is {found.get(name)}, here it is {self.identity.get(name)}"
-            for name in names
-            if found.get(name) != self.identity.get(name)
-        ]
-        if differing:
+        if changes := _files.differences(found, {**dict.fromkeys(found), **self.identity}):
             raise ValueError(
-                f"folder={str(self.folder)!r} holds another run: {'; '.join(differing)}. Give this run a folder of its "
-                "own"
+                f"folder={str(self.folder)!r} holds another run: {changes}. Give this run a folder of its own"
             )
 
     @contextlib.contextmanager
@@ -179,21 +171,21 @@ def opened(folder: str | os.PathLike, identity: Identity) -> Iterator[Checkpoint
 
 @contextlib.contextmanager
 def _quiet_orbax() -> Iterator[None]:
-    """Keep orbax from logging, one traceback a thread, what it raises as well.
+    """Keep orbax from printing, one traceback a thread, what it raises as well.
 
-    When one array cannot be read, it also leaves the reads of the others behind, which then find nobody to tell.
+    Where one of many reads fails, it leaves the others to end after their event loop is closed, and each says so.
     """
 
     def others(record: logging.LogRecord) -> bool:
         return "orbax" not in record.pathname
 
-    def unraisable(found: Any) -> None:
-        if str(found.exc_value) != "Event loop is closed":
-            before(found)
+    def unless_left_alone(dropped: Any) -> None:
+        if str(dropped.exc_value) != "Event loop is closed":
+            before(dropped)
 
-    logger, before = logging.getLogger("absl"), sys.unraisablehook
+    logger = logging.getLogger("absl")
     logger.addFilter(others)
-    sys.unraisablehook = unraisable
+    before, sys.unraisablehook = sys.unraisablehook, unless_left_alone
     try:
         yield
     finally:
@@ -212,13 +204,10 @@ def check_installed() -> None:
 
 
 def _of_all(arrays: Mapping[str, np.ndarray], identity: Identity) -> str:
-    return f"{checksum(arrays)} {zlib.crc32(repr(sorted(identity.items())).encode()):08x}"
+    return _files.digest(checksum(arrays).encode(), repr(sorted(identity.items())).encode())[:16]
 
 
 def checksum(arrays: Mapping[str, np.ndarray]) -> str:
-    """Return the CRC-32 of names, shapes, dtypes and contents, in hexadecimal."""
-    crc = 0
-    for name, array in sorted(arrays.items()):
-        crc = zlib.crc32(f"{name} {array.dtype} {array.shape}".encode(), crc)
-        crc = zlib.crc32(array.tobytes(), crc)
-    return f"{crc:08x}"
+    """Return a digest of names, shapes, dtypes and contents, 16 hexadecimal digits."""
+    parts = [part for name, array in sorted(arrays.items()) for part in (name.encode(), array)]
+    return _files.digest(*parts)[:16]

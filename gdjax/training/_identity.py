@@ -1,13 +1,13 @@
 """What makes a run this run and no other: compared when a folder is opened again."""
 
 import re
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
+from gdjax import _files
 from gdjax.training import _checkpoint, _feeding
 
 NUM_SAMPLED = 1024  # examples that a data set is recognised by
@@ -30,9 +30,9 @@ def of(program: Any, task: Any, plan: _feeding.Plan, stream, until: Mapping, ema
         "ema": str(ema),
         "stream": getattr(stream, "__name__", repr(stream)),
         "jax": jax.__version__,
-        "method, record or until (checksum of the jaxpr)": f"{zlib.crc32(text):08x} {_checkpoint.checksum(constants)}",
-        "first state (checksum)": _checkpoint.checksum(_feeding.to_names("", task.state)),
-        "data (checksum of a sample)": _checkpoint.checksum(
+        "program of method, record and until": f"{_files.digest(text)[:16]} {_checkpoint.checksum(constants)}",
+        "first state": _checkpoint.checksum(_feeding.to_names("", task.state)),
+        "sample of data": _checkpoint.checksum(
             _feeding.to_names("", jax.tree.map(_sampled, (task.data, task.examples)))
         ),
     }

@@ -17,8 +17,8 @@ def received() -> Iterator[list[int]]:
         yield first
         return
     known = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
-    # `nohup` ignores the hangup, so that the run goes on.
-    listened = [x for x in known if x.name != "SIGHUP" or signal.getsignal(x) != signal.SIG_IGN]
+    # What the process was started to ignore, as `nohup` does with SIGHUP, it goes on to ignore.
+    listened = [x for x in known if signal.getsignal(x) != signal.SIG_IGN]
 
     def receive(signum, frame):
         first.append(signum)

@@ -1,25 +1,48 @@
-"""Runs of every learning rate and seed at one batch size, and the rate that is best."""
+"""One machine for rates and seeds: every learning rate is run with every seed, at one batch size, until it is known.
 
-from gdjax.tuning._histories import of_lanes
-from gdjax.tuning._lanes import Lanes, Optimizer, Runs, runs
-from gdjax.tuning._optimizers import OPTIMIZERS, load, named
-from gdjax.tuning._pilots import Pilot, search, tune
-from gdjax.tuning._targets import Budget, Goal, Target, parse_target
+>>> import jax
+>>> from gdjax import problems
+>>> tuned = tune(problems.least_squares(), batch_size=64, num_epochs=4, key=jax.random.key(0))
+>>> f"{tuned.rate:.3f}", tuned.at_edge, tuned.costs.shape
+('0.011', False, (6, 3))
+>>> tuned = tune(problems.digits_mlp(), batch_size=32, target="loss<=0.1", key=jax.random.key(0), num_seeds=2)
+>>> f"{tuned.rate:.2f}", [round(float(updates), -1) for updates in tuned.costs[tuned.best]]
+('0.63', [220.0, 230.0])
+"""
+
+from gdjax.tuning._goals import Budget, Goal, Target, evaluation_examples, parse_target
+from gdjax.tuning._optimizers import OPTIMIZERS, named
+from gdjax.tuning._runs import Optimizer, Runs, Trainer, trainer
+from gdjax.tuning._search import History, Search, Tuning, minimise, search, search_grid, widen
+from gdjax.tuning._speed import Speed, estimator, microbatch_sizes, speeds
+from gdjax.tuning._tune import NUM_RATES, grid, searching, training, tune
 
 __all__ = [
+    "NUM_RATES",
     "OPTIMIZERS",
     "Budget",
     "Goal",
-    "Lanes",
+    "History",
     "Optimizer",
-    "Pilot",
     "Runs",
+    "Search",
+    "Speed",
     "Target",
-    "load",
+    "Trainer",
+    "Tuning",
+    "estimator",
+    "evaluation_examples",
+    "grid",
+    "microbatch_sizes",
+    "minimise",
     "named",
-    "of_lanes",
     "parse_target",
-    "runs",
     "search",
+    "search_grid",
+    "searching",
+    "speeds",
+    "trainer",
+    "training",
     "tune",
+    "widen",
 ]

@@ -9,8 +9,7 @@ from functools import partial
 
 import optax
 
-from gdjax.problem import imported
-from gdjax.tuning._lanes import Optimizer
+from gdjax.tuning._runs import Optimizer
 
 # With the learning rate that the first grid has in its middle.
 OPTIMIZERS: dict[str, tuple[Optimizer, float]] = {
@@ -18,24 +17,6 @@ OPTIMIZERS: dict[str, tuple[Optimizer, float]] = {
     "momentum": (partial(optax.sgd, momentum=0.9), 0.03),
     "adam": (optax.adam, 0.003),
 }
-
-
-def load(spec: str) -> str | Optimizer:
-    """Return a name of OPTIMIZERS as it is, and import what is named as 'package.module:factory'.
-
-    Raises:
-        ValueError: where it cannot be imported, or does not make an optax transformation of a learning rate.
-    """
-    if ":" not in spec:
-        return spec
-    factory = imported(spec, "optimizer")
-    try:
-        made = factory(0.1)
-    except Exception as error:
-        raise ValueError(f"optimizer={spec!r}: calling it with a learning rate raised {error!r}") from error
-    if not isinstance(made, optax.GradientTransformation):
-        raise ValueError(f"optimizer={spec!r} returned a {type(made).__name__}, not an optax.GradientTransformation")
-    return factory
 
 
 def named(optimizer: str | Optimizer) -> tuple[Optimizer, float]:

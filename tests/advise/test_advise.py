@@ -11,43 +11,43 @@ import numpy as np
 import optax
 import pytest
 
-from gdjax import advise, batching, descent, gradients, problems, timing
+from gdjax import advise, batching, commands, descent, gradients, tuning
 from gdjax.advise import _choices as choices
-from gdjax.advise import _pilots as advise_pilots
-from gdjax.advise import _throughput as throughput
-from gdjax.advise._choices import Choice
-from gdjax.commands import _cli as cli
-from gdjax.problems import datasets
+from gdjax.advise import _tunings
+from gdjax.advise._goals import NUM_SEEDS, Reaching, Spending
 from gdjax.theory import scaling
-from gdjax.tuning import _lanes as lanes
-from gdjax.tuning import _pilots as pilots
-from gdjax.tuning._pilots import Pilot
-from gdjax.tuning._targets import Target
+from gdjax.tuning import Budget, Speed, Target, Tuning
 
 TARGET = Target("loss", "train", "<=", 0.1)
+REACHING = Reaching(TARGET)
 
 
-def pilot(size, updates, *, rate=0.1):
-    """Return a pilot with its best rate in the middle of three, the others of no use, 10 % spread over its seeds."""
+def tuned(size, updates, *, rate=0.1):
+    """Return a tuning with its best rate in the middle of three, the others of no use, 10 % spread over its seeds."""
     runs = np.full((3, 3), np.inf)
     runs[1] = updates * np.asarray([0.9, 1.0, 1.1])
-    return Pilot(TARGET, size, rate * np.asarray([0.1, 1, 10]), runs, np.zeros((3, 3), bool), np.full(3, 0.1), 1.0)
+    return Tuning(TARGET, size, rate * np.asarray([0.1, 1, 10]), runs, np.zeros((3, 3), bool), np.full(3, 0.1), 1.0)
 
 
-def timed(sizes, *, fixed):
-    """Return choices whose update takes `fixed` + B microseconds."""
-    return [Choice(size, 1e-6 * (fixed + size), time_again=lambda: 0.0) for size in sizes]
+def timed(sizes, *, fixed, fits=99):
+    """Return speeds of updates that take `fixed` + B microseconds; only the first so many fit."""
+    return [Speed(size, 1e-6 * (fixed + size), fits=i < fits, time_again=lambda: 0.0) for i, size in enumerate(sizes)]
 
 
-def pilots_at(*sizes, critical=50):
-    return {size: pilot(size, 20 * (1 + critical / size)) for size in sizes}
+def tuned_at(*sizes, critical=50):
+    return {size: tuned(size, 20 * (1 + critical / size)) for size in sizes}
+
+
+def predicted(speeds, law=None, rates=None, question=REACHING):
+    law = law or scaling.fit([4, 256], np.asarray([[270.0], [24.0]]))
+    return choices.predict(question, speeds, law, rates or scaling.fit_rates([4, 256], [0.1, 0.2]))
 
 
 @pytest.mark.parametrize(
     ("num_examples", "sizes"), [(8, [1, 2, 4, 8]), (9, [1, 2, 4, 8, 9]), (13, [1, 2, 4, 8, 13]), (16, [1, 2, 4, 8, 16])]
 )
 def test_candidates_are_the_powers_of_two_and_the_full_batch(num_examples, sizes):
-    assert choices.default_batch_sizes(num_examples) == sizes
+    assert advise.default_batch_sizes(num_examples) == sizes
 
 
 def test_nearest_is_in_ratio():
@@ -76,24 +76,21 @@ POWERS = [2**i for i in range(13)]
         ([32], [32], 30, None),
     ],
 )
-def test_the_next_pilot_is_beside_the_first_and_then_towards_the_fastest(found, sizes, fixed, expected):
-    assert choices.next_pilot(pilots_at(*found), timed(sizes, fixed=fixed)) == expected
+def test_the_next_tuning_is_beside_the_first_and_then_towards_the_fastest(found, sizes, fixed, expected):
+    assert choices.next_tuning(REACHING, tuned_at(*found), timed(sizes, fixed=fixed)) == expected
 
 
-def test_what_does_not_fit_is_neither_a_pilot_nor_advised():
-    known = timed(POWERS, fixed=1e9)
-    for choice in known[8:]:
-        choice.fits = False
-    assert choices.next_pilot(pilots_at(32, 4), known) == 128
-    law = scaling.fit([4, 32], np.asarray([[100.0], [40.0]]))
-    assert choices.fastest(choices.predict(known, law, scaling.fit_rates([4, 32], [0.1, 0.2]))).batch_size == 128
+def test_what_does_not_fit_is_neither_tuned_nor_advised():
+    speeds = timed(POWERS, fixed=1e9, fits=8)
+    assert choices.next_tuning(REACHING, tuned_at(32, 4), speeds) == 128
+    assert choices.fastest(predicted(speeds)).batch_size == 128
 
 
 def test_predictions_are_the_laws():
     law = scaling.fit([4, 32], np.asarray([[100.0, 120.0], [40.0, 50.0]]))
     rates = scaling.fit_rates([4, 32], [0.1, 0.2])
-    [choice] = choices.predict(timed([8], fixed=30), law, rates)
-    np.testing.assert_allclose(choice.updates, law.interval(8, num_seeds=choices.NUM_SEEDS))
+    [choice] = predicted(timed([8], fixed=30), law, rates)
+    np.testing.assert_allclose(choice.updates, law.interval(8, num_seeds=NUM_SEEDS))
     np.testing.assert_allclose(choice.seconds, np.multiply(choice.updates, 38e-6))
     assert choice.learning_rate == pytest.approx(float(rates(8)))
 
@@ -108,39 +105,42 @@ def test_predictions_are_the_laws():
     ],
 )
 def test_the_fastest_its_neighbours_and_the_ends_are_verified(steps, timed_again, expected):
+    speeds = timed(POWERS, fixed=30)
+    speeds = [*speeds[:timed_again], *(speed._replace(time_again=None) for speed in speeds[timed_again:])]
+    known = predicted(speeds)
+    run, verified = [], {}
     law = scaling.fit([4, 256], np.asarray([[270.0], [24.0]]))
-    known = choices.predict(timed(POWERS, fixed=30), law, scaling.fit_rates([4, 256], [0.1, 0.2]))
-    for choice in known[timed_again:]:
-        choice.time_again = None
-    run = []
-    while choice := choices.next_to_verify(known, run):
+    while choice := choices.next_to_verify(choices.settled(known, verified, law), run):
         run.append(choice.batch_size)
-        choice.measured = 1 + abs(np.log2([choice.batch_size / 32]) - steps)
-        choice.measured_seconds_per_update = 1.0
+        costs = 1 + abs(np.log2([choice.batch_size / 32]) - steps)
+        verified[choice.batch_size] = choices.Verified(costs, 1.0)
     assert run == expected
 
 
 def test_what_could_not_be_run_is_not_asked_for_again():
-    known = choices.predict(timed(POWERS, fixed=30), scaling.fit([4, 256], np.asarray([[270.0], [24.0]])), lambda b: 1)
+    known = predicted(timed(POWERS, fixed=30))
     assert choices.next_to_verify(known, [32, 16]).batch_size == 64
-    known[6].measured, known[6].measured_seconds_per_update = np.asarray([np.inf]), 1.0  # never arrived
-    assert choices.next_to_verify(known, [32, 16, 64]).batch_size == 1
+    law = scaling.fit([4, 256], np.asarray([[270.0], [24.0]]))
+    never = choices.settled(known, {64: choices.Verified(np.asarray([np.inf]), 1.0)}, law)
+    assert choices.next_to_verify(never, [32, 16, 64]).batch_size == 1
 
 
 def test_what_was_measured_counts_before_what_was_predicted():
-    choice = Choice(8, 2.0, updates=(80.0, 100.0, 125.0), expected_updates=90.0)
+    choice = choices.Choice(REACHING, Speed(8, 2.0), 0.1, (80.0, 100.0, 125.0), expected=90.0)
     assert (choice.seconds, choice.expected_seconds) == ((160, 200, 250), 180)
     assert math.isnan(choice.measured_seconds)
-    choice.measured, choice.measured_seconds_per_update = np.asarray([120.0, 140.0]), 3.0
-    assert (choice.measured_updates, choice.measured_seconds, choice.expected_seconds) == (130, 390, 390)
-    assert not choice.inside
-    choice.measured = np.asarray([120.0, 120.0])
-    assert choice.inside
+    law = scaling.fit([4, 256], np.asarray([[270.0], [24.0]]))
+    [run] = choices.settled([choice], {8: choices.Verified(np.asarray([120.0, 140.0]), 3.0)}, law)
+    assert (run.measured_updates, run.measured_seconds, run.expected_seconds) == (130, 390, 390)
+    assert not run.inside
+    [run] = choices.settled([choice], {8: choices.Verified(np.asarray([120.0, 120.0]), 3.0)}, law)
+    assert run.inside
 
 
 def test_the_least_memory_is_the_smallest_batch_where_it_is_unknown():
     def least(*memory):
-        return choices.least_memory([Choice(2**i, 1.0, memory=x) for i, x in enumerate(memory)]).batch_size
+        speeds = [Speed(2**i, 1.0, memory=x) for i, x in enumerate(memory)]
+        return choices.least_memory(predicted(speeds)).batch_size
 
     assert [least(None, None), least(7, 0), least(5, 3, None), least(4, 4)] == [1, 2, 2, 1]
 
@@ -151,38 +151,6 @@ def test_the_least_memory_is_the_smallest_batch_where_it_is_unknown():
 )
 def test_the_target_that_is_suggested_was_reached(value, relation, easier):
     assert Target("loss", "train", relation, 0.1).easier(value) == Target("loss", "train", relation, easier)
-
-
-@pytest.fixture(scope="module")
-def problem():
-    return problems.least_squares(datasets.gaussian_regression(jax.random.key(0), num_examples=48, dimension=3))
-
-
-def test_without_time_speed_is_in_proportion_to_the_examples(problem):
-    first, *rest = throughput.throughput(problem, optax.sgd, [3, 6, 48], learning_rate=0.1, deadline=-math.inf)
-    assert not first.extrapolated
-    assert [choice.extrapolated for choice in rest] == [True, True]
-    np.testing.assert_allclose([c.seconds_per_update / first.seconds_per_update for c in rest], [2, 16])
-    assert all(choice.time_again is None for choice in rest)
-
-
-@pytest.mark.parametrize("message", ["RESOURCE_EXHAUSTED: out of memory", "INTERNAL: a bug"])
-def test_what_does_not_fit_is_said_and_other_errors_are_not_hidden(problem, monkeypatch, message):
-    compiled = timing.compiled
-
-    def limited(function, state, data, batches):
-        if batches.shape[1] > 4:
-            raise jax.errors.JaxRuntimeError(message)
-        return compiled(function, state, data, batches)
-
-    monkeypatch.setattr(timing, "compiled", limited)
-    if "INTERNAL" in message:
-        with pytest.raises(jax.errors.JaxRuntimeError, match="a bug"):
-            throughput.throughput(problem, optax.sgd, [4, 8], learning_rate=0.1)
-        return
-    known = throughput.throughput(problem, optax.sgd, [4, 8, 16], learning_rate=0.1)
-    assert [choice.fits for choice in known] == [True, False, False]
-    assert 0 < known[0].seconds_per_update < 1
 
 
 MODULE = """
@@ -215,7 +183,7 @@ def command(tmp_path, monkeypatch):
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["gdjax", "advise", *arguments])
-        cli.main()
+        commands.main()
 
     return call
 
@@ -228,8 +196,8 @@ def strict(text):
 
 
 def test_the_command_predicts_verifies_and_advises(command, monkeypatch, capsys, tmp_path):
-    inner, kept = advise.advise, []
-    monkeypatch.setattr(advise, "advise", lambda *args, **options: kept.append(inner(*args, **options)) or kept[0])
+    inner, kept = advise.batch_size, []
+    monkeypatch.setattr(advise, "batch_size", lambda *args, **options: kept.append(inner(*args, **options)) or kept[0])
     command(
         *("--problem", "advised_module:problem", "--target", "loss<=0.02", "--batch-sizes", "4", "16", "full"),
         *("--optimizer", "advised_module:heavy_ball", "--budget", "100", "--out", "here", "--json", "-"),
@@ -241,36 +209,36 @@ def test_the_command_predicts_verifies_and_advises(command, monkeypatch, capsys,
     [found] = kept
     assert sys.modules["advised_module"].made
 
-    assert found.unknown == []
-    assert list(found.pilots) == [48, 4]  # 48 is the nearest to 32
+    assert found.unknown == ()
+    assert list(found.tunings) == [48, 4]  # 48 is the nearest to 32
     assert [choice.batch_size for choice in found.choices] == [4, 16, 48]
-    assert all(choice.measured.shape == (choices.NUM_SEEDS,) for choice in found.choices)
+    assert all(choice.verified.costs.shape == (NUM_SEEDS,) for choice in found.choices)
     pick = found[found.batch_size]
     assert pick.measured_seconds == min(choice.measured_seconds for choice in found.choices)
     assert found.refitted == any(not choice.inside for choice in found.choices)
     expected = [(choice.measured_seconds, choice.measured_updates * choice.batch_size) for choice in found.choices]
     on = [not any((a < x and b <= y) or (a <= x and b < y) for a, b in expected) for x, y in expected]
-    assert found.pareto == [choice.batch_size for choice, kept in zip(found.choices, on, strict=True) if kept]
+    assert list(found.pareto) == [choice.batch_size for choice, kept in zip(found.choices, on, strict=True) if kept]
     assert found.fewest_examples == min(found.choices, key=lambda c: c.measured_updates * c.batch_size).batch_size
 
-    # What was measured is what `search` measures, at the rate predicted, with seeds that no pilot had.
+    # What was measured is what `search` measures, at the rate predicted, with seeds that no tuning had.
     fresh = jax.random.split(jax.random.key(0), 3)[1]
     problem = sys.modules["advised_module"].problem
-    search = pilots.search(lanes.runs(problem, sys.modules["advised_module"].heavy_ball), found.goal)
+    search = tuning.searching(problem, sys.modules["advised_module"].heavy_ball, found.goal)
     rate = np.asarray([found[16].learning_rate])
     again = search(rate, batch_size=16, num_seeds=3, key=fresh, max_examples=10**5)
-    np.testing.assert_allclose(found[16].measured, again.costs[0], rtol=1e-9)
+    np.testing.assert_allclose(found[16].verified.costs, again.costs[0], rtol=1e-9)
 
     table = printed.err.splitlines()
     assert table[0].split()[:2] == ["B", "rate"]
     assert [line.split()[0] for line in table[1:4]] == ["4", "16", "48"]
     assert found.sentence().startswith(f"Use batch size {pick.batch_size} (learning rate {found.learning_rate:.2g}")
     # The rate advised is the best of three or more about the predicted one, with the same seeds.
-    tuned = found.tuned.costs.mean(1)
     at = list(found.tuned.learning_rates)
-    np.testing.assert_allclose(found.tuned.costs[at.index(pick.learning_rate)], pick.measured)
-    assert 0 < tuned.argmin() < len(at) - 1
-    assert found.learning_rate == at[tuned.argmin()]
+    np.testing.assert_allclose(found.tuned.costs[at.index(pick.learning_rate)], pick.verified.costs)
+    best = found.tuned.losses.argmin()
+    assert 0 < best < len(at) - 1
+    assert found.learning_rate == at[best]
     np.testing.assert_allclose(np.diff(np.log2(at)), 0.5)
     assert result["learning_rate"] == found.learning_rate
     assert found.sentence() in " ".join(printed.err.split())
@@ -280,23 +248,22 @@ def test_the_command_predicts_verifies_and_advises(command, monkeypatch, capsys,
 
 def test_with_a_budget_the_fastest_within_the_interval_of_the_least_loss_is_best():
     law = scaling.fit_losses([4, 32, 256], np.asarray([[1.0, 1.1], [1.0, 1.1], [2.0, 2.2]]), num_examples=4096)
-    known = choices.predict(timed(POWERS, fixed=30), law, scaling.fit_rates([4, 32], [0.1, 0.2]))
+    known = predicted(timed(POWERS, fixed=30), law, question=Spending(Budget(4096)))
     assert [choice.updates[1] for choice in known[:3]] == [4096, 2048, 1024]
+    # Student's t of 2 degrees, over sqrt(3), times the deviation of the logarithm from seed to seed.
+    limit = known[0].expected * math.exp(2.91999 / 3**0.5 * law.seed_error)
     best = choices.fastest(known)
-    limit = known[0].loss_limit
-    assert known[0].loss[1] < best.loss[1] <= limit < known[known.index(best) + 1].loss[1]
-    for choice, loss, seconds in ((known[3], 1.0, 3.0), (known[4], 1.15, 2.0), (known[5], 1.2, 1.0)):
-        choice.measured = np.full(3, 1.0)
-        choice.measured_loss = loss + 0.1 * np.asarray([-1, 0, 1])
-        choice.measured_seconds_per_update = seconds
-    # Student's t of 2 degrees, times the deviation 0.1, over sqrt(3).
-    assert known[3].loss_limit == pytest.approx(1 + 2.91999 * 0.1 / 3**0.5, rel=1e-4)
-    assert choices.fastest(known[3:6]) is known[4]
-    choices.settle(known, law)
-    assert [choice.expected_updates for choice in known[:4]] == [4096, 2048, 1024, 1.0]  # the last one was run
-    updates = scaling.fit([4, 32], np.asarray([[100.0], [30.0]]))
-    choices.settle(known, updates)
-    assert known[0].expected_updates == pytest.approx(float(updates(known[0].batch_size)))
+    assert known[0].expected < best.expected <= limit < known[known.index(best) + 1].expected
+    verified = {
+        size: choices.Verified(loss + 0.1 * np.asarray([-1, 0, 1]), seconds)
+        for size, loss, seconds in ((8, 1.0, 3.0), (16, 1.15, 2.0), (32, 1.2, 1.0))
+    }
+    run = choices.settled(known, verified, law)
+    assert choices.fastest(run[3:6]) is run[4]  # 1.2 is above 1 + 2.92 x 0.1 / sqrt(3) = 1.169
+    assert [choice.expected_updates for choice in run[:4]] == [4096, 2048, 1024, 512]
+    assert run[0].expected == pytest.approx(float(law(1)))
+    with pytest.raises(ValueError, match=r"examples=4096: the loss after them is -1, but laws are .* add a constant"):
+        Spending(Budget(4096)).fit([4, 32], np.asarray([[1.0], [-1.0]]))
 
 
 def test_the_command_spends_a_budget(command, capsys):
@@ -308,9 +275,9 @@ def test_the_command_spends_a_budget(command, capsys):
     result = strict(printed.out)
     rows = {row["batch_size"]: row for row in result["choices"]}
     assert [row["updates"][1] for row in rows.values()] == [50, 12, 4]
-    assert all(len(row["measured_loss"]) == choices.NUM_SEEDS for row in rows.values())
-    least = min(rows.values(), key=lambda row: row["expected_loss"])
-    assert rows[result["batch_size"]]["expected_loss"] <= 1.5 * least["expected_loss"]
+    assert all(len(row["verified"]["costs"]) == NUM_SEEDS for row in rows.values())
+    least = min(rows.values(), key=lambda row: row["expected"])
+    assert rows[result["batch_size"]]["expected"] <= 1.5 * least["expected"]
     # The runs that verify are those of the last updates of `descent.run` on the same streams.
     problem, rate = sys.modules["advised_module"].problem, rows[16]["learning_rate"]
     for seed, keys in enumerate(
@@ -320,7 +287,7 @@ def test_the_command_spends_a_budget(command, capsys):
         stream = batching.reshuffled(keys[1], 48, length=12 * 16)
         state, _ = descent.run(method, method.init(problem.init(keys[0])), problem.train, batching.cut(stream, 16))
         loss = jax.vmap(problem.loss, (None, 0))(state.params, problem.train).mean()
-        assert rows[16]["measured_loss"][seed] == pytest.approx(float(loss), rel=1e-6)
+        assert rows[16]["verified"]["costs"][seed] == pytest.approx(float(loss), rel=1e-6)
     assert "train_loss after 200 examples" in result["goal"]
     assert "after 200 examples in" in " ".join(printed.err.split())
 
@@ -335,8 +302,8 @@ SMALL = ("--problem", "advised_module:problem", "--batch-sizes", "8", "16", "--b
         ((*SMALL, "--target", "loss<=-1", "--budget", "300"), "train_loss<=-1 was not reached with every seed"),
         ((*SMALL, "--target", "accuracy>=0.5"), "no metric 'accuracy'; it has train_loss, train_squared_error"),
         ((*SMALL, "--target", "loss=0.5"), "target='loss=0.5' is not of the form"),
-        ((*SMALL, "--target", "loss<=0.02", "--budget", "1e-3"), "budget=0.001 s: the share of the first pilot ended"),
-        ((*SMALL, "--target", "loss<=0.02", "--budget", "-1"), "budget=-1.0 must be positive"),
+        ((*SMALL, "--target", "loss<=0.02", "--budget", "1e-3"), "budget=0.001 s: the share of the first tuning ended"),
+        ((*SMALL, "--target", "loss<=0.02", "--budget", "-1"), "budget=-1.0 seconds must be positive"),
         ((*SMALL, "--target", "loss<=0.02", "--batch-sizes", "8"), "batch_sizes=[8] must be at least two"),
         ((*SMALL, "--target", "loss<=0.02", "--batch-sizes", "8", "49"), "between 1 and N=48"),
         ((*SMALL, "--target", "loss<=0.02", "--optimizer", "rms"), "optimizer='rms' is not one of sgd, momentum, adam"),
@@ -346,7 +313,7 @@ SMALL = ("--problem", "advised_module:problem", "--batch-sizes", "8", "16", "--b
         ((*SMALL, "--target", "loss<=0.02", "--examples", "200"), "give exactly one of --target"),
         ((*SMALL, "--examples", "7"), "examples=7 must be at least 8"),
         ((*SMALL, "--examples", "15"), "examples=15 are fewer than one batch of 16"),
-        ((*SMALL, "--examples", "200", "--budget", "1e-3"), "first pilot ended before the end of examples=200"),
+        ((*SMALL, "--examples", "200", "--budget", "1e-3"), "first tuning ended before the end of examples=200"),
         (("--problem", "advised_module:steep", "--examples", "64"), "the loss diverges at all learning rates"),
         (("--problem", "advised_module:small", "--target", "loss<=0.02"), "has 7 examples: advice on a batch size"),
         (("--problem", "advised_module:steep", "--target", "loss<=0.1"), "the loss diverges at all learning rates"),
@@ -376,21 +343,19 @@ def made_up(too_high, asked):
         asked.append((list(rates), num_seeds, max_examples))
         costs = np.full((len(rates), num_seeds), 100.0)
         costs[:, -1] = np.where((num_seeds > 1) & (rates >= too_high), np.inf, 100 * np.exp(np.log(rates / 0.1) ** 2))
-        return Pilot(TARGET, batch_size, rates, costs, ~np.isfinite(costs), np.full(len(rates), 0.2), 1.0)
+        return Tuning(TARGET, batch_size, rates, costs, ~np.isfinite(costs), np.full(len(rates), 0.2), 1.0)
 
     return search
 
 
 @pytest.mark.parametrize(("too_high", "rates"), [(0.2, [0.1]), (0.08, [0.1, 0.0707]), (0.01, [0.1, 0.0707, 0.05])])
-def test_a_pilot_is_tuned_with_one_seed_and_repeated_lower_where_several_do_not_arrive(too_high, rates):
+def test_a_batch_size_is_tuned_with_one_seed_and_repeated_lower_where_several_do_not_arrive(too_high, rates):
     asked = []
-    clock = advise_pilots.Clock(time.perf_counter(), 1e3, 10**9, lambda stage, fraction: None)
-    found = advise_pilots._pilot(made_up(too_high, asked), 8, 0.1, None, clock, 1.0, max_examples=5000)
+    clock = _tunings.Clock(time.perf_counter(), 1e3, 10**9, lambda stage, fraction: None)
+    found = _tunings._repeated(made_up(too_high, asked), 8, 0.1, None, clock, 1.0, max_examples=5000)
     assert asked[0] == ([0.05, 0.1, 0.2], 1, 5000)
-    np.testing.assert_allclose(
-        [rate for [rate], num_seeds, _ in asked[1:] if num_seeds == choices.NUM_SEEDS], rates, 1e-2
-    )
-    assert {most for *_, most in asked[1:]} == {advise_pilots.ALLOWANCE * 100 * 8}
+    np.testing.assert_allclose([rate for [rate], num_seeds, _ in asked[1:] if num_seeds == NUM_SEEDS], rates, 1e-2)
+    assert {most for *_, most in asked[1:]} == {_tunings.ALLOWANCE * 100 * 8}
     assert found.found == (too_high > 0.05)
     assert found.tuning is not None
     assert not found.at_edge

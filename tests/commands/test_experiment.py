@@ -63,6 +63,7 @@ def test_help_keeps_question_prediction_and_cost_apart(monkeypatch, capsys):
     ]
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_an_experiment_imports_jax_ends_it(tmp_path, listening):
     (tmp_path / "jax.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n")
     done = subprocess.run(
@@ -76,6 +77,7 @@ def test_ctrl_c_while_an_experiment_imports_jax_ends_it(tmp_path, listening):
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "gdjax: interrupted\n")
 
 
+@pytest.mark.slow
 def test_a_name_after_the_package_is_one_line_with_the_command_that_was_meant():
     done = subprocess.run(
         [sys.executable, "-m", "experiments", "three_ways", "--smoke"],
@@ -100,3 +102,30 @@ def test_the_folder_of_data_is_where_data_sets_are_read_from(tmp_path, monkeypat
             call(monkeypatch, reads, "--data", folder, "--out", str(tmp_path / "run"))
         assert failure.value.code == 2
         assert message in capsys.readouterr().err
+
+
+NOTHING_STARTED = """
+import importlib, pkgutil, sys
+import jax
+import experiments, gdjax
+count = 1
+for package in (gdjax, experiments):
+    for found in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        if not found.name.endswith("__main__"):
+            importlib.import_module(found.name)
+            try:
+                jax.config.update("jax_num_cpu_devices", count := count + 1)  # an error once JAX uses its devices
+            except RuntimeError:
+                sys.exit(f"{found.name} starts JAX's backend when it is imported")
+print(count)
+"""
+
+
+@pytest.mark.slow
+def test_no_module_starts_jax_when_it_is_imported():
+    """For `--coordinator`, `--devices` and `--x64` come before anything else of JAX."""
+    command = [sys.executable, "-W", "ignore", "-c", NOTHING_STARTED]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=root)
+    assert done.stderr == ""
+    assert int(done.stdout) > 80

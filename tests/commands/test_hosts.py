@@ -21,6 +21,7 @@ print(aside is None, aside is not None and not aside.exists())
 """
 
 
+@pytest.mark.slow
 def test_processes_join_and_the_first_alone_prints_and_keeps_files(tmp_path):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))

@@ -1,20 +1,15 @@
+import dataclasses
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import precision
 import pytest
 
-from gdjax import _files as records
-from gdjax import batching, descent, gradients, problems
-from gdjax.compare import _claims as claims
-from gdjax.compare import _rows as compare
-from gdjax.compare._figure import comparison
+from gdjax import _files, batching, compare, gradients, problems, tuning
 from gdjax.problem import Problem
 from gdjax.problems import datasets, models
-from gdjax.tuning import _histories as histories
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +19,7 @@ def problem():
 
 @pytest.fixture(scope="module")
 def rows(problem):
-    return compare.compare(problem, batch_sizes=(1, 5, 48), num_epochs=4, num_seeds=2)
+    return compare.batch_sizes(problem, (1, 5, 48), num_epochs=4, num_seeds=2)
 
 
 def test_every_batch_size_sees_the_same_stream_less_a_last_incomplete_batch(rows):
@@ -43,7 +38,7 @@ def drawn():
 
 @pytest.fixture(scope="module")
 def drawn_rows(drawn):
-    return compare.compare(drawn, batch_sizes=(1, 7), learning_rate=0.1, num_epochs=3, num_seeds=2, seed=5)
+    return compare.batch_sizes(drawn, sizes=(1, 7), learning_rate=0.1, num_epochs=3, num_seeds=2, seed=5)
 
 
 def test_every_batch_size_starts_from_the_same_parameters_one_draw_for_each_seed(drawn_rows):
@@ -73,8 +68,8 @@ def test_every_run_is_that_of_a_loop_over_the_stream_of_its_seed(drawn, drawn_ro
 
 def test_without_test_examples_metrics_are_of_the_training_examples_and_named_so():
     data = datasets.gaussian_classification(jax.random.key(0), num_examples=16, dimension=3)
-    [row] = compare.compare(
-        problems.logistic(data._replace(test=None)), batch_sizes=(16,), learning_rate=0.1, num_epochs=1
+    [row] = compare.batch_sizes(
+        problems.logistic(data._replace(test=None)), sizes=(16,), learning_rate=0.1, num_epochs=1
     )
     x, y = map(np.asarray, data.train)
     # From zero, the first update goes along the mean of x (y - 1/2), and only the sign of the logit matters.
@@ -88,16 +83,17 @@ def test_a_best_rate_at_the_edge_is_reported_as_such(rows):
     assert not any(row.at_edge for row in rows)
     # The mean of -w x has no minimum: the larger the rate, the lower the loss.
     unbounded = Problem(lambda key: jnp.zeros(()), lambda w, x: -w * x, jnp.ones(4))
-    [tuned] = compare.compare(unbounded, batch_sizes=(4,), num_epochs=1, num_seeds=1)
+    [tuned] = compare.batch_sizes(unbounded, sizes=(4,), num_epochs=1, num_seeds=1)
     assert (tuned.learning_rate, tuned.at_edge) == (max(tuned.learning_rates), True)
-    [given] = compare.compare(unbounded, batch_sizes=(4,), num_epochs=1, num_seeds=1, learning_rate=0.5)
+    [given] = compare.batch_sizes(unbounded, sizes=(4,), num_epochs=1, num_seeds=1, learning_rate=0.5)
     assert not given.at_edge
 
 
-def test_a_row_reports_the_time_of_the_compiled_run(problem, monkeypatch):
-    monkeypatch.setattr(compare.timing, "seconds", lambda run, *args, **limits: 1e6)
-    [row] = compare.compare(problem, batch_sizes=(48,), learning_rate=0.1, num_epochs=1, num_seeds=1)
-    assert row.seconds == 1e6
+def test_a_row_reports_the_time_of_its_updates(problem):
+    plan = compare.plan(problem, (48,), learning_rate=0.1, num_epochs=3, num_seeds=1)
+    slow = dataclasses.replace(plan, speeds=(plan.speeds[0]._replace(seconds_per_update=100.0),))
+    [row] = compare.batch_sizes(problem, planned=slow)
+    assert row.seconds == 300
     assert 0 < row.compile_seconds < 1e4
 
 
@@ -132,73 +128,51 @@ def test_gradient_noise_is_the_variance_of_the_update_over_its_squared_mean(prob
     precision.assert_close(rows[0].gradient_noise, expected, rtol=1e-10)
     assert rows[2].gradient_noise < (32 * precision.EPS) ** 2
     # Batches of 5 without replacement: (1/5) (48 - 5)/(48 - 1) of that on average.
-    many = jax.vmap(lambda key: compare.gradient_noise(problem, 5, problem.train, key, key))
+    gradient = gradients.mean(problem.loss)
+    many = jax.vmap(lambda key: compare.gradient_noise(problem, gradient, 5, problem.train, key, key))
     sampled = np.asarray(many(jax.random.split(jax.random.key(1), 400)))
     error = sampled.std(ddof=1) / np.sqrt(len(sampled))
     np.testing.assert_allclose(sampled.mean(), expected / 5 * 43 / 47, atol=4 * error)
 
 
-def parabola(center):
-    """Return losses that are lowest at the rate `center`, and infinite above 30 times it."""
-    return lambda rates: np.where(rates > 30 * center, np.nan, (np.log10(rates) - np.log10(center)) ** 2)
-
-
-@pytest.mark.parametrize("center", [1e-8, 1e-4, 0.05, 3.0, 700.0])
-def test_the_grid_grows_until_its_best_rate_is_inside(center):
-    calls = []
-
-    def losses_at(rates):
-        calls.append(len(rates))
-        return parabola(center)(rates)
-
-    found = compare.tune(losses_at, np.asarray(compare.LEARNING_RATES))
-    best = compare.best_rate(found)
-    assert min(found) < best < max(found)
-    assert abs(np.log10(best / center)) <= 0.25 + 1e-9
-    assert set(calls) == {8}
-    steps = np.diff(np.log10(list(found)))
-    precision.assert_close(steps, 0.5)
-
-
-def test_where_every_rate_diverges_smaller_ones_are_tried():
-    found = compare.tune(lambda rates: np.where(rates > 1e-4, np.inf, rates), np.asarray(compare.LEARNING_RATES))
-    assert compare.best_rate(found) < 1e-4
-
-
-def test_a_given_rate_is_not_tuned():
-    assert compare.tune(lambda rates: rates, np.asarray([0.5]), grow=False) == {0.5: 0.5}
+def test_a_given_rate_is_not_tuned(problem):
+    [row] = compare.batch_sizes(problem, (48,), learning_rate=0.5, num_epochs=1, num_seeds=1)
+    assert (row.learning_rates, row.num_runs, row.at_edge) == ([0.5], 1, False)
 
 
 @pytest.mark.usefixtures("nans")
 def test_a_diverged_run_is_reported_as_diverged():
     data = datasets.gaussian_regression(jax.random.key(0), num_examples=16, dimension=2)
     linear = problems.least_squares(data)
-    rows = compare.compare(linear, batch_sizes=(1, 16), learning_rate=1e6, num_epochs=40, num_seeds=2)
+    rows = compare.batch_sizes(linear, sizes=(1, 16), learning_rate=1e6, num_epochs=40, num_seeds=2)
     assert [row.num_diverged for row in rows] == [2, 2]
-    text = records.to_json([row.summary() for row in rows])
+    text = _files.to_json([row.summary() for row in rows])
     assert json.loads(text)[0]["train_loss"] is None
-    assert claims.judge(rows) == []
-    comparison(rows, "diverged")
+    assert compare.judge(rows) == []
+    compare.comparison(rows, "diverged")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"batch_sizes": (0,)}, "batch_size=0 must be between 1 and N=48"),
-        ({"batch_sizes": (-3,)}, "batch_size=-3 must be"),
-        ({"batch_sizes": (49,)}, "batch_size=49 must be between 1 and N=48"),
-        ({"batch_sizes": (4, 4)}, r"batch_sizes=\(4, 4\) must be different"),
-        ({"batch_sizes": ()}, r"batch_sizes=\(\) must be"),
+        ({"sizes": (0,)}, "batch_size=0 must be between 1 and N=48"),
+        ({"sizes": (-3,)}, "batch_size=-3 must be"),
+        ({"sizes": (49,)}, "batch_size=49 must be between 1 and N=48"),
+        ({"sizes": (4, 4)}, r"batch_sizes=\(4, 4\) must be different"),
+        ({"sizes": ()}, r"batch_sizes=\(\) must be"),
         ({"learning_rate": 0.0}, "learning_rate=0.0 must be positive"),
         ({"learning_rate": float("nan")}, "learning_rate=nan must be positive"),
         ({"num_epochs": 0}, "num_epochs=0 must be at least 1"),
         ({"num_seeds": 0}, "num_seeds=0 must be at least 1"),
+        ({"budget": 0.0}, "budget=0.0 must be positive and finite"),
+        ({"memory": -1.0}, "memory=-1.0 must be positive and finite"),
+        ({"optimizer": "rms"}, "optimizer='rms' is not one of sgd, momentum, adam"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_compiles(problem, arguments, message):
     stages = []
     with pytest.raises(ValueError, match=message):
-        compare.compare(problem, progress=lambda *stage: stages.append(stage), **arguments)
+        compare.batch_sizes(problem, progress=lambda *stage: stages.append(stage), **arguments)
     assert stages == []
 
 
@@ -225,6 +199,9 @@ def row(name, batch_size, **changes):
         "metrics": {"accuracy": np.asarray([[0.1, 0.5, 0.9], [0.1, 0.5, 0.901], [0.1, 0.5, 0.899]])},
         "metrics_on": "test",
         "gradient_noise": 10.0 / batch_size,
+        "num_noise": 48,
+        "extrapolated": False,
+        "microbatch_size": None,
         "seconds": 1.0 / batch_size,
         "compile_seconds": 0.1,
         "flops_per_gradient": 100.0 if batch_size == 1 else 80.0 * batch_size,
@@ -247,7 +224,7 @@ def test_a_summary_adds_final_values_over_seeds_and_rates():
 
 def test_the_figure_shows_the_median_loss_against_examples_updates_and_seconds():
     losses = np.asarray([[1.0, 0.5, 0.1], [1.0, 0.6, 0.2], [1.0, 0.9, 0.9]])
-    figure = comparison([row("batch", 48), row("mini-batch", 8, seconds=3.0, losses=losses)], "title")
+    figure = compare.comparison([row("batch", 48), row("mini-batch", 8, seconds=3.0, losses=losses)], "title")
     median = [1.0, 0.6, 0.2]
     expected = {
         "examples seen (thousands)": [(0, 0.048, 0.096), median],
@@ -267,7 +244,7 @@ ROWS = {"stochastic": 1, "mini-batch": 8, "batch": 48}
 def judged(**changes):
     """Judge the three made-up rows; `changes` maps a name to the fields to change in that row."""
     rows = [row(name, size, **changes.get(name.replace("-", "_"), {})) for name, size in ROWS.items()]
-    return {claim.claim: claim.verdict for claim in claims.judge(rows)}
+    return {claim.claim: claim.verdict for claim in compare.judge(rows)}
 
 
 def test_every_claim_can_be_agreed_with():
@@ -278,7 +255,7 @@ def test_every_claim_can_be_agreed_with():
 
 def test_the_predicted_ratio_of_noise_is_that_of_sampling_from_a_finite_set():
     """tr Sigma (N - B) / (N - 1) / B at N = 48: the ratio of B = 1 to B = 8 is 8 * 47 / 40."""
-    evidence = {claim.claim: claim.evidence for claim in claims.judge([row("stochastic", 1), row("mini-batch", 8)])}
+    evidence = {claim.claim: claim.evidence for claim in compare.judge([row("stochastic", 1), row("mini-batch", 8)])}
     assert "sampling theory says 9.4" in evidence["Stochastic: updates are noisier"]
 
 
@@ -315,39 +292,69 @@ def test_every_claim_can_come_out_the_other_way(changes, claim, verdict):
 
 
 def test_a_claim_needs_the_rows_it_speaks_of():
-    assert {claim.claim.split(":")[0] for claim in claims.judge([row("batch", 48)])} == {"Batch"}
-    assert claims.judge([row("mini-batch", 8)]) == []
+    assert {claim.claim.split(":")[0] for claim in compare.judge([row("batch", 48)])} == {"Batch"}
+    assert compare.judge([row("mini-batch", 8)]) == []
 
 
-@pytest.mark.parametrize(("num_updates", "every"), [(64, 1), (2880, 45), (7, 3), (1, 1), (2, 5), (170, 10), (33, 2)])
-def test_pieces_of_a_run_end_where_it_is_evaluated_and_need_two_programs_at_most(num_updates, every):
-    pieces = histories._pieces(num_updates, every)
-    assert [first for first, _ in pieces] == [0, *(stop for _, stop in pieces[:-1])]
-    assert pieces[-1][1] == num_updates
-    assert all(first % every == 0 and first < stop for first, stop in pieces)
-    lengths = [stop - first for first, stop in pieces]
-    assert len(set(lengths[:-1])) <= 1
-    assert len(pieces) <= histories.MAX_PIECES + 1
-    assert len(pieces) > 1 or num_updates // every in (0, 1, 17)  # a prime above 16 has no equal pieces
+@pytest.fixture(scope="module")
+def speeds():
+    """Of updates that take a millisecond, and a microsecond more for each example."""
+    return {size: 1e-3 + 1e-6 * size for size in (1, 32, 10_000)}
 
 
-@pytest.mark.usefixtures("replays")
-def test_a_run_in_pieces_is_that_of_a_python_loop():
-    """Nine updates, evaluated every three; two seeds, two rates."""
-    data = datasets.gaussian_classification(jax.random.key(0), num_examples=12, dimension=3)
-    problem = problems.logistic(data)
-    init_keys, stream_keys = jax.random.split(jax.random.key(0), 2), jax.random.split(jax.random.key(1), 2)
-    seen = []
-    run = histories.of_lanes(problem, 4, 3, (problem.train, problem.train), (init_keys, stream_keys), 2, seen.append)
-    rates = np.asarray([0.02, 0.1])
-    history = run(rates)
-    assert history["examples"][0, 0].tolist() == [0, 12, 24, 36]
-    assert seen == pytest.approx([1 / 3, 2 / 3, 1.0])
-    for i, j in np.ndindex(2, 2):
-        method = descent.method(gradients.mean(problem.loss), optax.sgd(rates[j]))
-        state, losses = method.init(problem.init(init_keys[i])), []
-        for indices in histories.batches(problem, 4, 3, stream_keys[i]):
-            losses.append(jax.vmap(problem.loss, (None, 0))(state.params, problem.train).mean())
-            state, _ = method.step(state, batching.take(problem.train, indices))
-        losses.append(jax.vmap(problem.loss, (None, 0))(state.params, problem.train).mean())
-        precision.assert_close(history["loss"][i, j], losses[::3], rtol=1e-9)
+def planned(speeds, monkeypatch, **options):
+    """Return the plan for 10,000 examples where updates take so long."""
+    data = jnp.ones((10_000, 1))
+    problem = Problem(lambda key: jnp.zeros(()), lambda w, x: (w - x[0]) ** 2, data)
+    known = [tuning.Speed(size, seconds) for size, seconds in speeds.items()]
+    monkeypatch.setattr(tuning, "speeds", lambda *arguments, **named: known)
+    return compare.plan(problem, tuple(speeds), **options)
+
+
+def test_a_plan_fits_its_budget_and_says_so(speeds, monkeypatch):
+    """At B = 1 an epoch takes 10 s: 64 of them with 24 runs would be hours."""
+    plan = planned(speeds, monkeypatch, budget=600.0)
+    assert plan.seconds <= 600
+    assert 1 <= plan.num_epochs < 64
+    assert "64 epochs would take" in f"{plan}"
+    assert f"{plan.num_epochs:.3g} epochs of" in f"{plan}"
+    longer = planned(speeds, monkeypatch, budget=6000.0)
+    assert (longer.num_epochs, longer.num_seeds) > (plan.num_epochs, plan.num_seeds)
+    assert longer.seconds <= 6000
+
+
+def test_what_is_asked_for_is_done_whatever_it_takes(speeds, monkeypatch):
+    plan = planned(speeds, monkeypatch, budget=60.0, num_epochs=20, num_seeds=7)
+    assert (plan.num_epochs, plan.num_seeds, plan.num_examples) == (20, 7, 200_000)
+    assert plan.seconds > 60
+    assert "min" in f"{plan}" or "h" in f"{plan}"
+
+
+def test_where_less_than_an_epoch_fits_the_full_batch_is_left_out_with_the_reason(speeds, monkeypatch):
+    slow = {size: 100 * seconds for size, seconds in speeds.items()}
+    plan = planned(slow, monkeypatch, budget=600.0)
+    assert plan.num_epochs < 1
+    assert [speed.batch_size for speed in plan.speeds] == [1, 32]
+    assert plan.skipped.keys() == {10_000}
+    assert "B = 10000 is left out: one update takes 1.1 s" in f"{plan}"
+
+
+def test_rows_that_are_known_are_not_run_again_and_every_row_is_kept(problem, rows):
+    kept = []
+    again = compare.batch_sizes(problem, (1, 5, 48), num_epochs=4, num_seeds=2, done=rows[:2], keep=kept.append)
+    assert again[0] is rows[0]
+    assert again[1] is rows[1]
+    assert kept == again[2:]
+    np.testing.assert_array_equal(again[2].losses, rows[2].losses)
+
+
+def test_a_batch_that_does_not_fit_is_taken_in_pieces_and_gives_the_same_row():
+    data = datasets.gaussian_classification(jax.random.key(0), num_examples=256, dimension=3)
+    problem = problems.classification(models.mlp((3, 64, 2)), data, num_classes=2)
+    options = {"learning_rate": 0.1, "num_epochs": 2, "num_seeds": 1}
+    [whole] = compare.batch_sizes(problem, (256,), **options)
+    [pieces] = compare.batch_sizes(problem, (256,), memory=50_000.0, **options)
+    assert whole.microbatch_size is None
+    assert 1 <= pieces.microbatch_size < 256
+    precision.assert_close(pieces.losses, whole.losses, rtol=1e-9)
+    assert pieces.memory_per_gradient < whole.memory_per_gradient

@@ -46,6 +46,7 @@ def test_a_feature_that_is_constant_in_training_is_only_shifted():
     np.testing.assert_array_equal(test, [[2, 0]])
 
 
+@pytest.mark.slow
 def test_gaussian_features_have_the_spectrum_asked_for(key):
     (x, y), _ = datasets.gaussian_regression(key, num_examples=200_000, dimension=3, condition_number=100.0, noise=0.5)
     covariance = np.asarray(x.T @ x / len(x))
@@ -55,6 +56,7 @@ def test_gaussian_features_have_the_spectrum_asked_for(key):
     np.testing.assert_allclose(residual.std(), 0.5, rtol=5 / np.sqrt(2 * len(x)))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("replays")
 def test_labels_have_the_probabilities_of_the_logistic_model(key):
     """At the true weights and for any feature f, sum_i f_i (y_i - p_i) is 0 ± sqrt(sum_i f_i^2 p_i (1 - p_i))."""

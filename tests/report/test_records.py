@@ -75,32 +75,124 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
         with pytest.raises(ValueError, match=f"out='{path}' cannot be written: {reason}"), records.run_folder(path):
             pass
     with pytest.raises(ValueError, match=r"json=.* cannot be written: Is a directory"):
-        files.check_writable(tmp_path, "json")
+        files.check_replaceable(tmp_path, "json")
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueError, match=r"json=.* cannot be written: it is a device or a pipe"):
-        files.check_writable(tmp_path / "pipe", "json")
+        files.check_replaceable(tmp_path / "pipe", "json")
     with pytest.raises(ValueError, match=r"json=.* cannot be written: No such file or directory"):
-        files.check_writable(tmp_path / "absent" / "out.json", "json")
+        files.check_replaceable(tmp_path / "absent" / "out.json", "json")
 
 
-def test_provenance_names_versions_device_seed_and_commit(tmp_path, monkeypatch):
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A repository with one file, and the caller standing in it."""
     monkeypatch.chdir(tmp_path)
-    outside = records.provenance(arguments={"a": 1}, seed=3, wall_seconds=0.5)
-    assert outside["commit"] is None
-    tracked = tmp_path / "tracked.txt"
-    tracked.write_text("as committed")
+    (tmp_path / "tracked.txt").write_text("as committed")
     identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
     for command in (["init", "-q"], ["add", "."], [*identity, "commit", "-q", "-m", "a"]):
         subprocess.run(["git", *command], check=True)
+    return tmp_path
+
+
+def test_provenance_names_versions_device_seed_and_commit(repository, monkeypatch):
     head = subprocess.run(["git", "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
     inside = records.provenance(arguments={}, seed=3, wall_seconds=0.5)
     assert inside["commit"] == head
-    tracked.write_text("changed since")
+    (repository / "tracked.txt").write_text("changed since")
     assert records.provenance(arguments={}, seed=3, wall_seconds=0.5)["commit"] == f"{head}-dirty"
+    monkeypatch.chdir("/")
+    assert records.provenance(arguments={"a": 1}, seed=3, wall_seconds=0.5)["commit"] is None
     assert inside["versions"]["jax"] == jax.__version__
     assert inside["versions"]["gdjax"] == gdjax.__version__
     assert (inside["device"]["platform"], inside["seed"], inside["x64"]) == (jax.default_backend(), 3, precision.X64)
     json.loads(files.to_json(inside))
+
+
+@pytest.mark.slow
+def test_asking_for_the_commit_runs_nothing_of_the_repository(repository, tmp_path_factory):
+    """It may be anybody's: its settings name programs for git to run."""
+    ran = tmp_path_factory.mktemp("ran")
+
+    def program(name):
+        path = repository / ".git" / name
+        path.write_text(f"#!/bin/sh\ntouch {ran / path.name}\ncat\n")
+        path.chmod(0o755)
+        return str(path)
+
+    (repository / ".git" / "hooks").mkdir(exist_ok=True)
+    program("hooks/post-index-change")
+    for name in ("core.fsmonitor", "filter.a=b.clean", "filter.c.process", "diff.external", "diff.d.textconv"):
+        subprocess.run(["git", "config", name, program(name)], check=True)
+    subprocess.run(["git", "config", "filter.a=b.required", "true"], check=True)
+    (repository / ".git" / "info" / "attributes").write_text("tracked.txt filter=a=b\nother.txt filter=c\n* diff=d\n")
+    (repository / "tracked.txt").write_text("as committed")  # another time, so that git compares what is in it
+    head = subprocess.run(["git", "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    assert records.provenance(arguments={}, seed=0, wall_seconds=0.0)["commit"] == head
+    (repository / "tracked.txt").write_text("changed since")
+    assert records.provenance(arguments={}, seed=0, wall_seconds=0.0)["commit"] == f"{head}-dirty"
+    assert os.listdir(ran) == []
+    subprocess.run(["git", "status"], check=True, capture_output=True)
+    assert os.listdir(ran) != []  # that it would be seen
+
+
+def test_two_runs_do_not_write_into_one_folder(tmp_path):
+    with records.run_folder(tmp_path / "run") as folder:
+        with pytest.raises(ValueError, match=r"out='.*run' is in use by process \d+"):
+            records.run_folder(tmp_path / "run").__enter__()
+        (folder / "result.json").write_text("{}")
+    assert os.listdir(tmp_path / "run") == ["result.json"]
+
+
+def test_a_file_that_is_no_result_is_not_replaced_and_one_that_is_keeps_its_permissions(tmp_path):
+    mine, earlier, empty = tmp_path / "mine.py", tmp_path / "earlier.json", tmp_path / "empty"
+    mine.write_text("print()")
+    empty.touch()
+    files.write_json(earlier, {"provenance": {}})
+    earlier.chmod(0o640)
+    with pytest.raises(ValueError, match=r"json='.*mine.py' cannot be written: the file there is no result of gdjax"):
+        files.check_replaceable(mine, "json")
+    files.check_replaceable(empty, "json")
+    files.check_replaceable(earlier, "json")
+    files.write_json(earlier, {"provenance": {}})
+    assert earlier.stat().st_mode & 0o777 == 0o640
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path):
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large: '.*result.json'"):
+            files.write_json(tmp_path / "result.json", ["x" * 10_000])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_journal_gives_back_what_was_kept_and_drops_what_was_cut_short(tmp_path):
+    path, identity = tmp_path / "rows.jsonl", {"seed": 0, "problem": "digits-mlp"}
+    first = plots.journal(path, identity)
+    assert first.rows == []
+    first.keep({"batch_size": 1, "losses": np.asarray([[1.5, np.nan]])})
+    first.keep({"batch_size": 32, "losses": jnp.zeros((1, 2)), "name": "mini-batch"})
+    content = path.read_bytes()
+    rows = plots.journal(path, identity).rows
+    np.testing.assert_array_equal(rows[0]["losses"], [[1.5, np.nan]])
+    assert rows[1] == {"batch_size": 32, "losses": [[0, 0]], "name": "mini-batch"}
+    path.write_bytes(content[:-3])
+    again = plots.journal(path, identity)
+    assert [row["batch_size"] for row in again.rows] == [1]
+    again.keep({"batch_size": 32, "losses": jnp.zeros((1, 2)), "name": "mini-batch"})
+    assert path.read_bytes() == content
+    with pytest.raises(ValueError, match=r"holds rows of another run: seed was 0 and is 1\. Use a folder"):
+        plots.journal(path, identity | {"seed": 1})
+    with pytest.raises(ValueError, match=r"holds rows of another run: problem was 'digits-mlp' and is None"):
+        plots.journal(path, {"seed": 0})
+    for content in (b"print()\n", b"[]\n", b"1\n"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="is no journal of gdjax"):
+            plots.journal(path, identity)
+        assert path.read_bytes() == content
 
 
 def test_a_title_is_text_and_no_formula(tmp_path):

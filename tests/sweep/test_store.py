@@ -97,6 +97,7 @@ with store.locked(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 def test_the_second_process_is_refused_while_the_first_lives_and_takes_over_when_it_is_dead(tmp_path):
     with subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path / "store"], stdout=subprocess.PIPE) as holder:
         assert holder.stdout
@@ -115,10 +116,37 @@ def test_the_second_process_is_refused_while_the_first_lives_and_takes_over_when
         pass
 
 
-def test_a_lock_that_is_not_text_is_taken_over_all_the_same(tmp_path):
-    (tmp_path / "lock").write_bytes(b"process \xff")
+def test_the_name_of_a_holder_that_is_not_text_is_taken_over_all_the_same(tmp_path):
+    (tmp_path / "lock.holder").write_bytes(b"process \xff")
     with pytest.warns(UserWarning, match="taken over from process \ufffd, which ended"), store.locked(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("name", ["lock", "lock.holder"])
+def test_a_lock_that_is_a_symbolic_link_leaves_what_it_names_as_it_is(tmp_path, name):
+    """Whoever can write into the folder could empty any file of ours by it."""
+    (tmp_path / "precious").write_text("kept")
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / name).symlink_to(tmp_path / "precious")
+    if name == "lock":
+        with pytest.raises(ValueError, match=r"store='.*' cannot be locked by its file 'lock' \(.*symbolic links"):
+            store.locked(tmp_path / "store").__enter__()
+    else:
+        with pytest.warns(UserWarning, match="taken over from kept"), store.locked(tmp_path / "store"):
+            pass
+    assert (tmp_path / "precious").read_text() == "kept"
+
+
+def test_nothing_of_the_lock_is_left_where_it_was_released(tmp_path):
+    with store.locked(tmp_path):
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["lock", "lock.holder"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_filelock_it_is_said_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "filelock", None)
+    with pytest.raises(ModuleNotFoundError, match=r"filelock: pip install 'gdjax\[experiments\]'"):
+        store.locked(tmp_path).__enter__()
 
 
 def test_folders_that_cannot_be_a_store_are_refused(tmp_path):
@@ -126,6 +154,8 @@ def test_folders_that_cannot_be_a_store_are_refused(tmp_path):
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(ValueError, match=r"store='.*' cannot be written: (File exists|Not a directory)"):
             store.locked(path).__enter__()
+    with pytest.raises(ValueError, match="store='' names no folder"):
+        store.locked("").__enter__()
     with pytest.raises(ValueError, match=r"is no store, but a folder with other files \(file\)"):
         store.locked(tmp_path).__enter__()
 

@@ -1,35 +1,39 @@
+import functools
+import gc
 import io
 import itertools
+import json
 import os
 import signal
 import subprocess
 import sys
+import weakref
 from functools import partial
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import precision
+import psutil
 import pytest
 from jax.sharding import AxisType
 
 from gdjax import batching, descent, gradients, sweep
 from gdjax.sweep import _programs as programs
-from gdjax.sweep import _store as store
-from gdjax.sweep import _sweep
 
 X = np.linspace(-1, 1, 15).reshape(5, 3)
 Y = np.asarray([1.0, -1.0, 0.5, 2.0, 0.0])
 
 
-def train(lane):
-    """Eight updates of least squares from the lane's start, at its rate."""
+def train(point):
+    """Eight updates of least squares from the point's start, at its rate."""
     loss = lambda w, example: 0.5 * (example[0] @ w - example[1]) ** 2  # noqa: E731
-    method = descent.method(gradients.mean(loss), optax.sgd(lane["rate"]))
+    method = descent.method(gradients.mean(loss), optax.sgd(point["rate"]))
     batches = batching.cut(batching.cyclic(None, 5, length=8), 1)
-    state, losses = descent.run(method, method.init(lane["start"]), (jnp.asarray(X), jnp.asarray(Y)), batches)
+    state, losses = descent.run(method, method.init(point["start"]), (jnp.asarray(X), jnp.asarray(Y)), batches)
     return {"w": state.params, "losses": losses}
 
 
@@ -43,7 +47,7 @@ def trained(rate, start):
     return w, np.asarray(losses)
 
 
-LANES = {"rate": np.linspace(0.01, 0.5, 21), "start": np.linspace(-1, 1, 63).reshape(21, 3)}
+POINTS = {"rate": np.linspace(0.01, 0.5, 21), "start": np.linspace(-1, 1, 63).reshape(21, 3)}
 
 
 def same(one, other):
@@ -54,22 +58,31 @@ def same(one, other):
 
 def test_a_grid_is_the_full_product_with_the_last_axis_fastest():
     keys = jax.random.split(jax.random.key(0), 2)
-    lanes = sweep.grid(rate=[0.125, 0.25, 0.5], key=keys, pair={"a": np.arange(2), "b": jnp.ones((2, 4))})
+    grid = sweep.grid(rate=[0.125, 0.25, 0.5], key=keys, pair={"a": np.arange(2), "b": jnp.ones((2, 4))})
+    points = grid.points
     expected = list(itertools.product([0.125, 0.25, 0.5], jax.random.key_data(keys).tolist(), [0, 1]))
     found = zip(
-        lanes["rate"].tolist(), jax.random.key_data(lanes["key"]).tolist(), lanes["pair"]["a"].tolist(), strict=True
+        points["rate"].tolist(), jax.random.key_data(points["key"]).tolist(), points["pair"]["a"].tolist(), strict=True
     )
     assert list(found) == expected
-    assert lanes["pair"]["b"].shape == (12, 4)
-    assert jnp.issubdtype(lanes["key"].dtype, jax.dtypes.prng_key)
+    assert grid.shape == (3, 2, 2)
+    assert points["pair"]["b"].shape == (12, 4)
+    assert jnp.issubdtype(points["key"].dtype, jax.dtypes.prng_key)
+
+
+def test_results_have_the_grid_s_axes_in_the_order_they_were_named():
+    grid = sweep.grid(b=[1.0, 2.0], a=[10.0, 20.0, 30.0])
+    found = sweep.map(lambda point: {"sum": point["a"] + point["b"], "pair": point["a"] * jnp.ones(4)}, grid)
+    np.testing.assert_array_equal(found["sum"], np.add.outer([1.0, 2.0], [10.0, 20.0, 30.0]))
+    assert found["pair"].shape == (2, 3, 4)
 
 
 @pytest.mark.parametrize("chunk_size", [2, 8, 20, 22, 1000, None])
-def test_every_lane_is_the_run_written_by_hand(chunk_size):
-    """21 lanes: 2, 8 and 20 leave a chunk to be filled up, 22 holds all."""
-    result = sweep.run(train, LANES, chunk_size=chunk_size)
+def test_every_point_is_the_run_written_by_hand(chunk_size):
+    """21 points: 2, 8 and 20 leave a chunk to be filled up, 22 holds all."""
+    result = sweep.map(train, POINTS, chunk_size=chunk_size)
     for i in range(21):
-        w, losses = trained(LANES["rate"][i], LANES["start"][i])
+        w, losses = trained(POINTS["rate"][i], POINTS["start"][i])
         precision.assert_close(result["w"][i], w, rtol=1e-12, atol=1e-14)
         precision.assert_close(result["losses"][i], losses, rtol=1e-12, atol=1e-14)
     assert all(type(x) is np.ndarray for x in jax.tree.leaves(result))
@@ -83,21 +96,21 @@ class Drawn(NamedTuple):
 
 
 def test_keys_small_types_and_pytrees_go_in_and_out(tmp_path):
-    def draw(lane):
-        count, key = lane
+    def draw(point):
+        count, key = point
         x = jax.random.normal(key)
         return Drawn(x, x.astype(jnp.bfloat16), jax.random.fold_in(key, 1), count + 1)
 
     keys = jax.random.split(jax.random.key(7), 5)
-    lanes = (np.arange(5, dtype=np.int8), keys)
-    result = sweep.run(draw, lanes, chunk_size=4, store=tmp_path)
+    points = (np.arange(5, dtype=np.int8), keys)
+    result = sweep.map(draw, points, chunk_size=4, store=tmp_path)
     expected = [jax.random.normal(key) for key in keys]
     np.testing.assert_array_equal(result.x, expected)
     np.testing.assert_array_equal(result.few, np.asarray(expected).astype(jnp.bfloat16))
     np.testing.assert_array_equal(result.key, [jax.random.key_data(jax.random.fold_in(key, 1)) for key in keys])
     np.testing.assert_array_equal(result.number, np.arange(1, 6, dtype=np.int8))
     assert (result.few.dtype, result.number.dtype) == (jnp.bfloat16, np.int8)
-    same(sweep.run(draw, lanes, store=tmp_path), result)  # read from the store
+    same(sweep.map(draw, points, store=tmp_path), result)  # read from the store
 
 
 def counted_compilations(monkeypatch):
@@ -106,93 +119,110 @@ def counted_compilations(monkeypatch):
     return compilations
 
 
-@pytest.mark.parametrize("num_lanes", [8, 8000])
-def test_one_trace_and_one_compilation_whatever_the_number_of_lanes(num_lanes, monkeypatch, tmp_path):
+@pytest.mark.parametrize("num_points", [8, 8000])
+def test_one_trace_and_one_compilation_whatever_the_number_of_points(num_points, monkeypatch, tmp_path):
+    chex.clear_trace_counter()
     compilations = counted_compilations(monkeypatch)
-    traces = []
+    square = chex.assert_max_traces(lambda x: {"square": x**2}, n=1)
+    x = np.arange(float(num_points))
+    for _ in range(2):
+        np.testing.assert_array_equal(sweep.map(square, x, store=tmp_path)["square"], jnp.square(x))
+    assert len(compilations) == 1
+    assert len(list(tmp_path.glob("chunk-*"))) == -(-num_points // (2 * programs.POINTS_PER_DEVICE))
 
-    def square(x):
-        traces.append(x.shape)
-        return {"square": x**2}
 
-    x = np.arange(float(num_lanes))
-    np.testing.assert_array_equal(sweep.run(square, x, store=tmp_path)["square"], jnp.square(x))
-    assert (len(traces), len(compilations)) == (1, 1)
-    assert len(list(tmp_path.glob("chunk-*"))) == -(-num_lanes // (2 * programs.LANES_PER_DEVICE))
+def test_the_same_function_is_traced_and_compiled_once_and_nothing_outlives_it(monkeypatch):
+    chex.clear_trace_counter()
+    compilations = counted_compilations(monkeypatch)
+    square = chex.assert_max_traces(lambda point: point["x"] ** 2 + jnp.asarray(X)[0], n=1)
+    for start in range(3):
+        x = start + np.arange(4.0)
+        found = sweep.map(square, sweep.grid(x=x, y=[1, 2]))
+        precision.assert_close(found, np.broadcast_to((x**2)[:, None, None] + X[0], (4, 2, 3)), rtol=1e-12)
+    assert len(compilations) == 1
+    other = functools.wraps(square)(lambda point: point["x"])  # which copies its attributes
+    np.testing.assert_array_equal(sweep.map(other, sweep.grid(x=x, y=[1, 2]))[:, 0], x)
+    gone = weakref.ref(square)
+    del square, other  # which has `__wrapped__`
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_store_that_is_complete_is_read_without_a_compilation(tmp_path, monkeypatch):
+    """By another process, to which the function is new."""
+    whole = sweep.map(lambda x: x**2, np.arange(10.0), chunk_size=4, store=tmp_path)
+    monkeypatch.setattr(jax.stages.Lowered, "compile", never)
+    same(sweep.map(lambda x: x**2, np.arange(10.0), store=tmp_path), whole)
 
 
 @precision.float64_only  # counts bytes
 def test_the_chunk_is_as_large_as_the_memory_that_is_free(monkeypatch, tmp_path):
-    def fn(x):  # 80 kB of results a lane
-        return x * jnp.ones(10_000)
-
     def size(free_bytes):
-        monkeypatch.setattr(programs, "free_bytes", lambda mesh: free_bytes)
-        leaves = [np.arange(100.0)]
-        mesh = _sweep._checked_mesh(None)
-        program = programs.compiled(programs.trace(fn, leaves[0]), leaves, None, 100, mesh)
-        return program.size, programs.needed_bytes(program.compiled)
+        def fn(x):  # 80 kB of results a point
+            return x * jnp.ones(10_000)
 
-    assert size(1e9)[0] == 100  # 50 on each of two devices
+        # Two devices of a CPU share what is free.
+        free = psutil.virtual_memory()._replace(available=2 * free_bytes)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+        folder = tmp_path / f"{free_bytes}"
+        np.testing.assert_array_equal(sweep.map(fn, np.arange(100.0), store=folder)[:, 0], np.arange(100.0))
+        return json.loads((folder / "store.json").read_text())["identity"]["chunk_size"]
+
+    assert size(1e9) == 100  # 50 on each of two devices
     compilations = counted_compilations(monkeypatch)
-    middle, needed = size(2e6)
+    assert size(2e6) == 24  # 12 on each device make 0.96 MB, 13 more than half of what is free
     assert len(compilations) == 2  # the second is in proportion to what the first needs
-    assert 0.8e6 < needed <= 1e6
-    assert middle == 24  # 12 on each device make 0.96 MB, 13 more than half of what is free
-    assert size(1)[0] == 2  # and never less than one on each
-    np.testing.assert_array_equal(sweep.run(fn, np.arange(5.0), store=tmp_path)[:, 0], np.arange(5.0))
-    assert len(list(tmp_path.glob("chunk-*"))) == 3
+    assert size(1) == 2  # and never less than one on each
 
 
 @pytest.mark.usefixtures("nans")
-def test_a_lane_that_diverges_leaves_the_others_bit_for_bit_as_they_are():
-    wild = LANES | {"rate": np.where(np.arange(21) % 4 == 1, 1e6, LANES["rate"])}
+def test_a_point_that_diverges_leaves_the_others_bit_for_bit_as_they_are():
+    wild = POINTS | {"rate": np.where(np.arange(21) % 4 == 1, 1e6, POINTS["rate"])}
     wild["rate"][9] = 1e308 if precision.X64 else 1e38
-    calm, result = sweep.run(train, LANES), sweep.run(train, wild)
+    calm, result = sweep.map(train, POINTS), sweep.map(train, wild)
     tame = np.arange(21) % 4 != 1
     same(jax.tree.map(lambda x: x[tame], result), jax.tree.map(lambda x: x[tame], calm))
     assert not np.isfinite(result["w"][9]).any()
 
 
-def numbers_of_chunks_written(monkeypatch):
-    written, write = [], store.write
-    monkeypatch.setattr(
-        store, "write", lambda folder, key, index, chunk: written.append(index) or write(folder, key, index, chunk)
-    )
-    return written
+def written(folder):
+    """When each chunk was written: one that is computed again is a new file."""
+    return {int(path.name.split("-")[1]): path.stat().st_mtime_ns for path in folder.glob("chunk-*")}
 
 
-def test_only_what_is_missing_or_damaged_is_computed_again(tmp_path, monkeypatch):
-    whole = sweep.run(train, LANES, chunk_size=4)
-    same(sweep.run(train, LANES, chunk_size=4, store=tmp_path), whole)
-    written = numbers_of_chunks_written(monkeypatch)
-    same(sweep.run(train, LANES, store=tmp_path), whole)
-    assert written == []
-    files = sorted(tmp_path.glob("chunk-*"))
+def test_only_what_is_missing_or_damaged_is_computed_again(tmp_path):
+    whole = sweep.map(train, POINTS, chunk_size=4)
+    same(sweep.map(train, POINTS, chunk_size=4, store=tmp_path), whole)
+    before, files = written(tmp_path), sorted(tmp_path.glob("chunk-*"))
+    same(sweep.map(train, POINTS, store=tmp_path), whole)
+    assert written(tmp_path) == before
     assert len(files) == 6
     files[1].unlink()
     files[4].write_bytes(files[4].read_bytes()[:-20])
     with pytest.warns(UserWarning, match="chunk-00004-.* is damaged"):
-        same(sweep.run(train, LANES, store=tmp_path), whole)
-    assert written == [1, 4]
+        same(sweep.map(train, POINTS, store=tmp_path), whole)
+    after = written(tmp_path)
+    assert [index for index in range(6) if after[index] != before[index]] == [1, 4]
     assert sorted(tmp_path.glob("chunk-*")) == files
 
 
-def test_ctrl_c_keeps_what_is_finished(tmp_path, monkeypatch, listening):
-    call, calls = programs.Program.__call__, iter(range(3))
+@pytest.mark.usefixtures("listening")
+def test_ctrl_c_keeps_what_is_finished(tmp_path, monkeypatch):
+    replace = os.replace
 
-    def interrupted(program, leaves):
-        if next(calls) == 2:
+    def interrupted(source, target):
+        if "chunk-00002" in str(target):
             signal.raise_signal(signal.SIGINT)
-        return call(program, leaves)
+        replace(source, target)
 
-    monkeypatch.setattr(programs.Program, "__call__", interrupted)
+    monkeypatch.setattr(os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        sweep.run(train, LANES, chunk_size=4, store=tmp_path)
+        sweep.map(train, POINTS, chunk_size=4, store=tmp_path)
     monkeypatch.undo()
-    written = numbers_of_chunks_written(monkeypatch)
-    same(sweep.run(train, LANES, store=tmp_path), sweep.run(train, LANES, chunk_size=4))
-    assert written == [2, 3, 4, 5]
+    before = written(tmp_path)
+    assert sorted(before) == [0, 1]
+    same(sweep.map(train, POINTS, store=tmp_path), sweep.map(train, POINTS, chunk_size=4))
+    assert {index: written(tmp_path)[index] for index in before} == before
 
 
 def scaled(scale, offset, x, nested=None):
@@ -205,11 +235,11 @@ def scaled(scale, offset, x, nested=None):
 SCALE = np.arange(3.0)
 OTHER = SCALE + np.asarray([0.0, 0.0, 1e-15])
 CHANGES = {
-    r"lanes was 'float64\[6\] .*' and is 'float64\[6\] ": {"lanes": np.arange(6.0) + 1e-15},
-    r"lanes was 'float64\[6\] .*' and is 'float64\[5\] ": {"lanes": np.arange(5.0)},
-    r"sweep: names of lanes was 'lanes' and is \"lanes\['x'\]\", lanes\['x'\] was None and is": {
-        "lanes": {"x": np.arange(6.0)},
-        "fn": lambda lane: lane["x"],
+    r"points was 'float64\[6\] .*' and is 'float64\[6\] ": {"grid": np.arange(6.0) + 1e-15},
+    r"points was 'float64\[6\] .*' and is 'float64\[5\] ": {"grid": np.arange(5.0)},
+    r"sweep: names of points was 'points' and is \"points\['x'\]\", points\['x'\] was None and is": {
+        "grid": {"x": np.arange(6.0)},
+        "fn": lambda point: point["x"],
     },
     r"chunk_size was 2 and is 4\.": {"chunk_size": 4},
     r"num_devices was 2 and is 1\.": {"mesh": jax.sharding.Mesh(np.asarray(jax.devices()[:1]), "d")},
@@ -224,7 +254,7 @@ CHANGES = {
 def made(tmp_path_factory):
     """A store of an earlier sweep."""
     folder = tmp_path_factory.mktemp("store")
-    sweep.run(partial(scaled, SCALE, 1.0), np.arange(6.0), chunk_size=2, store=folder)
+    sweep.map(partial(scaled, SCALE, 1.0), np.arange(6.0), chunk_size=2, store=folder)
     return folder
 
 
@@ -235,48 +265,48 @@ def never(*args):
 @precision.float64_only  # differences of 1e-15
 @pytest.mark.parametrize("message", CHANGES)
 def test_another_sweep_is_refused_before_it_is_compiled_and_told_what_differs(made, message, monkeypatch):
-    given = {"fn": partial(scaled, SCALE, 1.0), "lanes": np.arange(6.0), "store": made} | CHANGES[message]
-    monkeypatch.setattr(programs, "compiled", never)
+    given = {"fn": partial(scaled, SCALE, 1.0), "grid": np.arange(6.0), "store": made} | CHANGES[message]
+    monkeypatch.setattr(jax.stages.Lowered, "compile", never)
     with pytest.raises(ValueError, match=message):
-        sweep.run(**given)
+        sweep.map(**given)
 
 
 @precision.float64_only  # that changes to float32
-def test_other_versions_and_numbers_of_bits_are_refused(made, monkeypatch):
-    again = partial(sweep.run, partial(scaled, SCALE, 1.0), np.arange(6.0), store=made)
-    monkeypatch.setattr(programs, "trace", never)
-    monkeypatch.setattr(jax, "__version__", "0.9.9")
-    with pytest.raises(ValueError, match=r"jax was '\d.*' and is '0\.9\.9'\."):
-        again()
-    monkeypatch.undo()
-    with jax.enable_x64(False), pytest.raises(ValueError, match=r"x64 was True and is False, lanes was 'float64\[6\]"):
+def test_other_versions_and_numbers_of_bits_are_refused_before_anything_is_traced(made, monkeypatch):
+    again = partial(sweep.map, never, np.arange(6.0), store=made)
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "__version__", "0.9.9")
+        with pytest.raises(ValueError, match=r"jax was '\d.*' and is '0\.9\.9'\."):
+            again()
+    with jax.enable_x64(False), pytest.raises(ValueError, match=r"x64 was True and is False, points was 'float64\[6\]"):
         again()
 
 
 BAD = {
-    r"lanes has 0 entries": ({"x": np.zeros(0)}, {}),
-    r"same leading axis, but found lanes\['a'\]: 2, lanes\['b'\]: 3": ({"a": np.zeros(2), "b": np.zeros(3)}, {}),
-    r"same leading axis, but found lanes\['a'\]: scalar": ({"a": 1.0}, {}),
+    r"points has 0 entries": ({"x": np.zeros(0)}, {}),
+    r"same leading axis, but found points\['a'\]: 2, points\['b'\]: 3": ({"a": np.zeros(2), "b": np.zeros(3)}, {}),
+    r"same leading axis, but found points\['a'\]: scalar": ({"a": 1.0}, {}),
     r"same leading axis, but found no array": ({}, {}),
-    r"lanes\['a'\] must be an array of numbers or typed keys, but is <U1": ({"a": np.asarray(["x", "y"])}, {}),
+    r"points\['a'\] must be an array of numbers or typed keys, but is <U1": ({"a": np.asarray(["x", "y"])}, {}),
     r"chunk_size=5 must be a multiple of the 2 devices: use 4 or 6": (np.zeros(9), {"chunk_size": 5}),
     r"chunk_size=1 must be a multiple of the 2 devices: use 2$": (np.zeros(9), {"chunk_size": 1}),
     r"chunk_size=0 must be a multiple of the 2 devices: use 2$": (np.zeros(9), {"chunk_size": 0}),
     r"chunk_size=-3 must be a multiple of the 2 devices: use 2$": (np.zeros(9), {"chunk_size": -3}),
+    r"store='' names no folder": (np.zeros(9), {"store": ""}),
     r"store='/dev/null' cannot be written": (np.zeros(9), {"store": "/dev/null"}),
 }
 
 
 @pytest.mark.parametrize("message", BAD)
 def test_bad_input_is_refused_before_anything_is_traced(message):
-    lanes, options = BAD[message]
+    points, options = BAD[message]
     with pytest.raises(ValueError, match=message):
-        sweep.run(never, lanes, **options)
+        sweep.map(never, points, **options)
 
 
 def test_functions_and_axes_that_are_nothing_are_refused():
     with pytest.raises(ValueError, match="fn returns no arrays"):
-        sweep.run(lambda x: {}, np.zeros(2))
+        sweep.map(lambda x: {}, np.zeros(2))
     with pytest.raises(ValueError, match="grid needs an axis"):
         sweep.grid()
     with pytest.raises(ValueError, match="found rate: scalar"):
@@ -292,20 +322,22 @@ def test_progress_is_shown_on_a_terminal_and_not_elsewhere(tmp_path, monkeypatch
         def isatty(self):
             return True
 
-    sweep.run(train, LANES, chunk_size=4, store=tmp_path)
+    sweep.map(train, POINTS, chunk_size=4, store=tmp_path)
     assert capsys.readouterr() == ("", "")
     sorted(tmp_path.glob("chunk-*"))[2].unlink()
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
-    sweep.run(train, LANES, store=tmp_path)
+    sweep.map(train, POINTS, store=tmp_path)
     shown = terminal.getvalue()
     assert "| 21/21 [" in shown
-    assert "lanes/s]" in shown
+    assert "points/s]" in shown
+    monkeypatch.setattr(sys, "stderr", None)  # closed
+    sweep.map(train, POINTS, chunk_size=4)
 
 
-def test_a_mesh_of_any_axes_holds_the_lanes():
+def test_a_mesh_of_any_axes_holds_the_points():
     """Axes are Explicit unless jax.make_mesh is told otherwise."""
     explicit = jax.make_mesh((1, 2), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
-    same(sweep.run(train, LANES, mesh=explicit, chunk_size=4), sweep.run(train, LANES, chunk_size=4))
+    same(sweep.map(train, POINTS, mesh=explicit, chunk_size=4), sweep.map(train, POINTS, chunk_size=4))
 
 
 CHILD = """
@@ -315,8 +347,6 @@ jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
 jax.config.update("jax_enable_x64", sys.argv[5] == "True")
 jax.config.update("jax_disable_most_optimizations", True)
 from gdjax import sweep
-from gdjax.sweep import _store as store
-from gdjax.sweep import _sweep
 sys.path[:0] = ["tests", "tests/sweep"]
 import test_sweep
 death, replace, fsync = int(sys.argv[3]), os.replace, os.fsync
@@ -329,7 +359,7 @@ def dying(name, function):
         return function(*args)
     return call
 os.replace, os.fsync = dying("replace", replace), dying("fsync", fsync)
-result = sweep.run(test_sweep.train, test_sweep.LANES, chunk_size=8, store=sys.argv[2])
+result = sweep.map(test_sweep.train, test_sweep.POINTS, chunk_size=8, store=sys.argv[2])
 np.savez(sys.argv[2] + ".npz", **result)
 """
 
@@ -341,18 +371,19 @@ def child(num_devices, place, death=1000, call=""):
     return subprocess.run(command, cwd=root, timeout=120, check=False).returncode
 
 
+@pytest.mark.slow
 def test_killed_twice_and_resumed_on_eight_devices_as_one_that_was_not_and_as_on_two(tmp_path):
     """Killed once before a chunk is complete on disk, once before it has its name."""
-    assert child(8, tmp_path / "killed", 1, "fsync") == -signal.SIGKILL
+    assert child(8, tmp_path / "killed", 2, "fsync") == -signal.SIGKILL
     assert len(list(tmp_path.glob("killed/chunk-*"))) == 0
     assert len(list(tmp_path.glob("killed/.chunk-*"))) == 1
-    assert child(8, tmp_path / "killed", 1, "replace") == -signal.SIGKILL
+    assert child(8, tmp_path / "killed", 2, "replace") == -signal.SIGKILL
     assert len(list(tmp_path.glob("killed/chunk-*"))) == 1
     assert len(list(tmp_path.glob("killed/.chunk-*"))) == 1
     assert child(8, tmp_path / "killed") == child(8, tmp_path / "whole") == 0
     with np.load(tmp_path / "killed.npz") as killed, np.load(tmp_path / "whole.npz") as whole:
         same(dict(killed), dict(whole))
-        here = sweep.run(train, LANES)
+        here = sweep.map(train, POINTS)
         for name in here:
             precision.assert_close(whole[name], here[name], rtol=1e-12, atol=1e-14)
     names = [sorted(path.name for path in tmp_path.glob(f"{sweep}/*")) for sweep in ("killed", "whole")]

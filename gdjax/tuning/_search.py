@@ -1,0 +1,274 @@
+"""The best learning rate at one batch size: every rate is run with every seed until it is known.
+
+Runs are evaluated now and then; the crossing of a target is interpolated between two evaluations. A run that diverges
+is infeasible; a run that had not arrived when the search ended is censored: both are infinite, and told apart by
+`diverged`.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from gdjax.tuning._goals import Budget, Goal
+from gdjax.tuning._runs import Runs, Trainer
+
+LATE = 2.0  # a rate that needs this many times the updates of the best one is not waited for
+MAX_MOVES = 8  # beyond the first grid of rates
+
+
+class History(NamedTuple):
+    """What was seen of every run: updates made [E], and values, a pytree of [R, S, E]."""
+
+    updates: np.ndarray
+    values: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """What every run took at one batch size, rates [R] ascending and seeds [S].
+
+    Attributes:
+        goal: the target to reach, or the budget to spend.
+        batch_size: B.
+        learning_rates: [R].
+        costs: [R, S], updates to the target or the loss after the budget, infinite where it was not reached or spent,
+            or not waited for.
+        diverged: bool [R, S], where it cannot be.
+        best_metrics: [R], the best value, for this goal, that any seed was seen at; NaN where none was finite.
+        seconds: wall time of the search, compilation included.
+        history: of the runs, where one was asked for.
+        tuning: the search that found its one rate, where that was another.
+    """
+
+    goal: Goal
+    batch_size: int
+    learning_rates: np.ndarray
+    costs: np.ndarray
+    diverged: np.ndarray
+    best_metrics: np.ndarray
+    seconds: float
+    history: History | None = None
+    tuning: "Tuning | None" = None
+
+    def summary(self) -> dict[str, Any]:
+        """Return what was found, for a JSON file."""
+        arrays = ("learning_rates", "costs", "diverged", "best_metrics", "seconds")
+        tuning = self.tuning and self.tuning.summary()
+        best = {"best_learning_rate": self.optimum()[0], "tuning": tuning}
+        return {name: getattr(self, name) for name in arrays} | best
+
+    @property
+    def losses(self) -> np.ndarray:
+        """The costs, the mean over seeds, [R]: infinite where a seed did not arrive."""
+        return self.costs.mean(1)
+
+    @property
+    def found(self) -> bool:
+        """Whether some rate reached the target, or the end of the budget, with every seed."""
+        return bool(np.isfinite(self.losses).any())
+
+    @property
+    def best(self) -> int:
+        """The index of the rate with the least cost; where there is none, of the one that came nearest.
+
+        The first, where all diverged.
+        """
+        if self.found:
+            return int(np.argmin(self.losses))
+        sign = 1 if self.goal.relation == "<=" else -1
+        usable = np.isfinite(self.best_metrics) & ~self.diverged.any(1)
+        return int(np.argmin(np.where(usable, sign * self.best_metrics, np.inf)))
+
+    @property
+    def rate(self) -> float:
+        """The best learning rate of those that were tried."""
+        return float(self.learning_rates[self.best])
+
+    @property
+    def at_edge(self) -> bool:
+        """Whether the best rate is the smallest or largest tried."""
+        tuned = self.tuning or self
+        return tuned.best in (0, len(tuned.learning_rates) - 1)
+
+    def optimum(self) -> tuple[float, np.ndarray]:
+        """Return (the best learning rate, costs [S] there), by a parabola through log costs against log rate.
+
+        The parabola goes through the best rate and its neighbours, and is taken for its top only: costs at it are
+        those of the best rate, scaled. Where a neighbour is LATE times as bad or worse, as beside the rates that
+        diverge, or where a cost is not positive, a parabola would promise too much, and the best rate stands.
+        """
+        i, x = self.best, np.log(self.learning_rates)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            logs = np.log(self.losses)
+        near = logs[i - 1 : i + 2]
+        if not 0 < i < len(x) - 1 or not (np.isfinite(near) & (near < logs[i] + math.log(LATE))).all():
+            return self.rate, self.costs[i]
+        a, b, _ = np.polyfit(x[i - 1 : i + 2] - x[i], near, 2)
+        shift = float(np.clip(-b / (2 * a), x[i - 1] - x[i], x[i + 1] - x[i])) if a > 0 else 0.0
+        return float(np.exp(x[i] + shift)), self.costs[i] * np.exp(a * shift**2 + b * shift)
+
+
+Search = Callable[..., Tuning]
+
+
+def search(trainer: Trainer, goal: Goal, judged: Callable[[Any], Any]) -> Search:
+    """Return `(learning_rates [R], *, batch_size, num_seeds, key, ...) -> Tuning`.
+
+    It trains every rate with every seed until the best rate and those beside it are known. Its further arguments are
+
+        max_examples: how many examples a run may see on the way to a target; a `Budget` says so itself.
+        deadline: a time of `time.perf_counter`. Once it has passed, what is known so far is returned, and runs that had
+            not arrived count as censored.
+        least: updates that another rate, tried before, is known to take.
+        late: no rate is waited for longer than this many times the updates of the best one, or `least`.
+        every: updates between two looks at the runs, in place of the goal's own; then there is a `history`.
+        stop_diverged: whether a rate that diverges with one seed is left with the others.
+        progress: called with the updates made and the best value.
+
+    Args:
+        trainer: from `trainer`; one for all batch sizes.
+        goal: what to reach or to spend.
+        judged: what the trainer's evaluation returns -> the value that the goal is about.
+
+    Raises:
+        ValueError: by what is returned, for a target that is met at the start.
+    """
+
+    def run(
+        learning_rates: np.ndarray,
+        *,
+        batch_size: int,
+        num_seeds: int,
+        key: jax.Array,
+        max_examples: int = 0,
+        deadline: float = math.inf,
+        least: float = math.inf,
+        late: float = LATE,
+        every: int | None = None,
+        stop_diverged: bool = True,
+        progress: Callable[[int, float], None] = lambda updates, metric: None,
+    ) -> Tuning:
+        better = np.fmin if goal.relation == "<=" else np.fmax
+        began, shape = time.perf_counter(), (num_seeds, len(learning_rates))
+        max_updates = goal.max_updates(batch_size, max_examples)
+        # Every batch size and grid of rates has the same draws: the key is used again on purpose.
+        runs = trainer.start(learning_rates, num_seeds=num_seeds, key=jax.random.clone(key))
+        unused = np.zeros(len(runs.seeds) - math.prod(shape), bool)
+
+        def seen(runs: Runs) -> Any:
+            return jax.tree.map(lambda x: np.asarray(x, float)[: math.prod(shape)].reshape(shape), runs.values)
+
+        looks, done = [(0, seen(runs))], 0
+        values = judged(looks[-1][1])
+        costs, diverged, nearest = np.full(shape, np.inf), ~np.isfinite(values), values
+        goal.check_start(values)
+        while done < max_updates and time.perf_counter() < deadline:
+            active = np.isinf(costs)
+            if stop_diverged:
+                active &= ~diverged.any(0)
+            active &= goal.waiting(costs.mean(0), late * min(least, costs.mean(0).min()), done)
+            if not active.any():
+                break
+            sizes = {"num_examples": trainer.num_examples, "num_evaluated": trainer.num_evaluated}
+            count = min(every or goal.next_look(done, batch_size=batch_size, **sizes), max_updates - done)
+            runs = trainer.advance(runs, count, np.append(active.reshape(-1), unused), batch_size=batch_size)
+            before, done = (done, values), runs.num_updates
+            look = seen(runs)
+            values = judged(look)
+            looks = [*looks, (done, look)] if every else looks
+            goal.note(costs, active, before, (done, values), ended=done == max_updates)
+            diverged |= ~np.isfinite(values)
+            nearest = better(nearest, np.where(np.isfinite(values), values, np.nan))
+            progress(done, goal.best(nearest))
+        return Tuning(
+            goal,
+            batch_size,
+            np.asarray(learning_rates, float),
+            costs.T,
+            diverged.T,
+            np.asarray([goal.best(column) for column in nearest.T]),
+            time.perf_counter() - began,
+            _history(looks) if every else None,
+        )
+
+    return run
+
+
+def minimise(losses_at: Callable[[np.ndarray], Any], learning_rates: np.ndarray) -> Tuning:
+    """Search a logarithmic grid, and beyond it, for the rate of the lowest loss of any training of one's own.
+
+    >>> found = minimise(lambda rates: (np.log10(rates) - 1) ** 2, np.asarray([0.01, 0.1, 1.0]))  # beyond the grid
+    >>> round(found.rate, 6), found.learning_rates.round(6)
+    (10.0, array([1.e-02, 1.e-01, 1.e+00, 1.e+01, 1.e+02]))
+
+    Args:
+        losses_at: rates [R] -> losses [R]; NaN and infinity count as infeasible. Every call is for R rates, so that one
+            compiled program serves them all.
+        learning_rates: the first rates [R], ascending, a factor apart.
+    """
+    num_rates = len(learning_rates)
+
+    def run(rates: np.ndarray, **limits: Any) -> Tuning:
+        losses = np.asarray(losses_at(np.resize(rates, num_rates)), float)[: len(rates), None]
+        costs = np.where(np.isfinite(losses), losses, np.inf)
+        return Tuning(Budget(0), 0, np.asarray(rates, float), costs, ~np.isfinite(losses), losses[:, 0], 0.0)
+
+    return search_grid(run, learning_rates)
+
+
+def search_grid(run: Search, learning_rates: np.ndarray, **limits: Any) -> Tuning:
+    """Search a logarithmic grid, and beyond it until the best rate has two neighbours, see `widen`."""
+    return widen(run, run(learning_rates, **limits), learning_rates[1] / learning_rates[0], **limits)
+
+
+def widen(run: Search, found: Tuning, factor: float, **limits: Any) -> Tuning:
+    """Search one rate after another beyond those found, a `factor` apart, until the best one has two neighbours.
+
+    Where nothing arrives, it goes on beyond the rate that came nearest, below all of them where all diverge, and ends
+    where that one has two neighbours.
+    """
+    num_rates = len(found.learning_rates)
+    for _ in range(MAX_MOVES):
+        if not found.at_edge or time.perf_counter() > limits.get("deadline", math.inf):
+            break
+        up = found.best > 0
+        beyond = found.learning_rates[-1 if up else 0]
+        num_new = num_rates if found.diverged.any(1).all() else 1
+        new = np.sort(beyond * factor ** ((1 if up else -1) * np.arange(1.0, num_new + 1)))
+        found = _merged(found, run(new, least=found.losses.min(), **limits))
+    return found
+
+
+def _history(looks: list[tuple[int, Any]]) -> History:
+    updates = np.asarray([done for done, _ in looks])
+    return History(updates, jax.tree.map(lambda *values: np.stack(values, -1).swapaxes(0, 1), *(v for _, v in looks)))
+
+
+def _merged(first: Tuning, second: Tuning) -> Tuning:
+    """Return both as one, rates ascending. Histories of unequal length, where runs diverged, end at the longer's."""
+    order = np.argsort(np.concatenate([first.learning_rates, second.learning_rates]))
+
+    def both(name: str) -> np.ndarray:
+        return np.concatenate([getattr(first, name), getattr(second, name)])[order]
+
+    history = None
+    if first.history and second.history:
+        longest = max(first.history, second.history, key=lambda history: len(history.updates))
+
+        def padded(x):
+            missing = len(longest.updates) - x.shape[-1]
+            return np.concatenate([x, np.repeat(x[..., -1:], missing, axis=-1)], axis=-1)
+
+        history = longest._replace(
+            values=jax.tree.map(
+                lambda a, b: np.concatenate([padded(a), padded(b)])[order], first.history.values, second.history.values
+            )
+        )
+    names = ("learning_rates", "costs", "diverged", "best_metrics")
+    merged = {name: both(name) for name in names}
+    return dataclasses.replace(second, **merged, seconds=first.seconds + second.seconds, history=history)

@@ -1,0 +1,125 @@
+"""Tune a learning rate at one batch size."""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from gdjax._trees import kept
+from gdjax.gradients import Gradient
+from gdjax.problem import Problem
+from gdjax.tuning import _goals, _search
+from gdjax.tuning._goals import Budget, Goal
+from gdjax.tuning._optimizers import named
+from gdjax.tuning._runs import Optimizer, Trainer, trainer
+from gdjax.tuning._search import Search, Tuning
+
+FACTOR = 10**0.5  # between neighbouring rates of the default grid
+NUM_RATES = 5
+MAX_EPOCHS = 200
+
+
+def tune(
+    problem: Problem,
+    optimizer: str | Optimizer = "sgd",
+    *,
+    batch_size: int,
+    key: jax.Array,
+    num_epochs: float | None = None,
+    target: str | Goal | None = None,
+    learning_rates: Sequence[float] | None = None,
+    num_seeds: int = 3,
+    max_epochs: float = MAX_EPOCHS,
+    deadline: float = math.inf,
+) -> Tuning:
+    """Find the learning rate that is best at one batch size, for all seeds, on a grid that grows beyond its edges.
+
+    Args:
+        problem: what to train.
+        optimizer: a name from `OPTIMIZERS`, or a function learning_rate -> optax transformation; the rate is traced.
+        batch_size: B, examples per update.
+        key: typed PRNG key of parameters and streams.
+        num_epochs: passes over the data, for the least training loss at their end; or
+        target: what to reach in the fewest updates, as 'loss<=0.05', a `Target`, or a `Budget`.
+        learning_rates: ascending, a factor apart, at least two; default five about the optimiser's usual rate.
+        num_seeds: S, runs of each rate.
+        max_epochs: that a run may take on the way to a target.
+        deadline: a time of `time.perf_counter`; what is known then is returned.
+
+    Returns:
+        The rates tried, what every run took, the best rate.
+
+    Raises:
+        ValueError: for both or neither of `num_epochs` and `target`, a batch size outside 1 ... N, rates that are not
+            positive and ascending, and a target that cannot be read or is met at the start.
+    """
+    if (num_epochs is None) == (target is None):
+        raise ValueError(f"give num_epochs={num_epochs} or target={target!r}, one of the two")
+    if not 1 <= batch_size <= problem.num_examples:
+        raise ValueError(f"batch_size={batch_size} must be between 1 and N={problem.num_examples}")
+    if num_seeds < 1:
+        raise ValueError(f"num_seeds={num_seeds} must be at least 1")
+    make, usual = named(optimizer)
+    rates = np.asarray(grid(usual) if learning_rates is None else learning_rates, float)
+    if len(rates) < 2 or not (rates > 0).all() or not np.isfinite(rates).all() or not (np.diff(rates) > 0).all():
+        raise ValueError(f"learning_rates={rates.tolist()} must be at least two, positive, finite and ascending")
+    if num_epochs is not None:
+        goal: Goal = Budget(round(num_epochs * problem.num_examples))
+    else:
+        goal = _goals.parse_target(target, problem) if isinstance(target, str) else target or Budget(0)
+    run = searching(problem, make, goal, num_runs=num_seeds * len(rates))
+    limits: dict[str, Any] = {"max_examples": round(max_epochs * problem.num_examples), "deadline": deadline}
+    return _search.search_grid(run, rates, batch_size=batch_size, num_seeds=num_seeds, key=key, **limits)
+
+
+def grid(usual: float) -> np.ndarray:
+    """Return the default rates [NUM_RATES] about an optimiser's usual one.
+
+    A rate that is too high diverges soon, one that is too low is waited for: more of the grid lies above.
+    """
+    return usual * FACTOR ** (np.arange(NUM_RATES) - (NUM_RATES - 2) / 2)
+
+
+def searching(
+    problem: Problem,
+    optimizer: Optimizer,
+    goal: Goal,
+    *,
+    num_runs: int = 0,
+    gradient: Callable[[int], Gradient] | None = None,
+) -> Search:
+    """Return the search for a goal, see `search`: its programs are kept with the problem and used again."""
+    runs = training(problem, optimizer, goal, num_runs=num_runs, gradient=gradient)
+    return _search.search(runs, goal, lambda values: values)
+
+
+def training(
+    problem: Problem,
+    optimizer: Optimizer,
+    goal: Goal,
+    *,
+    num_runs: int = 0,
+    gradient: Callable[[int], Gradient] | None = None,
+) -> Trainer:
+    """Return the trainer whose runs are evaluated as a goal asks, kept with the problem."""
+
+    def make():
+        examples = _goals.evaluation_examples(problem, goal.on)
+        return trainer(
+            problem,
+            optimizer,
+            evaluate=partial(_evaluated, problem, goal.metric),
+            examples=examples,
+            num_evaluated=len(jax.tree.leaves(examples)[0]),
+            num_runs=num_runs,
+            gradient=gradient,
+        )
+
+    return kept(problem, ("trainer", optimizer, goal.metric, goal.on, num_runs, gradient), make)
+
+
+def _evaluated(problem: Problem, metric: str, params, examples):
+    return problem.evaluate(params, examples, names=(metric,))[metric]
