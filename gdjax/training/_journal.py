@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from typing import Any, NoReturn
@@ -12,6 +11,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from gdjax import report
 from gdjax.training import _feeding, _progress, _signals
 from gdjax.training._checkpoint import Checkpoints
 from gdjax.training._feeding import Cut, Plan
@@ -112,15 +112,20 @@ class _Reporter:
     def __init__(self, journal: Journal, checkpoints: Checkpoints | None):
         self.journal, self.checkpoints = journal, checkpoints
         self.saved_at = self.began = time.monotonic()
-        self.saved = journal.num_updates
+        self.saved = self.updates_shown = journal.num_updates
         self.before = 0.0 if checkpoints is None else _progress.seconds(checkpoints.folder)
-        self.bar = _bar(journal)
+        self.bar, self.shown = None, contextlib.ExitStack()
+        options = {"total": journal.plan.num_updates, "initial": journal.num_updates, "unit": "update"}
+        with contextlib.suppress(OSError, ValueError):  # of a terminal that is lost
+            self.bar = self.shown.enter_context(report.progress_bar(**options))
         self.report()
 
     def show(self, loss: float) -> None:
-        with contextlib.suppress(OSError, ValueError):  # of a terminal that is lost
-            self.bar.set_postfix_str(f"loss {loss:.4g}", refresh=False)
-            self.bar.update(self.journal.num_updates - self.bar.n)
+        with contextlib.suppress(OSError, ValueError):
+            if self.bar is not None:
+                self.bar.set_postfix_str(f"loss {loss:.4g}", refresh=False)
+                self.bar.update(self.journal.num_updates - self.updates_shown)
+                self.updates_shown = self.journal.num_updates
         if time.monotonic() - self.reported_at >= PROGRESS_SECONDS:
             self.report()
 
@@ -162,21 +167,7 @@ class _Reporter:
 
     def close(self) -> None:
         with contextlib.suppress(OSError, ValueError):
-            self.bar.close()
-
-
-def _bar(journal: Journal) -> Any:
-    """Return a progress bar on standard error: none in other processes than the first, and where it is no terminal."""
-    from tqdm import tqdm
-
-    options = {"total": journal.plan.num_updates, "initial": journal.num_updates, "unit": "update"}
-    silent = tqdm(**options, disable=True)
-    if jax.process_index() or sys.stderr is None:
-        return silent
-    try:
-        return tqdm(**options, disable=None, file=sys.stderr)
-    except (OSError, ValueError):  # a terminal that is lost
-        return silent
+            self.shown.close()
 
 
 def _agreed(received: list[int], stopped: bool) -> tuple[int, bool]:

@@ -22,7 +22,7 @@ and the history so far are all that a checkpoint needs for a resume bit for bit.
 
 import contextlib
 import dataclasses
-import importlib
+import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -165,7 +165,7 @@ def run(
         ValueError: for arguments that do not fit each other, a batch that the devices cannot share equally (naming one
             that they can), a stream longer than 2^31, and a folder that cannot be written, is in use by a run that is
             alive, or holds another run.
-        ModuleNotFoundError: without tqdm; with a folder, without orbax-checkpoint; with data in NumPy arrays, without
+        ModuleNotFoundError: with a folder, without orbax-checkpoint or filelock; with data in NumPy arrays, without
             grain.
         OSError: where a checkpoint cannot be written, as on a full disk. Those before it are intact.
     """
@@ -293,17 +293,11 @@ def _count(num_updates: int | None, num_epochs: int | None, num_examples: int, b
 
 
 def _check_installed(*, saves: bool, feeds: bool) -> None:
-    wanted = [("tqdm", "the progress bar of training.run is tqdm's: pip install 'gdjax[experiments]'")]
-    if feeds:
-        advice = "pip install 'gdjax[grain]', or put data that fits onto the device: jax.tree.map(jnp.asarray, data)"
-        wanted.append(("grain", f"data in NumPy arrays is fed by grain: {advice}"))
     if saves:
         _checkpoint.check_installed()
-    for module, message in wanted:
-        try:
-            importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(message) from error
+    if feeds and importlib.util.find_spec("grain") is None:
+        advice = "pip install 'gdjax[grain]', or put data that fits onto the device: jax.tree.map(jnp.asarray, data)"
+        raise ModuleNotFoundError(f"data in NumPy arrays is fed by grain: {advice}")
 
 
 def _resumed(checkpoints, carry: Carry, records: Records, plan: Plan, names) -> tuple[Journal, Carry]:
