@@ -83,12 +83,18 @@ def language_model(model: models.Model, data: Split, *, num_tokens: int, name: s
 
 
 def regression(model: models.Model, data: Split, *, name: str = "regression") -> Problem:
-    """Fit `model`, x -> [1], to examples (x, y) with the loss (f(x) - y)^2 / 2; metric: squared_error."""
+    """Fit `model`, x -> a scalar or [1], to examples (x, y) with the loss (f(x) - y)^2 / 2; metric: squared_error.
+
+    Raises:
+        ValueError: for a model that returns more than one number.
+    """
 
     def squared_error(params, example):
         x, y = example
-        [prediction] = model.apply(params, x)
-        return (prediction - y) ** 2
+        prediction = model.apply(params, x)
+        if prediction.size != 1:
+            raise ValueError(f"model must return one number for an example, but returns {prediction.shape}")
+        return (prediction.reshape(()) - y) ** 2
 
     def loss(params, example):
         return 0.5 * squared_error(params, example)

@@ -20,6 +20,7 @@ import contextlib
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -102,6 +103,7 @@ class Checkpoints(NamedTuple):
                 self.manager.delete(step)
             return num_updates, arrays
         if damaged:
+            time.sleep(0.5)  # while `_quiet_orbax` listens, the reads that orbax has left behind come to their end
             raise ValueError(
                 f"folder={str(self.folder)!r}: all its checkpoints are damaged (updates {damaged}). Remove them to "
                 "begin again"

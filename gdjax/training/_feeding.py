@@ -1,38 +1,27 @@
-"""Compiled chunks of updates and what they are fed, for data on the device and in host memory, on one device or many.
+"""How a run is cut into programs, and what they are fed: from the device or from host memory, on one or many devices.
 
-A program is `(state, inputs, *, length) -> (state, (losses, records))`: `length` updates, then the loss and the record
-of those that are recorded.
-
->>> import jax, optax
->>> from gdjax import gradients
->>> sgd = descent.method(gradients.mean(lambda mean, x: 0.5 * (mean - x) ** 2), optax.sgd(0.5))
->>> plan = Plan(batch_size=2, num_updates=5, every=1, chunk_updates=3, first_example=0, mesh=None)
->>> program, inputs = on_device(
-...     sgd, jnp.asarray([1.0, 2.0, 6.0]), jax.random.key(0), plan, batching.cyclic, descent.batch_loss, 0
-... )
->>> state = placed(sgd.init(0.0), plan.sharding())
->>> for length in plan.lengths(done=0):
-...     state, (losses, _) = program(state, next(inputs), length=length)
-...     print(losses)
-[1.25      6.90625   3.7578125]
-[1.3457031 3.8676758]
+>>> plan = Plan(batch_size=2, num_updates=11, every=4, chunk_updates=9, first_example=0, mesh=None)
+>>> for cut in plan.cuts(done=0):
+...     print(cut)
+Cut(first=0, blocks=2, length=4, recorded=True, judged=True)
+Cut(first=8, blocks=1, length=3, recorded=True, judged=False)
+>>> list(plan._replace(chunk_updates=3).cuts(done=6))[0]  # less than a block at a time
+Cut(first=6, blocks=1, length=2, recorded=True, judged=True)
 """
 
-import itertools
 import operator
 from collections.abc import Callable, Iterator, Mapping
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from gdjax import batching, descent, problem
-from gdjax._trees import is_key
-from gdjax.descent import Info, Method, Record, State
+from gdjax import batching, problem
+from gdjax._trees import is_key, kept
+from gdjax.descent import State, Stream
 from gdjax.problem import Batch
 
 MAX_POSITION = 2**63  # of a stream
@@ -41,16 +30,29 @@ NARROW = 2**31  # positions that int32 holds
 WINDOW_EPOCHS = 8
 MAX_WINDOW = WINDOW_EPOCHS * 2**13  # entries, unless a chunk takes more; a longer order is looked up, not sorted
 
-Stream = Callable[..., jax.Array]
-"""`stream(key, num_examples, start=..., length=...) -> int32[length]`, from `gdjax.batching`.
 
-`start` is an int32 in a run that ends below position 2^31 of its stream, and a `batching.Count` in a longer one.
-"""
-Step = Callable[[State, Batch], tuple[State, Info]]
-Program = Callable[..., tuple[State, tuple[jax.Array, Any]]]
-"""`(state, inputs, *, length) -> (state, (losses, records))`, `state` donated."""
-Fed = tuple[Program, Iterator[Any]]
-"""A program, and the inputs of its calls one after the other."""
+class Cut(NamedTuple):
+    """The updates of one call of a program.
+
+    Attributes:
+        first: updates before it.
+        blocks: their number.
+        length: updates of a block, from one record to the next, or a part of that.
+        recorded: whether there is a record at the end of a block.
+        judged: whether rules are asked there. They are not at a record that only the end of the run makes, so that a
+            run of more updates is the same up to there.
+    """
+
+    first: int
+    blocks: int
+    length: int
+    recorded: bool
+    judged: bool
+
+    @property
+    def end(self) -> int:
+        """Updates after it."""
+        return self.first + self.blocks * self.length
 
 
 class Plan(NamedTuple):
@@ -67,15 +69,26 @@ class Plan(NamedTuple):
         """Return the sharding of an array over the mesh, replicated where no axes are given."""
         return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec(*axes))
 
-    def lengths(self, done: int) -> Iterator[int]:
-        """Yield the number of updates of each chunk after `done` updates."""
+    def cuts(self, done: int) -> Iterator[Cut]:
+        """Yield what is left after `done` updates: as many blocks as a chunk holds, or a chunk of a block."""
         while done < self.num_updates:
-            length = min(self.chunk_updates, self.num_updates - done)
-            yield length
-            done += length
+            to_record = self.every - done % self.every
+            whole = min(self.chunk_updates, self.num_updates - done) // self.every
+            if to_record == self.every and whole:
+                cut = Cut(done, whole, self.every, recorded=True, judged=True)
+            else:
+                left = min(to_record, self.num_updates - done)
+                length = min(left, self.chunk_updates)
+                cut = Cut(done, 1, length, recorded=length == left, judged=length == to_record)
+            yield cut
+            done = cut.end
+
+    def num_records(self, done: int) -> int:
+        """Return how many records the first `done` updates have in this run."""
+        return -(-done // self.every) if done == self.num_updates else done // self.every
 
 
-def planned(state: State, data: Batch, key: jax.Array, mesh: Mesh | None, **numbers: int) -> Plan:
+def planned(state: State, data: Batch, mesh: Mesh | None, **numbers: int) -> Plan:
     """Check the numbers and put them together.
 
     Raises:
@@ -84,14 +97,7 @@ def planned(state: State, data: Batch, key: jax.Array, mesh: Mesh | None, **numb
     for name, number in numbers.items():
         if operator.index(number) < 1:
             raise ValueError(f"{name}={number} must be at least 1")
-    batch_size, num_updates, every = (numbers[name] for name in ("batch_size", "num_updates", "every"))
-    for name in ("num_updates", "chunk_updates"):
-        if numbers[name] % every:
-            raise ValueError(
-                f"every={every} must divide {name}={numbers[name]}: {max(1, numbers[name] // every) * every} would do"
-            )
-    if not (hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
-        raise ValueError(f"key={key} must be a typed key, from jax.random.key(seed)")
+    batch_size, num_updates = (numbers[name] for name in ("batch_size", "num_updates"))
     problem.num_examples(data)
     first_example = int(state.num_examples)
     if first_example + batch_size * num_updates >= MAX_POSITION:
@@ -111,85 +117,66 @@ def planned(state: State, data: Batch, key: jax.Array, mesh: Mesh | None, **numb
     return Plan(first_example=first_example, mesh=mesh, **numbers)
 
 
-def sharded(step: Step, plan: Plan) -> Step:
-    """Return `step` with the batch shared by the devices of the mesh. The compiler adds the sums over devices."""
-    if plan.mesh is None:
-        return step
-    rows = plan.sharding(plan.mesh.axis_names)
-    return lambda state, batch: step(state, lax.with_sharding_constraint(batch, rows))
+def from_device(data, key, plan: Plan, stream: Stream, done: int, examples: Any) -> Iterator[Any]:
+    """Return an iterator of the inputs after `done` updates, the data on every device: programs take batches there.
 
-
-def on_device(method: Method, data, key, plan: Plan, stream: Stream, record: Record, done: int) -> Fed:
-    """Return (program, its inputs after `done` updates), the data on every device: a chunk takes its batches there."""
-
-    def chunk(state, inputs, *, length):
-        data, window, first = inputs
-        entries = lax.dynamic_slice_in_dim(window, first, length * plan.batch_size)
-        batches = batching.batches(entries, plan.batch_size)
-        return descent.run(method, state, data, batches, _with_loss(record), every=plan.every)
-
+    `examples`, which a record is given, are added to each.
+    """
     window_of = _windows(stream, key, problem.num_examples(data), plan, done)
-    if plan.mesh is not None:
-        data = placed(data, plan.sharding())
-    return _compiled(chunk, plan), ((data, *window_of(index)) for index in itertools.count())
+    data, examples = (_everywhere(tree, plan) for tree in (data, examples))
+    return ((data, *window_of(cut), examples) for cut in plan.cuts(done))
 
 
-def from_host(method: Method, data, key, plan: Plan, stream: Stream, record: Record, done: int) -> Fed:
-    """Return (program, its inputs after `done` updates), the data in host memory: a chunk is given its batches.
+def from_host(data, key, plan: Plan, stream: Stream, done: int, examples: Any) -> Iterator[Any]:
+    """Return an iterator of the inputs after `done` updates, the data in host memory: programs are given batches.
 
-    They are [K, B, ...] for K updates, gathered by a thread for up to two chunks ahead. A process gathers only what its
-    own devices need.
+    They are [K, B, ...] for K updates, gathered by a thread for up to two programs ahead. A process gathers only what
+    its own devices need.
     """
     import grain  # pyright: ignore[reportMissingImports]
 
     window_of = _windows(stream, key, problem.num_examples(data), plan, done)
-    lengths = list(plan.lengths(done))
+    cuts = list(plan.cuts(done))
+    examples = _everywhere(examples, plan)
 
     def gathered(index: int):
-        window, first = window_of(index)
-        indices = np.asarray(window)[first : first + lengths[index] * plan.batch_size].reshape(-1, plan.batch_size)
+        cut = cuts[index]
+        window, first = window_of(cut)
+        end = first + (cut.end - cut.first) * plan.batch_size
+        indices = np.asarray(window)[first:end].reshape(-1, plan.batch_size)
         return jax.tree.map(partial(_batches, indices=indices, plan=plan), data)
 
-    def step(state, batches):
-        return method.step(state, jax.tree.map(lambda x: x[0], batches))
-
-    def chunk(state, inputs, *, length):
-        one_each = jnp.arange(length, dtype=jnp.int32)[:, None]  # a whole batch is an example of `inputs`
-        return descent.run(Method(method.init, step), state, inputs, one_each, _with_loss(record), every=plan.every)
-
     ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-    return _compiled(chunk, plan), iter(grain.MapDataset.range(len(lengths)).map(gathered).to_iter_dataset(ahead))
+    batches = iter(grain.MapDataset.range(len(cuts)).map(gathered).to_iter_dataset(ahead))
+    return ((batch, examples) for batch in batches)
 
 
-def _windows(stream: Stream, key, num_examples: int, plan: Plan, done: int) -> Callable:
-    """Return `(chunk) -> (window of the stream int32[S], position in it where the chunk begins)`.
+def _windows(stream: Stream, key, num_examples: int, plan: Plan, done: int) -> Callable[[Cut], tuple[jax.Array, Any]]:
+    """Return `(cut) -> (window of the stream int32[S], position in it where the cut begins)`, for cuts in their order.
 
     It holds several epochs of a small data set, or one chunk, whichever is more.
     """
-    chunk_entries = min(plan.chunk_updates, plan.num_updates) * plan.batch_size
-    wanted = min(WINDOW_EPOCHS * num_examples, MAX_WINDOW)
-    chunks = min(-(-wanted // chunk_entries), -(-plan.num_updates // plan.chunk_updates))
-    entries = chunk_entries * chunks
-    first = plan.first_example + done * plan.batch_size
-    drawn = partial(_drawn, stream, num_examples, entries)
+    longest = max(1, min(plan.chunk_updates, plan.num_updates)) * plan.batch_size
+    entries = max(longest, min(WINDOW_EPOCHS * num_examples, MAX_WINDOW, plan.num_updates * plan.batch_size))
     key = placed(key, plan.sharding())
-    end = plan.first_example + plan.num_updates * plan.batch_size
+    make = partial(jax.jit, partial(stream, num_examples=num_examples, length=entries))
+    drawn = kept(stream, ("training", num_examples, entries), make)
+    last = plan.first_example + plan.num_updates * plan.batch_size + entries
+    held: list[Any] = [-entries, None]  # its first position, and the window
 
-    @lru_cache(maxsize=2)
-    def window(number: int):
-        start = first + number * entries
-        return drawn(key, np.int32(start) if end <= NARROW else batching.Count.of(start))
-
-    def window_of(chunk: int):
-        number, place = divmod(chunk, chunks)
-        return window(number), np.int32(place * chunk_entries)
+    def window_of(cut: Cut):
+        first = plan.first_example + cut.first * plan.batch_size
+        end = plan.first_example + cut.end * plan.batch_size
+        if end > held[0] + entries:
+            held[:] = first, drawn(key, start=np.int32(first) if last <= NARROW else batching.Count.of(first))
+        return held[1], np.int32(first - held[0])
 
     return window_of
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))  # here, so that another run of the same stream need not compile it
-def _drawn(stream: Stream, num_examples: int, length: int, key, start) -> jax.Array:
-    return stream(key, num_examples, start=start, length=length)
+def _everywhere(tree, plan: Plan):
+    """Return arrays on the device, or copies on all devices of the mesh."""
+    return jax.tree.map(jnp.asarray, tree) if plan.mesh is None else placed(tree, plan.sharding())
 
 
 def _batches(x: np.ndarray, *, indices: np.ndarray, plan: Plan) -> jax.Array:
@@ -203,16 +190,6 @@ def _batches(x: np.ndarray, *, indices: np.ndarray, plan: Plan) -> jax.Array:
         return np.asarray(x[indices[part[:2]]], dtype)
 
     return jax.make_array_from_callback(indices.shape + x.shape[1:], sharding, rows)
-
-
-def _compiled(chunk: Callable, plan: Plan) -> Program:
-    if plan.mesh is None:
-        return jax.jit(chunk, static_argnames="length", donate_argnums=0)
-    return jax.jit(chunk, static_argnames="length", donate_argnums=0, out_shardings=plan.sharding())
-
-
-def _with_loss(record: Record) -> Record:
-    return lambda state, info: (info.loss, record(state, info))
 
 
 def placed(tree, sharding: NamedSharding | None):

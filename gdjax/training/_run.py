@@ -1,279 +1,331 @@
 """One long run from the host: compiled chunks of updates, a progress bar, checkpoints, exact resume, many devices.
 
->>> import jax, jax.numpy as jnp, optax
->>> from gdjax import descent, gradients
->>> data = jnp.asarray([1.0, 2.0, 6.0, 7.0])
->>> sgd = descent.method(gradients.mean(lambda mean, x: 0.5 * (mean - x) ** 2), optax.sgd(0.5))
->>> state, losses = run(
-...     sgd, sgd.init(0.0), data, key=jax.random.key(0), batch_size=2, num_updates=6, stream=batching.cyclic
+>>> import jax.numpy as jnp
+>>> numbers = Problem(
+...     init=lambda key: jnp.zeros(()),
+...     loss=lambda mean, x: 0.5 * (mean - x) ** 2,
+...     train=jnp.asarray([1.0, 2.0, 6.0, 7.0]),
 ... )
->>> float(state.params), losses.shape
-(4.7578125, (6,))
+>>> options = {"key": jax.random.key(0), "batch_size": 2, "num_epochs": 3, "stream": batching.cyclic}
+>>> state, history = run(numbers, optax.sgd(0.5), **options)
+>>> float(state.params), history["loss"]
+(4.7578125, array([3.3203125, 3.3911133, 3.53714  ], dtype=float32))
+>>> low = descent.loss_at_most(3.5, lambda state, info: numbers.evaluate(state.params)["loss"])
+>>> run(numbers, optax.sgd(0.5), **options, until={"low": low}).ended  # after the first epoch
+'low'
+>>> run(numbers, optax.sgd(0.5), **options, ema=float("inf")).ema.params  # the mean over the updates
+Array(3.2070312, dtype=float32)
 
 Position t of the stream is a pure function of (key, t), and the state holds the number of examples seen. So the state
 and the history so far are all that a checkpoint needs for a resume bit for bit.
 """
 
-import collections
 import contextlib
+import dataclasses
 import importlib.util
 import os
-import signal
-import sys
-import threading
-import time
-from collections.abc import Iterator
-from typing import Any, NoReturn
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 from jax.experimental import multihost_utils
-from jax.extend import core
 from jax.sharding import Mesh
 
-from gdjax import _files, batching, descent, problem, report
-from gdjax.descent import Method, Record, State
-from gdjax.problem import Batch
-from gdjax.training import _checkpoint as checkpoint
-from gdjax.training import _feeding as feeding
+from gdjax import batching, descent, gradients
+from gdjax._trees import is_key, kept
+from gdjax.descent import Method, Record, Rule, State, Stream
+from gdjax.gradients import Gradient
+from gdjax.problem import Batch, Params, Problem, num_examples
+from gdjax.training import _average, _checkpoint, _feeding, _identity, _signals, _updates
 from gdjax.training._feeding import Plan
+from gdjax.training._journal import Journal, loop
+from gdjax.training._updates import Carry, Records
 
-POLL_SECONDS = 1e-3
-# Of Ctrl-C, of `kill` and schedulers, of a terminal that is closed: the last does not exist on Windows.
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-NUM_SAMPLED = 1024  # examples that a data set is recognised by
+BUDGET = "budget"  # what has ended a run that no rule ended
+
+
+class Averaged(NamedTuple):
+    """The averaged parameters, and what `record` says of the state that has them in place of its own."""
+
+    params: Params
+    history: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What `training.run` returns. It unpacks as the pair (state, history), what `descent.train` returns.
+
+    Attributes:
+        state: after the last update.
+        history: records as NumPy arrays, stacked along a new axis 0.
+        ended: the name of the rule that ended the run, or 'budget'.
+        ema: the average of the parameters and its history; None where `run` was not asked for one.
+    """
+
+    state: State
+    history: Any
+    ended: str = BUDGET
+    ema: Averaged | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.state, self.history))
+
+
+class Task(NamedTuple):
+    """What is trained: a method from a state on data, and the record, which is given `examples`.
+
+    Attributes:
+        of: the record or, for the default one, its problem: hashable, so that programs are found again.
+    """
+
+    method: Method
+    state: State
+    data: Batch
+    key: jax.Array
+    record_of: _updates.RecordOf
+    examples: Any
+    every: int
+    of: Hashable
 
 
 def run(
-    method: Method,
-    state: State,
-    data: Batch,
+    problem_or_method: Problem | Method,
+    optimizer_or_state: optax.GradientTransformation | State,
+    data: Batch | None = None,
     *,
     key: jax.Array,
     batch_size: int,
-    num_updates: int,
-    stream: feeding.Stream = batching.reshuffled,
-    record: Record = descent.batch_loss,
-    every: int = 1,
+    num_updates: int | None = None,
+    num_epochs: int | None = None,
+    record: Record | None = None,
+    every: int | None = None,
+    gradient: Callable[..., Gradient] | None = None,
+    stream: Stream = batching.reshuffled,
+    unroll: int = 1,
+    until: Mapping[str, Rule] = MappingProxyType({}),
+    ema: float | None = None,
     chunk_updates: int = 1000,
     mesh: Mesh | None = None,
     folder: str | os.PathLike | None = None,
     checkpoint_seconds: float = 60.0,
-) -> tuple[State, Any]:
-    """Make `num_updates` updates on batches of a stream; what `descent.run` does, for hours and through crashes.
+) -> Trained:
+    """Do what `descent.train` does, for hours and through crashes.
+
+    Call it as `run(problem, optimizer, ...)`, or with the parts, as `run(method, state, data, ...)`.
 
     With a `folder`, a call after a crash or an interruption goes on from the newest checkpoint and returns what the run
     in one piece returns, bit for bit for the same `chunk_updates` and devices. With more updates than before it makes
-    the further ones. SIGINT (Ctrl-C), SIGTERM and SIGHUP end the run after the chunk under way with a checkpoint and
+    the further ones; with fewer it returns what there is, with a warning. SIGINT (Ctrl-C), SIGTERM and SIGHUP (a lost
+    terminal, unless `nohup` has them ignored) end the run after the program under way with a checkpoint and
     `SystemExit(128 + signal)`; a second one ends the process at once. Without a folder they do what they always do.
+    Meanwhile `training.progress(folder)` says in any other process how far the run is.
+
+    A second call with the same functions (problem or method, optimizer, record, rules) and shapes compiles nothing.
 
     Args:
-        method: from `descent.method`.
-        state: where to start. The stream is entered at `state.num_examples`: the state of a finished run goes on.
-        data: examples, every leaf [N, ...]. Arrays of jax are put on every device whole. NumPy arrays, memory-mapped
-            ones among them, stay in host memory: the batches of the next two chunks are gathered while the device
-            works on this one. The result is the same bit for bit.
-        key: typed PRNG key of the stream.
+        problem_or_method: a `Problem`, or a method from `descent.method`.
+        optimizer_or_state: an optax transformation for the problem; for a method the state to start from. The stream
+            is entered at `state.num_examples`: the state of a finished run goes on.
+        data: the examples for a method, every leaf [N, ...]; those of a problem are its own. Arrays of jax are put on
+            every device whole. NumPy arrays, memory-mapped ones among them, stay in host memory: the batches of the
+            next two programs are gathered while the device works on this one. The result is the same bit for bit.
+        key: typed PRNG key: of the stream for a method; for a problem, parameters and stream are drawn from its two
+            children.
         batch_size: B, examples per update.
-        num_updates: T, updates of the whole run, those before a resume included.
+        num_updates: T, updates of the whole run, those before a resume included; or
+        num_epochs: passes over the N examples, T = N * num_epochs // B.
+        record: (state after the update, info of the update) -> pytree of arrays; default what `problem.evaluate` says
+            of the state, with the examples seen beside it, and for a method the loss of the batch.
+        every: updates between records; default N // B for a problem, an epoch, and 1 for a method. The last update is
+            always recorded.
+        gradient: for a problem, an estimator's factory from `gradients`, loss -> estimator; default `gradients.mean`.
         stream: from `batching`.
-        record: (state after the update, info of the update) -> pytree of arrays.
-        every: updates between records; it divides `num_updates` and `chunk_updates`.
-        chunk_updates: updates that are compiled as one program and run between two looks at the clock and at signals.
+        unroll: as in `descent.run`.
+        until: {name: Rule} of rules from `descent` that end the run. They are asked every `every` updates, about the
+            state and the info of that update. So `descent.no_improvement(5, evaluate=lambda state, info:
+            problem.evaluate(state.params, on="test", names=("loss",))["loss"])` ends a run whose test loss has not
+            fallen for five records. A run that a rule has ended stays ended, whatever num_updates is.
+        ema: half-life in examples of an average of the parameters after every update, in float32 at least;
+            `math.inf` for their plain mean.
+        chunk_updates: updates that at most run as one program, between two looks at the clock and at signals.
         mesh: devices that share each batch: it is sharded over all axes of the mesh, the parameters are replicated.
             With several processes (`jax.distributed`), all call `run` with the same arguments. Process 0 alone writes
             and prints, so that only it needs the folder.
         folder: where checkpoints are kept, the newest two. Each holds the state and the whole history.
-        checkpoint_seconds: seconds between checkpoints, at least 0. There is one at the end in any case.
+        checkpoint_seconds: seconds between checkpoints. There is one at the end in any case.
 
     Returns:
-        (state after T updates, records as NumPy arrays stacked along a new axis 0 of length T / every).
+        `Trained`, which unpacks as (state, history).
 
     Raises:
-        ValueError: for numbers that do not fit each other, a batch that the devices cannot share equally (naming one
+        ValueError: for arguments that do not fit each other, a batch that the devices cannot share equally (naming one
             that they can), a stream longer than 2^63, and a folder that cannot be written, is in use by a run that is
             alive, or holds another run.
         ModuleNotFoundError: with a folder, without orbax-checkpoint or filelock; with data in NumPy arrays, without
             grain.
         OSError: where a checkpoint cannot be written, as on a full disk. Those before it are intact.
     """
-    numbers = {"batch_size": batch_size, "num_updates": num_updates, "every": every, "chunk_updates": chunk_updates}
-    plan = feeding.planned(state, data, key, mesh, **numbers)
-    if not checkpoint_seconds >= 0:  # NaN is not either
-        raise ValueError(f"checkpoint_seconds={checkpoint_seconds} must be at least 0 seconds")
-    on_host = any(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(data))
+    _check(until, ema, checkpoint_seconds)
+    if isinstance(problem_or_method, Problem):
+        task = _of_problem(problem_or_method, optimizer_or_state, data, key, batch_size, gradient, record)
+    else:
+        task = _of_method(problem_or_method, optimizer_or_state, data, key, gradient, record)
+    numbers = {
+        "batch_size": batch_size,
+        "num_updates": _count(num_updates, num_epochs, num_examples(task.data), batch_size),
+        "every": task.every if every is None else every,
+        "chunk_updates": chunk_updates,
+    }
+    plan = _feeding.planned(task.state, task.data, mesh, **numbers)
+    on_host = any(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(task.data))
     _check_installed(saves=folder is not None, feeds=on_host)
-    step = jax.jit(method.step, inline=True)  # traced once, for its shapes here and for every program below
-    history, identity = _described(step, state, data, plan, key, stream, record)
-    method = Method(method.init, feeding.sharded(step, plan))
-    feed = feeding.from_host if on_host else feeding.on_device
+
+    rules = tuple(until.values())
+    parts = _updates.Parts(
+        task.method, task.record_of, rules, ema is not None, mesh, batch_size, unroll=unroll, fed=on_host
+    )
+    same = ("training", task.of, rules, ema, mesh, batch_size, unroll, on_host)
+    updates = kept(task.method.step, same, lambda: _updates.updates(parts, ema))
+    carry = _feeding.placed(updates.begin(task.state), plan.sharding())
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), _dtype(x)), task.data)
+    described = updates.describe.trace(carry, batch, task.examples)
     with contextlib.ExitStack() as stack:
         checkpoints, received = None, []
         if folder is not None:
-            received = stack.enter_context(_signals())
+            received = stack.enter_context(_signals.received())
             if jax.process_index() == 0:
-                checkpoints = stack.enter_context(checkpoint.opened(folder, identity))
-        done, state = _resumed(checkpoints, state, history, plan)
-        options = {"total": plan.num_updates, "initial": done, "unit": "update"}
-        bar = stack.enter_context(report.progress_bar(**options))
-        program, inputs = feed(method, data, key, plan, stream, record, done)
-        state = feeding.placed(state, plan.sharding())
-        state = _loop(program, inputs, state, history, plan, done, checkpoints, checkpoint_seconds, received, bar)
-    return state, history
+                identity = _identity.of(described.jaxpr, task, plan, stream, until, ema)
+                checkpoints = stack.enter_context(_checkpoint.opened(folder, identity))
+        journal, carry = _resumed(checkpoints, carry, described.out_info[0], plan, (*until, BUDGET))
+        if not journal.stopped and journal.num_updates < plan.num_updates:
+            feed = _feeding.from_host if on_host else _feeding.from_device
+            inputs = feed(task.data, task.key, plan, stream, journal.num_updates, task.examples)
+            carry = loop(updates.program, inputs, carry, journal, checkpoints, checkpoint_seconds, received)
+    return _trained(carry, journal, ema)
 
 
-def _loop(program, inputs, state, history, plan, done, checkpoints, checkpoint_seconds, received, bar) -> State:
-    """Run the chunks. One is queued behind the one under way, so that the device need not wait for the host."""
-    under_way = collections.deque()
-    saved_at = time.monotonic()
-    for length in plan.lengths(done):
-        state, output = program(state, next(inputs), length=length)
-        done += length
-        under_way.append((done, output))
-        signum = _agreed(received)
-        pauses = signum or done == plan.num_updates or time.monotonic() - saved_at >= checkpoint_seconds
-        while len(under_way) > (0 if pauses else 1):
-            end, output = under_way.popleft()
-            loss = _collected(output, history, end // plan.every)
-            bar.set_postfix_str(f"loss {loss:.4g}", refresh=False)
-            bar.update(end - bar.n)
-        if pauses and checkpoints:
-            past = _until(history, done // plan.every)
-            checkpoints.save(done, feeding.to_names("state", state) | feeding.to_names("history", past))
-        if pauses:
-            saved_at = time.monotonic()
-        if signum:
-            _stop(signum, done, plan, checkpoints)
-    return state
+def _trained(carry: Carry, journal: Journal, ema: float | None) -> Trained:
+    history, ended = journal.so_far(), journal.names[journal.rule]
+    if ema is None:
+        return Trained(carry.state, history.last, ended)
+    state, average = _average.split(carry.state)
+    return Trained(state, history.last, ended, Averaged(_average.in_place(average, state.params), history.average))
+
+
+def _check(until: Mapping[str, Rule], ema: float | None, checkpoint_seconds: float) -> None:
+    if BUDGET in until:
+        raise ValueError(f"until={sorted(until)}: {BUDGET!r} is what num_updates is called; give the rule another name")
+    if wrong := [name for name, rule in until.items() if not isinstance(rule, Rule)]:
+        raise ValueError(f"until[{wrong[0]!r}]={until[wrong[0]]!r} must be a descent.Rule, as descent.diverged() is")
+    if ema is not None and not ema > 0:
+        raise ValueError(f"ema={ema} must be a half-life above 0, in examples, or None")
+    if not checkpoint_seconds >= 0:
+        raise ValueError(f"checkpoint_seconds={checkpoint_seconds} must be at least 0")
+
+
+def _of_problem(problem, optimizer, data, key, batch_size, gradient, record) -> Task:
+    """Return the task of a problem, as `descent.train` begins it; the method is kept with the problem."""
+    if data is not None:
+        raise ValueError("data comes with a method: a problem has its own; run(problem, optimizer, key=...)")
+    if isinstance(optimizer, State) or not hasattr(optimizer, "update"):
+        raise ValueError(f"optimizer={optimizer!r} must be an optax transformation: run(problem, optimizer, key=...)")
+    if not 1 <= batch_size <= problem.num_examples:
+        raise ValueError(
+            f"batch_size={batch_size} must be between 1 and N={problem.num_examples}, the training examples"
+        )
+    if record is None and any(isinstance(leaf, np.memmap) for leaf in jax.tree.leaves(problem.train)):
+        raise ValueError(
+            "record=None would evaluate all training examples on the device, but they are memory-mapped: give a record "
+            "of what fits, such as record=descent.batch_loss"
+        )
+    gradient = gradient or gradients.mean
+
+    def make():
+        return descent.method(gradient(problem.loss), optimizer)
+
+    def evaluation(examples):
+        train, test = examples
+        return descent.evaluation(dataclasses.replace(problem, train=train, test=test))
+
+    method = kept(problem, ("training", optimizer, gradient), make)
+    _check_key(key)
+    init_key, stream_key = jax.random.split(key)
+    state, every = method.init(problem.init(init_key)), max(1, problem.num_examples // batch_size)
+    if record is not None:
+        return Task(method, state, problem.train, stream_key, lambda _: record, (), every, record)
+    return Task(method, state, problem.train, stream_key, evaluation, (problem.train, problem.test), every, problem)
+
+
+def _of_method(method, state, data, key, gradient, record) -> Task:
+    if not isinstance(method, Method):
+        raise ValueError(
+            f"problem_or_method={method!r} must be a Problem, in run(problem, optimizer, key=...), or a method from "
+            "descent.method, in run(method, state, data, key=...)"
+        )
+    if not isinstance(state, State) or data is None:
+        raise ValueError("a method comes with a state and data: run(method, method.init(params), data, key=...)")
+    if gradient is not None:
+        raise ValueError("gradient comes with a problem: the method has its own, see descent.method")
+    _check_key(key)
+    record = record or descent.batch_loss
+    return Task(method, state, data, key, lambda _: record, (), 1, record)
+
+
+def _check_key(key) -> None:
+    if not is_key(key):
+        raise ValueError(f"key={key} must be a typed key, from jax.random.key(seed)")
+
+
+def _count(num_updates: int | None, num_epochs: int | None, num_examples: int, batch_size: int) -> int:
+    """Return T, from one of the two ways to say it."""
+    if num_updates is not None and num_epochs is None:
+        return num_updates
+    if num_updates is not None or num_epochs is None:
+        raise ValueError(f"give num_updates={num_updates} or num_epochs={num_epochs}, one of the two")
+    count = num_epochs * num_examples // max(1, batch_size)
+    if count < 1:
+        raise ValueError(f"num_epochs={num_epochs} of {num_examples} examples are no update of {batch_size}")
+    return count
 
 
 def _check_installed(*, saves: bool, feeds: bool) -> None:
     if saves:
-        checkpoint.check_installed()
+        _checkpoint.check_installed()
     if feeds and importlib.util.find_spec("grain") is None:
         advice = "pip install 'gdjax[grain]', or put data that fits onto the device: jax.tree.map(jnp.asarray, data)"
         raise ModuleNotFoundError(f"data in NumPy arrays is fed by grain: {advice}")
 
 
-def _described(step, state, data, plan: Plan, key, stream, record) -> tuple[Any, checkpoint.Identity]:
-    """Return an empty history and the identity of the run."""
-    num_examples = problem.num_examples(data)
-    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((plan.batch_size, *x.shape[1:]), _dtype(x)), data)
-
-    def update(state, batch):
-        state, info = step(state, batch)
-        return state, record(state, info)
-
-    closed, (_, records) = jax.make_jaxpr(update, return_shape=True)(state, batch)
-    length = plan.num_updates // plan.every
-    history = jax.tree.map(lambda x: np.zeros((length, *x.shape), x.dtype), records)
-
-    def program(constants, leaves):
-        return core.jaxpr_as_fun(core.ClosedJaxpr(closed.jaxpr, constants))(*leaves)
-
-    leaves = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in closed.in_avals]
-    text, arrays = _files.fingerprint(program, closed.consts, leaves)
-    sample = np.linspace(0, num_examples - 1, min(num_examples, NUM_SAMPLED)).astype(int)
-    shapes = {
-        name + jax.tree_util.keystr(path): f"{x.dtype}{list(x.shape)}"
-        for name, tree in (("state", state), ("data", data))
-        for path, x in jax.tree_util.tree_leaves_with_path(tree)
-    }
-    return history, shapes | {
-        "key": f"{jax.random.key_impl(key)} {jax.random.key_data(key)}",
-        "batch_size": plan.batch_size,
-        "every": plan.every,
-        "stream": getattr(stream, "__name__", repr(stream)),
-        "jax": jax.__version__,
-        "program of method and record": text,
-        "arrays in method and record": arrays,
-        "first state": checkpoint.checksum(feeding.to_names("", state)),
-        "sample of data": checkpoint.checksum(feeding.to_names("", jax.tree.map(lambda x: x[sample], data))),
-    }
-
-
-def _resumed(checkpoints, state, history, plan: Plan) -> tuple[int, State]:
-    """Return (updates done, state after them) and fill in their part of the history."""
+def _resumed(checkpoints, carry: Carry, records: Records, plan: Plan, names) -> tuple[Journal, Carry]:
+    """Return what the folder holds of the run, all of it where that is more than was asked for."""
     done, arrays = (checkpoints.newest() if checkpoints else None) or (0, {})
-    if done > plan.num_updates:
-        raise ValueError(
-            f"num_updates={plan.num_updates} are fewer than the {done} that the run in {checkpoints.folder} has made"
+    held = int(arrays.pop("num_records", 0))
+    if jax.process_count() > 1:
+        halves = np.asarray([done >> 32, done & 0xFFFFFFFF, held], np.uint32)  # without x64 there are no wider integers
+        high, low, held = (int(x) for x in multihost_utils.broadcast_one_to_all(halves))
+        done = (high << 32) + low
+    if checkpoints and done > plan.num_updates:
+        warnings.warn(
+            f"num_updates={plan.num_updates} are fewer than the {done} that the run in {checkpoints.folder} has made: "
+            "all of them are returned",
+            stacklevel=3,
         )
-    if jax.process_count() > 1:
-        done = int(multihost_utils.broadcast_one_to_all(batching.Count.of(done)))
-    if not done:
-        return 0, state
-    past = _until(history, done // plan.every)
-
-    if jax.process_count() > 1:
-        blank = feeding.to_names("state", state) | feeding.to_names("history", past)
+    length = max(held, plan.num_records(plan.num_updates))
+    history = jax.tree.map(lambda x: np.zeros((length, *x.shape), x.dtype), records)
+    past = jax.tree.map(lambda x: x[:held], history)
+    if done and jax.process_count() > 1:
+        blank = _feeding.to_names("run", carry) | _feeding.to_names("history", past)
         arrays = jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all({**blank, **arrays}))
-    jax.tree.map(np.copyto, past, feeding.from_names("history", past, arrays))
-    return done, feeding.from_names("state", state, arrays)
-
-
-def _collected(output, history, end: int) -> float:
-    """Wait for a chunk, write its records into the history where they end, and return its last loss."""
-    for leaf in jax.tree.leaves(output):
-        while not leaf.is_ready():  # not `block_until_ready`, during which no signal would be seen
-            time.sleep(POLL_SECONDS)
-    losses, records = output
-
-    def write(whole, piece):
-        whole[end - len(piece) : end] = np.asarray(piece)
-
-    jax.tree.map(write, history, records)
-    return float(np.asarray(losses)[-1])  # `losses[-1]` would be a program of its own, queued behind the next chunk
-
-
-def _agreed(received: list[int]) -> int:
-    """Return the signal to stop for, or 0. Several processes must stop at the same update, whoever was told."""
-    signum = received[0] if received else 0
-    if jax.process_count() > 1:
-        signum = int(multihost_utils.process_allgather(np.int32(signum)).max())
-    return signum
-
-
-def _stop(signum: int, done: int, plan: Plan, checkpoints) -> NoReturn:
-    if checkpoints:
-        checkpoints.finish()
-    if checkpoints and sys.stderr is not None:
-        print(
-            f"gdjax: {signal.Signals(signum).name} after update {done} of {plan.num_updates}; saved in "
-            f"{checkpoints.folder}, from where the same call goes on",
-            file=sys.stderr,
-        )
-    raise SystemExit(128 + signum)
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect SIGNALS in a list, the first of them; another then ends the process as if nobody listened.
-
-    Those that the process was started to ignore, as `nohup` does with SIGHUP, it goes on to ignore.
-    """
-    received: list[int] = []
-    listened = [signum for signum in SIGNALS if signal.getsignal(signum) != signal.SIG_IGN]
-    if threading.current_thread() is not threading.main_thread():  # where Python allows no handlers
-        yield received
-        return
-
-    def receive(signum, frame):
-        received.append(signum)
-        for other in listened:
-            signal.signal(other, signal.SIG_DFL)
-
-    before = {signum: signal.signal(signum, receive) for signum in listened}
-    try:
-        yield received
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+    jax.tree.map(np.copyto, past, _feeding.from_names("history", past, arrays))
+    carry = _feeding.placed(_feeding.from_names("run", carry, arrays), plan.sharding())
+    # A record that only the end of a shorter run has made is none of a longer one.
+    num_records = held if done >= plan.num_updates else min(held, plan.num_records(done))
+    return Journal(plan, names, history, done=done, num_records=num_records, rule=int(carry.rule)), carry
 
 
 def _dtype(x):
     return x.dtype if isinstance(x, jax.Array) else jax.dtypes.canonicalize_dtype(x.dtype)
-
-
-def _until(history, length: int):
-    return jax.tree.map(lambda x: x[:length], history)

@@ -377,6 +377,16 @@ def test_regression_has_half_the_squared_error_as_its_loss():
     assert float(problem.metrics["squared_error"](params, example)) == 2.5**2
 
 
+def test_regression_takes_models_of_a_scalar_and_of_one_number_and_no_others():
+    data = datasets.Split((jnp.ones((3, 2)), jnp.zeros(3)), None)
+    w = jnp.asarray([1.0, 2.0])
+    for shape in ((), (1,)):
+        model = models.Model(lambda key: w, lambda w, x, shape=shape: (w @ x).reshape(shape))
+        assert float(problems.regression(model, data).loss(w, (jnp.asarray([1.0, 1.0]), jnp.asarray(1.0)))) == 2.0
+    with pytest.raises(ValueError, match=r"model must return one number for an example, but returns \(2,\)"):
+        problems.regression(models.Model(lambda key: w, lambda w, x: w * x), data)
+
+
 def test_logistic_has_the_optimum_of_scikit_learn(key):
     data = datasets.gaussian_classification(key, num_examples=200, dimension=3)
     problem = problems.logistic(data)
