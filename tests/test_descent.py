@@ -186,9 +186,7 @@ def test_records_are_taken_every_so_many_updates_and_at_the_end(every, examples,
 
 
 @pytest.mark.usefixtures("replays")
-@pytest.mark.parametrize(
-    ("every", "unroll", "expected"), [(1, 2, ["2"]), (4, 3, ["1", "3"]), (3, 9, ["3", "3"])]
-)
+@pytest.mark.parametrize(("every", "unroll", "expected"), [(1, 2, ["2"]), (4, 3, ["1", "3"]), (3, 9, ["3", "3"])])
 def test_unrolling_changes_neither_updates_nor_records(every, unroll, expected, examples, key):
     method = descent.method(gradients.mean(mlp_loss), optax.sgd(0.1))
     batches = batching.batches(batching.reshuffled(key, 12, num_epochs=3), 4)

@@ -188,7 +188,7 @@ def _judged(parts: Parts, carry: Carry, info: Info) -> Carry:
 def _taken(parts: Parts, cut: Cut, data: Batch, window: jax.Array, first: jax.Array):
     """Return data on the device, the indices of the batches [K, B], and how a batch is taken."""
     entries = lax.dynamic_slice_in_dim(window, first, cut.blocks * cut.length * parts.batch_size)
-    batches = batching.cut(entries, parts.batch_size)
+    batches = batching.batches(entries, parts.batch_size)
     return data, batches, lambda data, indices: _shared(parts, batching.take(data, indices))
 
 
