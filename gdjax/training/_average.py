@@ -8,7 +8,7 @@ of infinity is the plain mean.
 >>> from gdjax import batching, descent, gradients
 >>> sgd = descent.method(gradients.mean(lambda mean, x: 0.5 * (mean - x) ** 2), optax.sgd(0.5))
 >>> both = averaged(sgd, half_life=2.0)
->>> batches = batching.cut(batching.cyclic(jax.random.key(0), 3, num_epochs=1), 1)
+>>> batches = batching.batches(batching.cyclic(jax.random.key(0), 3, num_epochs=1), 1)
 >>> data = jnp.asarray([1.0, 2.0, 6.0])
 >>> state, thetas = descent.run(both, both.init(0.0), data, batches, lambda state, info: state.params)
 >>> [float(theta) for theta in thetas]
