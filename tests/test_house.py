@@ -1,6 +1,7 @@
 """What the code promises of itself: the way imports go, that files are no programs, that a key is used once."""
 
 import ast
+import importlib
 import re
 from pathlib import Path
 
@@ -105,3 +106,30 @@ def test_no_key_is_used_twice():
         assert jax.tree.leaves(jax.jit(lambda key: list(everything(key)))(jax.random.key(1)))
         with pytest.raises(jax.errors.KeyReuseError):  # that it would be seen
             jax.jit(lambda key: jax.random.normal(key) + jax.random.uniform(key))(jax.random.key(1))
+
+
+@pytest.mark.parametrize("name", sorted(FILES.keys() - {"__init__.py"}))
+def test_what_begins_with_an_underscore_is_private_to_its_package(name):
+    for path in imported(ast.walk(tree(name))):
+        _, *parts = path.split(".")
+        private = [part for part in parts[1:] if part.startswith("_")]
+        assert not private or parts[0] == room_of(name), path
+
+
+def public_names(module):
+    names = getattr(module, "__all__", None)
+    if names is not None:
+        return names
+    return [
+        name for name, x in vars(module).items() if name[0] != "_" and getattr(x, "__module__", None) == module.__name__
+    ]
+
+
+def test_fewer_than_180_names_are_public():
+    rooms = [importlib.import_module(f"gdjax.{room}") for room in gdjax.__all__]
+    assert sum(len(public_names(room)) for room in rooms) < 180
+
+
+def test_the_package_has_at_most_24_entries():
+    entries = {path.name for path in FOLDER.iterdir()} - {"__init__.py", "__pycache__", "py.typed"}
+    assert len(entries) <= 24

@@ -38,6 +38,7 @@ from gdjax.tuning import Goal, Optimizer, Search, Tuning
 COMPILING = 5.0  # seconds that a program may take to compile before its runs begin
 TUNING = 2**0.5  # factor between the rates that are tried in the end
 NO_BETTER = 1.25  # such a rate is not waited for longer than this, in times of the best one's updates
+NUM_RUNS = 5  # that every program is compiled for: the rates of the first grid, and those that verify, fit in
 NUM_MEASURED = 512  # examples that a noise scale is measured on, at most
 
 
@@ -81,7 +82,7 @@ def batch_size(
     microbatches = tuning.microbatch_sizes(problem, sizes, memory=memory)
     # One gradient a problem and division of batches, so that the programs made of it are found again.
     gradient = kept(problem, ("estimator", *microbatches.items()), lambda: tuning.estimator(problem, microbatches))
-    search = tuning.searching(problem, make, goal, num_runs=tuning.NUM_RATES, gradient=gradient)
+    search = tuning.searching(problem, make, goal, num_runs=NUM_RUNS, gradient=gradient)
     time_all = partial(
         tuning.speeds,
         problem,
@@ -173,7 +174,7 @@ def _noise_scales(
         return jax.jit(partial(noise.measure, problem.loss, num_examples=sample))
 
     measure = kept(problem, ("noise scale", sample), make)
-    trainer = tuning.training(problem, optimizer, asked.goal, num_runs=tuning.NUM_RATES, gradient=gradient)
+    trainer = tuning.training(problem, optimizer, asked.goal, num_runs=NUM_RUNS, gradient=gradient)
     run, scales = trainer.start(np.asarray([rate]), num_seeds=1, key=run_key), []
     only = np.arange(len(run.seeds)) == 0
     for end in (0, every, 2 * every):

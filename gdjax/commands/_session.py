@@ -140,9 +140,9 @@ def run(command: Any, do: Callable[[Any], None]) -> None:
 
             jax.config.update("jax_enable_x64", True)
         if common.data is not None:
-            from gdjax.problems import _sources as sources
+            from gdjax import problems
 
-            sources.read_from(common.data)
+            problems.read_from(common.data)
         with joined(common.hosts) as aside:
             if aside:
                 command = dataclasses.replace(command, common=dataclasses.replace(common, out=str(aside), json=None))

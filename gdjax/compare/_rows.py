@@ -235,7 +235,7 @@ def _tuned(problem: Problem, what: Plan, speed: tuning.Speed, key, progress: Pro
     return tuning.search_grid(search, np.asarray(what.learning_rates), **limits)
 
 
-def _trainer(problem: Problem, what: Plan, num_runs: int) -> tuning.Trainer:
+def _trainer(problem: Problem, what: Plan, num_runs: int) -> Any:
     on = "train" if problem.test is None else "test"
 
     def evaluate(params, examples):

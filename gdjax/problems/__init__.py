@@ -16,7 +16,7 @@ from gdjax.problems._ready import (
     regression,
     tiny_shakespeare,
 )
-from gdjax.problems._sources import contents
+from gdjax.problems._sources import contents, read_from
 
 __all__ = [
     "BUILT_IN",
@@ -33,6 +33,7 @@ __all__ = [
     "named",
     "noisy_quadratic",
     "power_plant",
+    "read_from",
     "regression",
     "tiny_shakespeare",
 ]

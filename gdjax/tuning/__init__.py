@@ -12,23 +12,19 @@
 
 from gdjax.tuning._goals import Budget, Goal, Target, evaluation_examples, parse_target
 from gdjax.tuning._optimizers import OPTIMIZERS, named
-from gdjax.tuning._runs import Optimizer, Runs, Trainer, trainer
-from gdjax.tuning._search import History, Search, Tuning, minimise, search, search_grid, widen
+from gdjax.tuning._runs import Optimizer, trainer
+from gdjax.tuning._search import Search, Tuning, minimise, search, search_grid, widen
 from gdjax.tuning._speed import Speed, estimator, microbatch_sizes, speeds
-from gdjax.tuning._tune import NUM_RATES, grid, searching, training, tune
+from gdjax.tuning._tune import grid, searching, training, tune
 
 __all__ = [
-    "NUM_RATES",
     "OPTIMIZERS",
     "Budget",
     "Goal",
-    "History",
     "Optimizer",
-    "Runs",
     "Search",
     "Speed",
     "Target",
-    "Trainer",
     "Tuning",
     "estimator",
     "evaluation_examples",
