@@ -19,185 +19,167 @@ Array([ 1.,  4., 36., 49.], dtype=float32)
 -1.75
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
+from jax import lax
 
 from gdjax import ghost, problem
-from gdjax.problem import Batch, Loss, Params
+from gdjax.ghost_rules import wide
+from gdjax.gradients_clipping import Clipped, clipped, next_max_norm
+from gdjax.gradients_weights import (
+    Estimate,
+    Gradient,
+    like,
+    mean_loss,
+    over,
+    over_pieces,
+    scaled,
+    split,
+    sums,
+    weigh,
+    weigh_cotangent,
+)
+from gdjax.problem import Batch, Loss, Params, Trainable, Weight
 
-
-class Estimate(NamedTuple):
-    """What an estimator says of a batch.
-
-    Attributes:
-        loss: mean loss over the batch, scalar.
-        grad: mean gradient, shaped like the floating-point leaves of the parameters (None at the others).
-        aux: whatever else the estimator measured, or None.
-    """
-
-    loss: jax.Array
-    grad: Params
-    aux: Any = None
+__all__ = [
+    "Clipped",
+    "Estimate",
+    "Gradient",
+    "PerExample",
+    "SquaredNorms",
+    "clipped",
+    "mean",
+    "microbatched",
+    "next_max_norm",
+    "per_example",
+    "with_sq_norms",
+]
 
 
 class PerExample(NamedTuple):
-    """Losses [B] and gradients [B, ...] of the examples of a batch."""
+    """Losses [B] and gradients [B, ...] of the examples of a batch, not weighted; zero for an example of weight 0."""
 
     losses: jax.Array
     grads: Params
 
 
 class SquaredNorms(NamedTuple):
-    """Losses [B] and squared gradient norms of the examples of a batch: a pytree like the gradient, each leaf [B]."""
+    """Losses and squared gradient norms of the examples of a batch, not weighted; zero for an example of weight 0.
+
+    Attributes:
+        losses: [B].
+        sq_norms: a pytree like the gradient, each leaf [B].
+        weights: [B], or None where there is no `weight`.
+    """
 
     losses: jax.Array
     sq_norms: Params
+    weights: jax.Array | None = None
 
 
-class Clipped(NamedTuple):
-    """Losses [B] and gradient norms [B], over all parameters and before clipping, of the examples of a batch."""
-
-    losses: jax.Array
-    norms: jax.Array
-
-
-Gradient = Callable[[Params, Batch], Estimate]
-
-
-def mean(loss: Loss) -> Gradient:
+def mean(loss: Loss, *, weight: Weight | None = None, trainable: Trainable = None) -> Gradient:
     """Return `(params, batch) -> Estimate`, the gradient of the mean of the examples' losses, by one backward pass."""
+    if weight is not None:
+        return microbatched(loss, microbatch_size=None, weight=weight, trainable=trainable)
 
     def gradient(params: Params, batch: Batch) -> Estimate:
-        train, frozen = problem.trainable(params)
-        batch_size = problem.num_examples(batch, "batch")
+        of_train, train = split(loss, params, trainable)
+        problem.num_examples(batch, "batch")
 
-        def mean_loss(train):
-            losses = jax.vmap(loss, (None, 0))(problem.merge(train, frozen), batch)
-            problem.check_loss(losses, (batch_size,))
-            return losses.mean()
+        def of_batch(train):
+            losses = jax.vmap(of_train, (None, 0))(train, batch)
+            return wide(losses).mean().astype(losses.dtype)
 
-        return Estimate(*jax.value_and_grad(mean_loss)(train))
+        return Estimate(*jax.value_and_grad(of_batch)(train))
 
     return gradient
 
 
-def microbatched(loss: Loss, *, microbatch_size: int) -> Gradient:
+def microbatched(
+    loss: Loss, *, microbatch_size: int | None, weight: Weight | None = None, trainable: Trainable = None
+) -> Gradient:
     """Return `(params, batch) -> Estimate`, equal to `mean` but with the activations of `microbatch_size` examples.
 
-    Where examples weigh about as much as their activations it can take more memory than `mean`: 142 % for a dense
-    network at B = 1024, 6 % for a convolutional one (experiments/memory.py).
+    Sums of w l, of w g and of w are added up over the pieces in float32 at least, and divided once. Where examples
+    weigh about as much as their activations it can take more memory than `mean`: 142 % for a dense network at B = 1024,
+    6 % for a convolutional one (experiments/memory.py).
 
-    The batch is read in B / microbatch_size pieces by `optax.microbatching`; a piece holds every
-    (B / microbatch_size)-th example, so that a sharded batch axis stays sharded.
-
-    Raises:
-        ValueError: where `microbatch_size` does not divide the batch, so that examples would be dropped.
+    Args:
+        loss: (params, example) -> scalar.
+        microbatch_size: the most examples whose activations are held at a time. The batch is read in K = ceil(B /
+            microbatch_size) pieces of ceil(B / K) examples, so that no example is dropped; where K does not divide B,
+            the last pieces are filled up by an example of weight zero. A piece holds every K-th example, so that a
+            sharded batch axis stays sharded. None: all examples at once.
+        weight, trainable: as in all estimators.
     """
-    if microbatch_size < 1:
+    if microbatch_size is not None and microbatch_size < 1:
         raise ValueError(f"microbatch_size={microbatch_size} must be at least 1")
-    pieces = optax.microbatching.microbatch(
-        mean(loss),
-        argnums=1,
-        microbatch_size=microbatch_size,
-        accumulator=optax.microbatching.AccumulationType.MEAN,
-    )
 
     def gradient(params: Params, batch: Batch) -> Estimate:
-        batch_size = problem.num_examples(batch, "batch")
-        if batch_size % microbatch_size:
-            raise ValueError(f"microbatch_size={microbatch_size} must divide the batch of {batch_size} examples")
-        return pieces(params, batch)
+        of_train, train = split(loss, params, trainable)
+        batch, weights = weigh(weight, batch)
+        held = min(microbatch_size or len(weights), len(weights))
+        weights = scaled(weights, num_examples=held)
+        (value, grad), losses = over_pieces(partial(sums, of_train, train), batch, weights, size=held)
+        value, grad = jax.tree.map(lambda x: over(x, weights.sum()), (value, grad))
+        return Estimate(value.astype(losses.dtype), like(grad, train))
 
     return gradient
 
 
-def per_example(loss: Loss) -> Gradient:
+def per_example(loss: Loss, *, weight: Weight | None = None, trainable: Trainable = None) -> Gradient:
     """Return `(params, batch) -> Estimate` whose `aux` is `PerExample(losses [B], grads [B, ...])`.
 
     Every gradient of the batch is held in memory: B times the parameters.
     """
 
     def gradient(params: Params, batch: Batch) -> Estimate:
-        train, frozen = problem.trainable(params)
-        problem.num_examples(batch, "batch")
+        of_train, train = split(loss, params, trainable)
+        batch, weights = weigh(weight, batch)
+        losses, grads = jax.vmap(jax.value_and_grad(of_train), (None, 0))(train, batch)
+        if weight is not None:
+            losses, grads = jax.tree.map(lambda x: jnp.where(_beside(weights > 0, x), x, 0), (losses, grads))
+        scale = scaled(weights)
 
-        def one(train, example):
-            value = loss(problem.merge(train, frozen), example)
-            problem.check_loss(value)
-            return value
+        def average(g):
+            g = wide(g)
+            total = jnp.tensordot(scale.astype(g.dtype), g, 1, precision=lax.Precision.HIGHEST)
+            return over(total, scale.sum())
 
-        losses, grads = jax.vmap(jax.value_and_grad(one), (None, 0))(train, batch)
-        return Estimate(losses.mean(), jax.tree.map(lambda g: g.mean(0), grads), PerExample(losses, grads))
+        grad = like(jax.tree.map(average, grads), train)
+        return Estimate(mean_loss(losses, weights), grad, PerExample(losses, grads))
 
     return gradient
 
 
-def with_sq_norms(loss: Loss) -> Gradient:
+def with_sq_norms(loss: Loss, *, weight: Weight | None = None, trainable: Trainable = None) -> Gradient:
     """Return `(params, batch) -> Estimate` whose `aux` is `SquaredNorms`, for the price of a gradient (see `ghost`)."""
-    measured = ghost.sq_norms(loss)
 
     def gradient(params: Params, batch: Batch) -> Estimate:
-        losses, grad, sq_norms = measured(params, batch)
-        return Estimate(losses.mean(), grad, SquaredNorms(losses, sq_norms))
+        of_train, train = split(loss, params, trainable)
+        if weight is None:
+            losses, grad, sq_norms = ghost.sq_norms(of_train)(train, batch)
+            return Estimate(mean_loss(losses, jnp.ones(len(losses))), grad, SquaredNorms(losses, sq_norms))
+        batch, weights = weigh(weight, batch)
+        scale = scaled(weights)
+
+        def weighted(train, example):
+            return weigh_cotangent(of_train(train, example[0]), example[1])
+
+        losses, grad, sq_norms = ghost.sq_norms(weighted)(train, (batch, scale))
+        # The weights as the dtype of the losses rounds them: those that the backward pass has seen.
+        scale = wide(scale.astype(losses.dtype))
+        grad = jax.tree.map(lambda g: over(wide(g) * len(losses), scale.sum()), grad)
+        sq_norms = jax.tree.map(lambda x: over(x, (scale**2).astype(x.dtype)), sq_norms)
+        aux = SquaredNorms(jnp.where(weights > 0, losses, 0), sq_norms, weights)
+        return Estimate(mean_loss(losses, weights), like(grad, train), aux)
 
     return gradient
 
 
-def clipped(
-    loss: Loss,
-    max_norm: float,
-    *,
-    noise_multiplier: float = 0.0,
-    noise_key: Callable[[Batch], jax.Array] | None = None,
-    expected_batch_size: int | None = None,
-) -> Gradient:
-    """Return `(params, batch) -> Estimate` with every example's gradient clipped, `aux` being `Clipped`.
-
-    The gradient is (1 / L) (sum_i g_i / max(1, |g_i| / C) + N(0, (sigma C)^2 I)), the norm taken over all parameters
-    (Abadi et al. 2016, arXiv 1607.00133, algorithm 1): norms first, then one backward pass of the weighted losses, so
-    that no example's gradient is held. The loss reported is not clipped.
-
-    Args:
-        loss: (params, example) -> scalar.
-        max_norm: C, positive; infinity clips nothing.
-        noise_multiplier: sigma.
-        noise_key: batch -> PRNG key of this batch's noise; needed where sigma > 0. The batch carries its randomness, so
-            that a replayed stream replays the run.
-        expected_batch_size: L, examples; default the size of the batch.
-
-    Raises:
-        ValueError: for max_norm <= 0, a negative noise_multiplier, noise without a key or with infinite max_norm, and
-            expected_batch_size < 1.
-    """
-    if not max_norm > 0:
-        raise ValueError(f"max_norm={max_norm} must be positive")
-    if not noise_multiplier >= 0:
-        raise ValueError(f"noise_multiplier={noise_multiplier} must be at least 0")
-    if noise_multiplier and (noise_key is None or max_norm == float("inf")):
-        raise ValueError(f"noise_multiplier={noise_multiplier} needs a noise_key and a finite max_norm={max_norm}")
-    if expected_batch_size is not None and expected_batch_size < 1:
-        raise ValueError(f"expected_batch_size={expected_batch_size} must be at least 1")
-    measured = ghost.sq_norms(loss)
-
-    def gradient(params: Params, batch: Batch) -> Estimate:
-        losses, _, sq_norms = measured(params, batch)
-        # Leaves may differ in their dtypes.
-        norms = jnp.sqrt(sum(jnp.asarray(leaf, float) for leaf in jax.tree.leaves(sq_norms)))
-        size = expected_batch_size or len(losses)
-        weights = (1 / jnp.maximum(1, norms / max_norm)).astype(losses.dtype) / size
-        train, frozen = problem.trainable(params)
-
-        def weighted(train):
-            return jnp.sum(weights * jax.vmap(loss, (None, 0))(problem.merge(train, frozen), batch))
-
-        grad = jax.grad(weighted)(train)
-        if noise_multiplier and noise_key is not None:
-            noise = optax.tree.random_like(noise_key(batch), grad, jax.random.normal)
-            grad = jax.tree.map(lambda g, n: g + (noise_multiplier * max_norm / size) * n, grad, noise)
-        return Estimate(losses.mean(), grad, Clipped(losses, norms))
-
-    return gradient
+def _beside(flags: jax.Array, x: jax.Array) -> jax.Array:
+    """Return flags [B] with axes of length 1 for those of x [B, ...]."""
+    return jnp.expand_dims(flags, range(1, x.ndim))

@@ -1,0 +1,356 @@
+"""Every example's gradient clipped: private training, and robustness to single examples.
+
+An example contributes the gradient of w l, w its weight, times a factor in [0, 1] that leaves it a norm of at most C.
+
+**The bound** |contribution| <= C holds to 1e-6 in every dtype. Two ways lead to the sum of the contributions. Where the
+program of the loss is in float32 or wider, norms come from `ghost` and the sum from one more backward pass, of the
+losses weighted by the factors: no example's gradient is held. That scales cotangents by the factors, which is as good
+as scaling gradients only where the backward pass is linear to float32's rounding. A program that computes in bfloat16
+or float16, or that brings a backward pass of its own (`jax.custom_vjp`, which may clip or clean what it is given), may
+not be; and with several groups of leaves there are several factors an example. Then the gradients themselves are formed,
+some examples at a time, and clipped: what is clipped is what `per_example` returns, whatever the backward pass does.
+
+On a GPU or TPU, products of float32 are rounded further unless `jax.default_matmul_precision("highest")` forbids it.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jax.core import Tracer
+from jax.typing import ArrayLike
+
+from gdjax import ghost
+from gdjax.ghost_rules import wide
+from gdjax.gradients_weights import (
+    Estimate,
+    Gradient,
+    filled,
+    mean_loss,
+    over,
+    over_pieces,
+    split,
+    sums,
+    weigh,
+    weigh_cotangent,
+)
+from gdjax.problem import Batch, Loss, Params, Trainable, Weight
+
+FORMED = 2**24
+"""Numbers that the gradients of one piece may hold where they are formed: 64 MiB in float32."""
+
+
+class Clipped(NamedTuple):
+    """What clipping saw of the examples of a batch.
+
+    Attributes:
+        losses: [B], not weighted; zero for an example of weight 0.
+        norms: [B], of the gradients of w l before clipping, over all trained parameters; with `groups`, {group: [B]}.
+        weights: [B]; ones where there is no `weight`, and 0 for an example that was dropped.
+        num_dropped: int32, examples of a positive weight that were dropped because their norm is not finite.
+    """
+
+    losses: jax.Array
+    norms: Any
+    weights: jax.Array
+    num_dropped: jax.Array
+
+
+def clipped(
+    loss: Loss,
+    max_norm: ArrayLike | Mapping[str, ArrayLike],
+    *,
+    weight: Weight | None = None,
+    trainable: Trainable = None,
+    groups: Callable[[str], str] | None = None,
+    factor: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+    noise_multiplier: ArrayLike = 0.0,
+    noise_key: Callable[[Batch], jax.Array] | None = None,
+    expected_batch_size: float | None = None,
+    microbatch_size: int | None = None,
+    drop_nonfinite: bool = False,
+) -> Gradient:
+    """Return `(params, batch) -> Estimate` with every example's gradient clipped, `aux` being `Clipped`.
+
+    With u_i the gradient of w_i l_i, the gradient is (1 / L) (sum_i u_i / max(1, |u_i| / C) + N(0, (sigma C)^2 I)), the
+    norm taken over all trained parameters (Abadi et al. 2016, arXiv 1607.00133, algorithm 1). It is added up in float32
+    at least, noise and all, and rounded towards zero where the parameters are narrower. The loss is not clipped.
+
+    Args:
+        loss: (params, example) -> scalar.
+        max_norm: C, positive; infinity clips nothing. It may be traced, as for a schedule, a sweep, or a bound that
+            `next_max_norm` adapts. With `groups`, each of K groups has C / sqrt(K), so that C bounds them together; or
+            {group: C of the group}, and then C = sqrt(sum of squares).
+        weight, trainable: as in all estimators; leaves that are not trained do not count in the norm.
+        groups: path -> name of the group that a leaf belongs to, the path as `jax.tree_util.keystr` writes it; each
+            group has a norm and a factor of its own. `str` makes every leaf its own group (McMahan et al. 2018, arXiv
+            1710.06963).
+        factor: (norms [B], C) -> factors [B] in place of 1 / max(1, norm / C), for instance C / (norm + 0.01), which
+            normalises rather than clips (Bu et al. 2023, arXiv 2206.07136). Where the factor would leave more than C,
+            it is C / norm.
+        noise_multiplier: sigma; it may be traced.
+        noise_key: batch -> PRNG key of this batch's noise; needed where sigma > 0. The batch carries its randomness, so
+            that a replayed stream replays the run.
+        expected_batch_size: L; default sum w, which is the size of the batch where there is no `weight`. With Poisson
+            batches it is N q, and has to be given where there is noise: the size that was drawn is a secret.
+        microbatch_size: the most examples in memory at a time, as in `microbatched`: neither the result nor the noise
+            depends on it.
+        drop_nonfinite: treat an example whose loss or norm is not finite as one of weight 0, and count it.
+
+    Raises:
+        ValueError: for max_norm <= 0, a negative noise_multiplier, noise without a key, with infinite max_norm, or with
+            `weight` and no expected_batch_size; for expected_batch_size <= 0, microbatch_size < 1, and a mapping
+            max_norm that does not name the groups.
+    """
+    _check_clipping(max_norm, groups, expected_batch_size, microbatch_size)
+    is_noisy = not _is_zero(noise_multiplier)
+    if is_noisy:
+        _check_noise(noise_multiplier, noise_key, max_norm, weight, expected_batch_size)
+
+    def gradient(params: Params, batch: Batch) -> Estimate:
+        of_train, train = split(loss, params, trainable)
+        examples, weights = weigh(weight, batch)
+        names = _group_names(train, groups)
+        bounds = _bounds(max_norm, names)
+        one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), examples)
+        size, way = microbatch_size, _by_weighting
+        if len(bounds) > 1 or not _is_linear(of_train, train, one):
+            fitting = max(FORMED // sum(jnp.size(leaf) for leaf in jax.tree.leaves(train)), 1)
+            size, way = min(fitting, microbatch_size or fitting), _by_forming
+        clip = partial(way, of_train, train, names, bounds, factor or _flat, drop_nonfinite)
+        grad, (losses, norms, kept) = over_pieces(clip, examples, weights, size=size)
+        denominator = jnp.sum(kept) if expected_batch_size is None else jnp.asarray(expected_batch_size, float)
+        if is_noisy and noise_key is not None:
+            bound = jnp.sqrt(sum(jnp.asarray(bound, float) ** 2 for bound in bounds.values()))
+            sigma = jnp.asarray(noise_multiplier, float)
+            deviation = jnp.where(sigma > 0, sigma * bound, 0)  # 0 infinity is no noise
+            noise = optax.tree.random_like(noise_key(batch), grad, jax.random.normal)
+            grad = jax.tree.map(lambda g, n: g + deviation.astype(g.dtype) * n, grad, noise)
+        grad = jax.tree.map(lambda g, leaf: _towards_zero(over(g, denominator), leaf), grad, train)
+        losses = jnp.where(kept > 0, losses, 0)
+        norms = norms if groups else norms[""]
+        num_dropped = jnp.sum((weights > 0) & (kept == 0), dtype=jnp.int32)
+        return Estimate(mean_loss(losses, kept), grad, Clipped(losses, norms, kept, num_dropped))
+
+    return gradient
+
+
+def next_max_norm(
+    max_norm: ArrayLike,
+    seen: Clipped,
+    *,
+    quantile: float = 0.5,
+    learning_rate: float = 0.2,
+    deviation: ArrayLike = 0.0,
+    key: jax.Array | None = None,
+    expected_batch_size: float | None = None,
+) -> jax.Array:
+    """Return the bound for the next batch: C exp(-eta (b - gamma)), b being the fraction of examples within C.
+
+    The bound tends to the gamma-quantile of the norms, geometrically from wherever it starts (Andrew et al. 2021, arXiv
+    1905.03871, algorithm 1). It is the whole state, for the caller to carry from update to update.
+
+    Args:
+        max_norm: C of the batch that was seen.
+        seen: `aux` of the estimate of that batch.
+        quantile: gamma, the fraction of examples that are not to be clipped.
+        learning_rate: eta.
+        deviation: sigma_b, in examples, of the Gaussian noise that keeps the fraction private; one example changes the
+            noised sum by 1 / 2. With gradients of noise multiplier z and counts of deviation sigma_b together, a batch
+            is as private as with (z^-2 + (2 sigma_b)^-2)^(-1/2) alone.
+        key: PRNG key of that noise.
+        expected_batch_size: L, by which the count is divided; default the examples of positive weight in the batch.
+
+    Raises:
+        ValueError: for a quantile outside [0, 1], and for noise without a key or without expected_batch_size.
+    """
+    if not 0 <= quantile <= 1:
+        raise ValueError(f"quantile={quantile} must be between 0 and 1")
+    is_noisy = not _is_zero(deviation)
+    if is_noisy and (key is None or expected_batch_size is None):
+        raise ValueError(f"deviation={deviation} needs a key, and expected_batch_size, the L of `clipped`")
+    max_norm = jnp.asarray(max_norm, float)
+    counts = seen.weights > 0
+    # 1 / 2 and -1 / 2, so that an example that comes or goes changes the sum by half as much as 0 and 1 would.
+    excess = jnp.sum(jnp.where(counts, jnp.where(seen.norms.astype(float) <= max_norm, 0.5, -0.5), 0.0))
+    if is_noisy and key is not None:
+        excess = excess + jnp.asarray(deviation, float) * jax.random.normal(key, dtype=excess.dtype)
+    size = jnp.asarray(counts.sum() if expected_batch_size is None else expected_batch_size, float)
+    fraction = jnp.where(size > 0, excess / jnp.maximum(size, 1e-9) + 0.5, quantile)
+    return max_norm * jnp.exp(-learning_rate * (fraction - quantile))
+
+
+def _check_clipping(max_norm, groups, expected_batch_size, microbatch_size) -> None:
+    if isinstance(max_norm, Mapping) and groups is None:
+        raise ValueError(f"max_norm={max_norm} has a bound for each group: give groups, which names them by path")
+    if not all(_allows(bound, lambda x: x > 0) for bound in _each(max_norm)):
+        raise ValueError(f"max_norm={max_norm} must be positive")
+    if expected_batch_size is not None and not _allows(expected_batch_size, lambda x: x > 0):
+        raise ValueError(f"expected_batch_size={expected_batch_size} must be positive")
+    if microbatch_size is not None and microbatch_size < 1:
+        raise ValueError(f"microbatch_size={microbatch_size} must be at least 1")
+
+
+def _check_noise(noise_multiplier, noise_key, max_norm, weight, expected_batch_size) -> None:
+    if not _allows(noise_multiplier, lambda x: x >= 0):
+        raise ValueError(f"noise_multiplier={noise_multiplier} must be at least 0")
+    if noise_key is None or not all(_allows(bound, np.isfinite) for bound in _each(max_norm)):
+        raise ValueError(f"noise_multiplier={noise_multiplier} needs a noise_key and a finite max_norm={max_norm}")
+    if weight is not None and expected_batch_size is None:
+        raise ValueError(
+            f"noise_multiplier={noise_multiplier} with weight needs expected_batch_size, a fixed denominator: the sum "
+            "of the weights of a batch tells who is in it"
+        )
+
+
+def _each(max_norm) -> list:
+    return list(max_norm.values()) if isinstance(max_norm, Mapping) else [max_norm]
+
+
+def _allows(number: ArrayLike, condition: Callable) -> bool:
+    """Whether a number fulfils a condition, or is known only when the program runs."""
+    return isinstance(number, Tracer) or bool(np.all(condition(np.asarray(number))))
+
+
+def _is_zero(number: ArrayLike) -> bool:
+    return not isinstance(number, Tracer) and _allows(number, lambda x: x == 0)
+
+
+def _flat(norm: jax.Array, max_norm: jax.Array) -> jax.Array:
+    return 1 / jnp.maximum(1, norm / max_norm)
+
+
+def _group_names(train: Params, groups: Callable[[str], str] | None) -> list[str]:
+    """Return the name of the group of every leaf."""
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(train)]
+    return ["" if groups is None else groups(path) for path in paths]
+
+
+def _bounds(max_norm, names: list[str]) -> dict[str, Any]:
+    """Return {group: C of the group}."""
+    groups = list(dict.fromkeys(names))
+    if not isinstance(max_norm, Mapping):
+        return dict.fromkeys(groups, max_norm / len(groups) ** 0.5)
+    if missing := set(groups) ^ set(max_norm):
+        raise ValueError(f"max_norm={dict(max_norm)} must name the groups {groups}: {sorted(missing)} is not in both")
+    return {group: max_norm[group] for group in groups}
+
+
+def _coefficients(bounds, factor, norms, weights):
+    """Return {group: the weights [B] times the factors}."""
+
+    def of_group(norm, bound):
+        bound = jnp.asarray(bound, norm.dtype)
+        factors = jnp.clip(factor(norm, bound), 0, bound / norm)
+        return jnp.where(weights > 0, weights.astype(norm.dtype) * factors, 0)
+
+    return {group: of_group(norms[group], bounds[group]) for group in bounds}
+
+
+def _kept(weights, losses, norms):
+    """Return the weights, zero where a loss or norm is not finite."""
+    finite = jnp.stack([jnp.isfinite(x) for x in (losses, *norms.values())])
+    return jnp.where(finite.all(0), weights, 0)
+
+
+def _by_weighting(loss, train, names, bounds, factor, drop, batch, weights):
+    """Return (sum of contributions, (losses, norms, weights)) from norms and a backward pass of weighted losses."""
+    [(group, bound)] = bounds.items()
+    scale = _scale(jnp.asarray(bound, float))
+    losses, _, sq_norms = ghost.sq_norms(lambda train, example: weigh_cotangent(loss(train, example), scale))(
+        train, batch
+    )
+    # Leaves may differ in their dtypes.
+    norm = jnp.sqrt(sum(jnp.asarray(leaf, float) for leaf in jax.tree.leaves(sq_norms))) / scale
+    norms = {group: jnp.where(weights > 0, weights.astype(norm.dtype) * norm, 0)}
+    if drop:
+        weights = _kept(weights, losses, norms)
+        batch = filled(batch, weights)
+    [coefficients] = _coefficients(bounds, factor, norms, weights).values()
+    (_, grad), _ = sums(loss, train, batch, coefficients)
+    return _unless_empty(grad, weights), (losses, norms, weights)
+
+
+def _by_forming(loss, train, names, bounds, factor, drop, batch, weights):
+    """Return the same from the gradients of the examples."""
+    losses, grads = jax.vmap(jax.value_and_grad(loss), (None, 0))(train, batch)
+    leaves, structure = jax.tree.flatten(jax.tree.map(wide, grads))
+    norms = {}
+    for group in bounds:
+        own = [_norm(leaf) for leaf, name in zip(leaves, names, strict=True) if name == group]
+        norm = _norm(jnp.stack([jnp.asarray(x, float) for x in own], 1))
+        norms[group] = jnp.where(weights > 0, weights.astype(norm.dtype) * norm, 0)
+    if drop:
+        weights = _kept(weights, losses, norms)
+        leaves = [jnp.where(jnp.expand_dims(weights > 0, range(1, leaf.ndim)), leaf, 0) for leaf in leaves]
+    coefficients = _coefficients(bounds, factor, norms, weights)
+
+    def total(name, leaf):
+        return jnp.tensordot(coefficients[name].astype(leaf.dtype), leaf, 1, precision=lax.Precision.HIGHEST)
+
+    grad = jax.tree.unflatten(structure, [total(*pair) for pair in zip(names, leaves, strict=True)])
+    return _unless_empty(grad, weights), (losses, norms, weights)
+
+
+def _unless_empty(grad: Params, weights: jax.Array) -> Params:
+    """Return zero where all weights are zero, so that no example was there to stand in for the others."""
+    return jax.tree.map(lambda g: jnp.where(jnp.any(weights > 0), g, 0), grad)
+
+
+def _scale(bound: jax.Array) -> jax.Array:
+    """Return 2^-16 / C to a factor of 2, exactly a power of two; 1 for infinite C.
+
+    Squares of gradients times this do not overflow for norms below 10^24 C, in float32, where without it they do from
+    2 10^19 on; what is lost is below 10^-14 C.
+    """
+    _, exponent = jnp.frexp(jnp.where(jnp.isfinite(bound), bound, 2.0**-16))
+    return jnp.ldexp(jnp.ones_like(bound), -exponent - 16)
+
+
+def _norm(x: jax.Array) -> jax.Array:
+    """Return |x_b|, [B], of x [B, ...], without squares that overflow."""
+    x = x.reshape(len(x), -1)
+    largest = jnp.max(jnp.abs(x), 1, initial=0)
+    scale = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+    return scale * jnp.sqrt(jnp.sum((x / scale[:, None]) ** 2, 1))
+
+
+def _towards_zero(x: jax.Array, leaf: jax.Array) -> jax.Array:
+    """Cast to the dtype of the leaf; where that rounds, so that no magnitude, and with it no norm, increases."""
+    dtype = jnp.result_type(leaf)
+    near = x.astype(dtype)
+    if dtype == x.dtype:
+        return near
+    return jnp.where(jnp.abs(near).astype(x.dtype) > jnp.abs(x), jnp.nextafter(near, jnp.zeros_like(near)), near)
+
+
+def _is_linear(loss: Loss, train: Params, example: Any) -> bool:
+    """Whether the program of the loss neither computes in less than float32 nor brings a backward pass of its own."""
+
+    def fits(jaxpr) -> bool:
+        for equation in jaxpr.eqns:
+            if equation.primitive.name.startswith("custom_vjp"):
+                return False
+            if any(_is_narrow(v.aval) for v in (*equation.invars, *equation.outvars)):
+                return False
+            for value in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_program):
+                if _is_program(value) and not fits(value):
+                    return False
+        return True
+
+    program = jax.make_jaxpr(loss)(train, example)
+    return fits(program) and not any(_is_narrow(v.aval) for v in program.jaxpr.outvars)
+
+
+def _is_program(x: Any) -> bool:
+    return hasattr(x, "eqns")
+
+
+def _is_narrow(aval: Any) -> bool:
+    dtype = getattr(aval, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
