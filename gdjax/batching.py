@@ -27,6 +27,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
 
+from gdjax.batching_poisson import Padded as Padded
+from gdjax.batching_poisson import poisson as poisson
+from gdjax.batching_poisson import take_padded as take_padded
+
 
 def reshuffled(key, num_examples: int, *, num_epochs: int | None = None, start=0, length: int | None = None):
     """Visit every example once an epoch, in an order drawn anew each epoch (random reshuffling).

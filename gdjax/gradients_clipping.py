@@ -7,8 +7,9 @@ program of the loss is in float32 or wider, norms come from `ghost` and the sum 
 losses weighted by the factors: no example's gradient is held. That scales cotangents by the factors, which is as good
 as scaling gradients only where the backward pass is linear to float32's rounding. A program that computes in bfloat16
 or float16, or that brings a backward pass of its own (`jax.custom_vjp`, which may clip or clean what it is given), may
-not be; and with several groups of leaves there are several factors an example. Then the gradients themselves are formed,
-some examples at a time, and clipped: what is clipped is what `per_example` returns, whatever the backward pass does.
+not be; and with several groups of leaves there are several factors an example. Then the gradients themselves are
+formed, some examples at a time, and clipped: what is clipped is what `per_example` returns, whatever the backward pass
+does.
 
 On a GPU or TPU, products of float32 are rounded further unless `jax.default_matmul_precision("highest")` forbids it.
 """
