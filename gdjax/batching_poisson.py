@@ -72,7 +72,7 @@ def poisson(
         bits = jax.random.bits(jax.random.fold_in(key, number), (size + 1,), jnp.uint32).astype(jnp.float32)
         uniform = jnp.minimum((bits + 0.5) * 2.0**-32, 1 - 2.0**-24)
         skipped = jnp.floor(jnp.log1p(-uniform) / scale)
-        # A sum wraps around at 2^32 at the earliest after one that is beyond N, and what follows that one does not count.
+        # A sum that wraps around at 2^32 follows one that is beyond N, and what follows that one does not count.
         ends = jnp.cumsum(jnp.minimum(skipped, num_examples).astype(jnp.uint32) + 1, dtype=jnp.uint32)
         mask = lax.cummin((ends <= num_examples).astype(jnp.int32)) == 1
         return Padded(jnp.where(mask, ends - 1, 0).astype(jnp.int32)[:-1], mask[:-1], mask[-1])

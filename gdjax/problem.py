@@ -85,7 +85,7 @@ class Problem:
                 raise ValueError(f"test examples are {_example(data, name)} but training examples are {example}")
             if not self.allow_nonfinite:
                 _check_finite(data, name)
-        jax.eval_shape(checked(self.loss), params, example)
+        check_loss(jax.eval_shape(_alone(self.loss), params, example))
         for name, metric in self.metrics.items():
             if name == "loss":
                 raise ValueError("metric 'loss' must have another name: the loss is reported under that one")
