@@ -67,24 +67,33 @@ class Method(NamedTuple):
 Record = Callable[[State, Info], Any]
 
 
-def method(gradient: Gradient, optimizer: optax.GradientTransformation) -> Method:
+def method(
+    gradient: Gradient, optimizer: optax.GradientTransformation, *, trainable: problem.Trainable = None
+) -> Method:
     """Join a gradient estimator and an optax optimiser into a `Method`.
 
     Args:
         gradient: (params, batch) -> Estimate, from `gdjax.gradients`.
         optimizer: an optax transformation; it is also given `value` and `grad`, for those that ask for them. Line
             searches (`optax.lbfgs`), which evaluate the loss of the batch again, cannot be used.
+        trainable: what the estimator was given: the other leaves have no state in the optimiser, no weight decay, and
+            stay as they are.
+
+    Raises:
+        ValueError: when called, where the estimator trains other leaves.
     """
     optimizer = optax.with_extra_args_support(optimizer)
 
     def init(params: Params) -> State:
         params = jax.tree.map(jnp.asarray, params)
-        train, _ = problem.trainable(params)
+        train, _ = problem.trainable(params, trainable)
         return State(params, optimizer.init(train), jnp.zeros((), jnp.int32))
 
     def step(state: State, batch: Batch) -> tuple[State, Info]:
         estimate = gradient(state.params, batch)
-        train, frozen = problem.trainable(state.params)
+        train, frozen = problem.trainable(state.params, trainable)
+        if jax.tree.structure(estimate.grad) != jax.tree.structure(train):
+            raise ValueError("the estimator and descent.method must be given the same trainable: their leaves differ")
         update, opt_state = optimizer.update(
             estimate.grad, state.opt_state, train, value=estimate.loss, grad=estimate.grad
         )

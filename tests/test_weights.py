@@ -6,12 +6,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import precision
 import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from gdjax import gradients, problem
+from gdjax import batching, descent, gradients, problem
 from gdjax.problem import Problem
 
 ESTIMATORS = {
@@ -99,15 +100,13 @@ def test_a_batch_is_the_weighted_mean_of_its_examples(estimator, params, batch):
 
 
 @every_estimator
-@pytest.mark.parametrize("transform", ["jit", "vmap", "scan", "sharded"])
+@pytest.mark.parametrize("transform", ["vmap", "scan", "sharded"])
 def test_an_example_of_weight_zero_contributes_nothing_even_if_it_is_nan(estimator, transform, params, batch, nans):
     """Its features are NaN, and the derivative of the loss with them."""
     poisoned = (batch[0].at[0].set(jnp.nan).at[4].set(jnp.inf), batch[1].at[0].set(jnp.nan), batch[2])
     expected = oracle(logistic, params, batch, np.asarray(batch[2]))
     gradient = estimator(logistic, weight=third)
-    if transform == "jit":
-        estimate = jax.jit(gradient)(params, poisoned)
-    elif transform == "vmap":
+    if transform == "vmap":
         both = jax.tree.map(lambda a, b: jnp.stack([a, b]), poisoned, batch)
         estimates = jax.vmap(gradient, (None, 0))(params, both)
         estimate, clean = (jax.tree.map(lambda x, i=i: x[i], estimates) for i in (0, 1))
@@ -211,6 +210,32 @@ def test_frozen_leaves_have_no_gradient_and_the_others_the_same(estimator, train
     assert estimate.grad["hidden"] is None
     expected = oracle(logistic, params, batch, np.asarray(batch[2]))
     assert_same((estimate.loss, estimate.grad["out"]), (expected[0], expected[1]["out"]))
+
+
+def test_a_method_leaves_frozen_leaves_alone(params, batch):
+    """They do not decay either, and have no state in the optimiser."""
+
+    def only(path):
+        return "out" in path
+
+    gradient = gradients.mean(logistic, weight=third, trainable=only)
+    optimizer = optax.chain(optax.add_decayed_weights(0.5), optax.sgd(0.1, momentum=0.9))
+    method = descent.method(gradient, optimizer, trainable=only)
+    start = method.init(params)
+    assert [leaf.shape for leaf in jax.tree.leaves(start.opt_state)] == [(4,)]
+    batches = batching.cut(batching.cyclic(jax.random.key(0), 7, num_epochs=2), 7)
+    state, _ = descent.run(method, start, batch, batches)
+    np.testing.assert_array_equal(state.params["hidden"], params["hidden"])
+
+    def alone(out, example):
+        return logistic({"hidden": params["hidden"], "out": out}, example)
+
+    plain = descent.method(gradients.mean(alone, weight=third), optimizer)
+    expected, _ = descent.run(plain, plain.init(params["out"]), batch, batches)
+    assert_same(state.params["out"], expected.params)
+    other = descent.method(gradient, optax.sgd(0.1))
+    with pytest.raises(ValueError, match="must be given the same trainable"):
+        other.step(other.init(params), batch)
 
 
 def test_one_bool_may_stand_for_all_leaves_below_it(params):
