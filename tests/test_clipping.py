@@ -252,7 +252,7 @@ def test_noise_of_groups_covers_all_bounds_together(params, batch):
 
 
 def test_a_poisson_batch_is_divided_by_its_expected_size_even_if_it_is_empty(params, batch, nans):
-    def gradient(mask):
+    def gradient(mask, batch=batch):
         its_loss, weight = (lambda p, e: loss(p, e[0])), (lambda e: e[1])
         return gradients.clipped(its_loss, 0.7, weight=weight, expected_batch_size=4)(params, (batch, mask))
 
@@ -260,9 +260,10 @@ def test_a_poisson_batch_is_divided_by_its_expected_size_even_if_it_is_empty(par
     there = jax.tree.map(lambda x: x[np.flatnonzero(mask)], batch)
     expected = gradients.clipped(loss, 0.7, expected_batch_size=4)(params, there)
     assert_same(tuple(gradient(mask)[:2]), tuple(expected[:2]))
-    empty = gradient(jnp.zeros(7, bool))
-    assert float(empty.loss) == 0
-    assert all((leaf == 0).all() for leaf in jax.tree.leaves(empty.grad))
+    for its_batch in (batch, jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), batch)):
+        empty = gradient(jnp.zeros(7, bool), its_batch)
+        assert float(empty.loss) == 0
+        assert all((leaf == 0).all() for leaf in jax.tree.leaves(empty.grad))
 
 
 def test_an_adapted_bound_is_the_formula_of_andrew(params, batch):

@@ -40,7 +40,7 @@ def test_every_set_of_examples_is_as_likely_as_it_should_be(key):
     assert np.sum((counts - expected) ** 2 / expected) < 37.7  # chi squared of 15 degrees, 1 in 1000
 
 
-@pytest.mark.parametrize(("num_examples", "batch_size"), [(60000, 256), (1000, 999), (10**9, 40)])
+@pytest.mark.parametrize(("num_examples", "batch_size"), [(60000, 256), (1000, 999)])
 def test_sizes_are_binomial_and_places_uniform(num_examples, batch_size, key):
     batches = batching.poisson(key, num_examples, batch_size=batch_size, num_updates=400)
     sizes, rate = np.asarray(batches.mask).sum(1), batch_size / num_examples
@@ -52,6 +52,14 @@ def test_sizes_are_binomial_and_places_uniform(num_examples, batch_size, key):
     places = np.asarray(batches.indices)[np.asarray(batches.mask)] / num_examples
     np.testing.assert_allclose(places.mean(), 0.5, atol=4.5 / np.sqrt(12 * sizes.sum()))
     assert not batches.overflowed.any()
+
+
+def test_positions_that_wrap_around_do_not_count(key):
+    """The sum of 30 gaps is far beyond 2^32 here."""
+    batches = batching.poisson(key, 2**30, batch_size=1, num_updates=400)
+    sizes = np.asarray(batches.mask).sum(1)
+    np.testing.assert_allclose(sizes.mean(), 1, atol=4.5 / np.sqrt(400))
+    assert all((np.diff(row[:size]) > 0).all() for row, size in zip(batches.indices, sizes, strict=True))
 
 
 def test_the_whole_data_set_is_a_batch_of_probability_one(key):
