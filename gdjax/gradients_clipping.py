@@ -90,13 +90,18 @@ def clipped(
 
     Raises:
         ValueError: for max_norm <= 0, a negative noise_multiplier, noise without a key, with infinite max_norm, or with
-            `weight` and no expected_batch_size; for expected_batch_size <= 0, microbatch_size < 1, and a mapping
+            `weight` or `drop_nonfinite` and no expected_batch_size; for expected_batch_size <= 0, microbatch_size < 1, and a mapping
             max_norm that does not name the groups.
     """
     _check_clipping(max_norm, groups, expected_batch_size, microbatch_size)
     is_noisy = not _is_zero(noise_multiplier)
     if is_noisy:
-        _check_noise(noise_multiplier, noise_key, max_norm, weight, expected_batch_size)
+        _check_noise(noise_multiplier, noise_key, max_norm)
+        if expected_batch_size is None and (weight is not None or drop_nonfinite):
+            raise ValueError(
+                f"noise_multiplier={noise_multiplier} with weight or drop_nonfinite needs expected_batch_size, a fixed "
+                "denominator: the sum of the weights of a batch tells who is in it"
+            )
 
     def gradient(params: Params, batch: Batch) -> Estimate:
         of_train, train = split(loss, params, trainable)
@@ -182,16 +187,11 @@ def _check_clipping(max_norm, groups, expected_batch_size, microbatch_size) -> N
         raise ValueError(f"microbatch_size={microbatch_size} must be at least 1")
 
 
-def _check_noise(noise_multiplier, noise_key, max_norm, weight, expected_batch_size) -> None:
+def _check_noise(noise_multiplier, noise_key, max_norm) -> None:
     if not _allows(noise_multiplier, lambda x: x >= 0):
         raise ValueError(f"noise_multiplier={noise_multiplier} must be at least 0")
     if noise_key is None or not all(_allows(bound, np.isfinite) for bound in _each(max_norm)):
         raise ValueError(f"noise_multiplier={noise_multiplier} needs a noise_key and a finite max_norm={max_norm}")
-    if weight is not None and expected_batch_size is None:
-        raise ValueError(
-            f"noise_multiplier={noise_multiplier} with weight needs expected_batch_size, a fixed denominator: the sum "
-            "of the weights of a batch tells who is in it"
-        )
 
 
 def _each(max_norm) -> list:

@@ -328,7 +328,11 @@ def test_an_adaptive_bound_finds_the_quantile_along_a_run(key):
         ({"max_norm": 1.0, "microbatch_size": 0}, "microbatch_size=0 must be at least 1"),
         (
             {"max_norm": 1.0, "weight": lambda e: e[1].sum(), "noise_multiplier": 1.0, "noise_key": lambda b: None},
-            "with weight needs expected_batch_size, a fixed denominator",
+            "with weight or drop_nonfinite needs expected_batch_size, a fixed denominator",
+        ),
+        (
+            {"max_norm": 1.0, "drop_nonfinite": True, "noise_multiplier": 1.0, "noise_key": lambda b: None},
+            "with weight or drop_nonfinite needs expected_batch_size",
         ),
     ],
 )
