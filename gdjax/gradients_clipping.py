@@ -90,8 +90,8 @@ def clipped(
 
     Raises:
         ValueError: for max_norm <= 0, a negative noise_multiplier, noise without a key, with infinite max_norm, or with
-            `weight` or `drop_nonfinite` and no expected_batch_size; for expected_batch_size <= 0, microbatch_size < 1, and a mapping
-            max_norm that does not name the groups.
+            `weight` or `drop_nonfinite` and no expected_batch_size; for expected_batch_size <= 0, microbatch_size < 1,
+            and a mapping max_norm that does not name the groups.
     """
     _check_clipping(max_norm, groups, expected_batch_size, microbatch_size)
     is_noisy = not _is_zero(noise_multiplier)
