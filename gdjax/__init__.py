@@ -27,6 +27,7 @@ A problem supplies the loss of one example; everything else is derived. A stream
     bench          ways to run the same updates, timed against one another
 
     host
+    privacy        what clipping and noise promise
     kernels        a loop of small operations as one kernel of a CPU
     timing         compilation and run time, apart
     report         run folders with provenance, and figures
@@ -51,6 +52,7 @@ __all__ = [
     "gradients",
     "kernels",
     "noise",
+    "privacy",
     "problem",
     "problems",
     "report",

@@ -63,7 +63,7 @@ def hvp(loss: Loss, *, microbatch_size: int | None = None) -> Callable[[Params, 
 
     Args:
         loss: (params, example) -> scalar.
-        microbatch_size: examples in memory at a time; None: all. It must divide the batch.
+        microbatch_size: the most examples in memory at a time; None: all.
 
     Raises:
         ValueError: when called, for a vector unlike the gradient, and for what `gradients.mean` and `microbatched` do.

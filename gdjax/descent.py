@@ -27,7 +27,8 @@ from jax import lax
 from gdjax import batching, gradients
 from gdjax._trees import kept, traced
 from gdjax.gradients import Gradient
-from gdjax.problem import Batch, Params, Problem, merge, num_examples, trainable
+from gdjax.problem import Batch, Params, Problem, Trainable, merge, num_examples
+from gdjax.problem import trainable as split_params
 
 
 class State(NamedTuple):
@@ -74,24 +75,31 @@ Stream = Callable[..., jax.Array]
 """(key, num_examples, *, start=, length=) -> int32[length], from `batching`."""
 
 
-def method(gradient: Gradient, optimizer: optax.GradientTransformation) -> Method:
+def method(gradient: Gradient, optimizer: optax.GradientTransformation, *, trainable: Trainable = None) -> Method:
     """Join a gradient estimator and an optax optimiser into a `Method`.
 
     Args:
         gradient: (params, batch) -> Estimate, from `gdjax.gradients`.
         optimizer: an optax transformation; it is also given `value` and `grad`, for those that ask for them. Line
             searches (`optax.lbfgs`), which evaluate the loss of the batch again, cannot be used.
+        trainable: what the estimator was given: the other leaves have no state in the optimiser, no weight decay, and
+            stay as they are.
+
+    Raises:
+        ValueError: when called, where the estimator trains other leaves.
     """
     optimizer = optax.with_extra_args_support(optimizer)
 
     def init(params: Params) -> State:
         params = jax.tree.map(jnp.asarray, params)
-        train, _ = trainable(params)
+        train, _ = split_params(params, trainable)
         return State(params, optimizer.init(train), batching.Count.of(0))
 
     def step(state: State, batch: Batch) -> tuple[State, Info]:
         estimate = gradient(state.params, batch)
-        train, frozen = trainable(state.params)
+        train, frozen = split_params(state.params, trainable)
+        if jax.tree.structure(estimate.grad) != jax.tree.structure(train):
+            raise ValueError("the estimator and descent.method must be given the same trainable: their leaves differ")
         update, opt_state = optimizer.update(
             estimate.grad, state.opt_state, train, value=estimate.loss, grad=estimate.grad
         )
@@ -316,7 +324,8 @@ def train(
     """
     init_key, stream_key = jax.random.split(key)
     num_updates = count_updates(problem, batch_size=batch_size, num_updates=num_updates, num_epochs=num_epochs)
-    method_ = method(gradient(problem.loss), optimizer)
+    weighted = {} if problem.weight is None else {"weight": problem.weight}
+    method_ = method(gradient(problem.loss, **weighted), optimizer)
     order = stream(stream_key, problem.num_examples, length=num_updates * batch_size)
     return run(
         method_,

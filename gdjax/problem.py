@@ -33,6 +33,10 @@ Batch = Any
 """An Example with a leading axis B on every leaf."""
 Loss = Callable[[Params, Example], jax.Array]
 """The loss of one example, a floating-point scalar."""
+Weight = Callable[[Example], jax.Array]
+"""How much one example counts, a real scalar >= 0: the loss of a batch is sum w l / sum w."""
+Trainable = Callable[[str], bool] | Any
+"""Which leaves are trained: a predicate on `jax.tree_util.keystr(path)`, or a pytree of bools like the parameters."""
 
 EVALUATED_AT_ONCE = 256  # examples
 
@@ -47,13 +51,17 @@ class Problem:
         train: the training examples; every leaf is [N, ...].
         test: further examples of the same shapes, or None.
         metrics: {name: (params, example) -> scalar}, averaged over examples when reported.
+        weight: example -> scalar >= 0, how much an example counts (its number of tokens, 0 for padding, an importance):
+            the loss of a batch is sum w l / sum w. None: every example counts 1. What makes an estimator of this
+            problem passes it on: `gradients.mean(problem.loss, weight=problem.weight)`.
         name: how tables, figures and run folders call it.
         allow_nonfinite: accept NaN and infinity in the data.
 
     Raises:
         ValueError: for an empty data set, leaves that disagree about N, test examples unlike the training
-            examples, NaN or infinity in the data, parameters with no floating-point leaf, and a loss or metric
-            that is not a scalar or that communicates with the other examples of a batch.
+            examples, NaN or infinity in the data, parameters with no floating-point leaf, and a loss, metric or weight
+            that is not a scalar or that communicates with the other examples of a batch; and for weights of the data
+            that are negative, not finite, or all zero.
     """
 
     init: Callable[[jax.Array], Params]
@@ -61,6 +69,7 @@ class Problem:
     train: Batch
     test: Batch | None = None
     metrics: Mapping[str, Callable[[Params, Example], jax.Array]] = dataclasses.field(default_factory=dict)
+    weight: Weight | None = None
     name: str = "problem"
     allow_nonfinite: bool = False
 
@@ -75,12 +84,15 @@ class Problem:
                 raise ValueError(f"test examples are {_example(data, name)} but training examples are {example}")
             if not self.allow_nonfinite:
                 _check_finite(data, name)
-        check_loss(_abstract(self.loss, params, example))
+        check_loss(jax.eval_shape(_alone(self.loss), params, example))
         for name, metric in self.metrics.items():
             if name == "loss":
                 raise ValueError("metric 'loss' must have another name: the loss is reported under that one")
-            if jnp.shape(value := _abstract(metric, params, example)) != ():
+            if jnp.shape(value := jax.eval_shape(_alone(metric), params, example)) != ():
                 raise ValueError(f"metric {name!r} must return one scalar for one example, but returns {value}")
+        for name, data in (("train", self.train), ("test", self.test)):
+            if self.weight is not None and data is not None:
+                _check_weights(self.weight, data, name)
 
     @property
     def num_examples(self) -> int:
@@ -91,6 +103,8 @@ class Problem:
         self, params: Params, on: str | Batch = "train", *, names: Sequence[str] | None = None
     ) -> dict[str, jax.Array]:
         """Return {"loss": mean loss, and the mean of every metric}, in chunks, so that memory does not grow with N.
+
+        Means are weighted where the problem has weights.
 
         It is pure and works under `jit` and `vmap`. Examples that are given as an argument of a jitted function are an
         input of its program; those of the problem become constants of it, of which every program holds a copy.
@@ -120,6 +134,13 @@ class Problem:
             return {name: functions[name](params, example) for name in names}
 
         values = lax.map(one, examples, batch_size=min(EVALUATED_AT_ONCE, num_examples(examples, "on")))
+        if self.weight is not None:
+            shares = weights(self.weight, examples)
+            shares /= shares.sum()
+            values = {
+                name: jnp.where(shares > 0, value, 0) * (shares * len(shares)).astype(value.dtype)
+                for name, value in values.items()
+            }
         finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(trainable(params)[0])]).all()
         return {name: jnp.where(finite, value.mean(), jnp.nan) for name, value in values.items()}
 
@@ -160,26 +181,64 @@ def check_loss(losses: Any, shape: tuple[int, ...] = ()) -> None:
     )
 
 
-def trainable(params: Params) -> tuple[Params, Params]:
-    """Split parameters into (floating-point leaves, all other leaves), each with None where the other has a leaf.
+def checked(loss: Loss) -> Loss:
+    """Return `loss` with a `ValueError` that says what to do, where what it returns is not the loss of one example."""
+    alone = _alone(loss)
 
-    Gradients, optimisers and statistics see the first part alone; `merge` puts the two together again.
+    def of_one_example(params: Params, example: Example) -> jax.Array:
+        value = alone(params, example)
+        check_loss(value)
+        return value
+
+    return of_one_example
+
+
+def weights(weight: Weight, batch: Batch) -> jax.Array:
+    """Return the weights [B] of the examples of a batch, in float32 at least.
+
+    Raises:
+        ValueError: where `weight` does not return one real scalar for one example.
+    """
+    found = jax.vmap(_alone(weight))(batch)
+    if not hasattr(found, "dtype") or found.ndim != 1 or jnp.issubdtype(found.dtype, jnp.complexfloating):
+        raise ValueError(
+            "weight must return one real scalar for one example, but it returns "
+            + (f"{found.dtype}{list(found.shape[1:])}" if hasattr(found, "dtype") else f"a {type(found).__name__}")
+        )
+    wide = jnp.issubdtype(found.dtype, jnp.floating) and jnp.finfo(found.dtype).bits >= 32
+    return found if wide else found.astype(float)
+
+
+def trainable(params: Params, only: Trainable = None) -> tuple[Params, Params]:
+    """Split parameters into (the leaves to train, all other leaves), each with None where the other has a leaf.
+
+    The floating-point leaves are trained, or those among them that `only` chooses. Gradients, optimisers and statistics
+    see the first part alone; `merge` puts the two together again.
 
     >>> trainable({"weight": 1.5, "steps": 3})
     ({'steps': None, 'weight': 1.5}, {'steps': 3, 'weight': None})
+    >>> trainable({"body": 1.5, "head": 0.5}, lambda path: "head" in path)
+    ({'body': None, 'head': 0.5}, {'body': 1.5, 'head': None})
+
+    Args:
+        params: the parameters.
+        only: path -> bool, the path as `jax.tree_util.keystr` writes it; or bools in a pytree like `params`, in which
+            one bool may stand for all leaves below it. None: all floating-point leaves.
 
     Raises:
-        ValueError: where no leaf is floating-point, so that there is nothing to train.
+        ValueError: where a leaf is no array or complex, where no leaf is left to train, and where `only` does not have
+            the structure of the parameters.
     """
-    dtypes = jax.tree.map(jnp.result_type, params)
-    if any(jnp.issubdtype(dtype, jnp.complexfloating) for dtype in jax.tree.leaves(dtypes)):
-        raise ValueError("params must be real: keep a complex leaf as its real and imaginary parts")
-    floating = jax.tree.map(lambda dtype: jnp.issubdtype(dtype, jnp.floating), dtypes)
+    floating = jax.tree_util.tree_map_with_path(_is_floating, params)
     if not any(jax.tree.leaves(floating)):
-        names = [str(dtype) for dtype in jax.tree.leaves(dtypes)]
+        names = [str(jnp.result_type(leaf)) for leaf in jax.tree.leaves(params)]
         raise ValueError(f"params must have a floating-point leaf to train, but its leaves are {names}")
-    train = jax.tree.map(lambda leaf, is_floating: leaf if is_floating else None, params, floating)
-    frozen = jax.tree.map(lambda leaf, is_floating: None if is_floating else leaf, params, floating)
+    chosen = floating if only is None else jax.tree.map(lambda a, b: a and b, floating, _mask(only, params))
+    if not any(jax.tree.leaves(chosen)):
+        paths = [jax.tree_util.keystr(path) for path, leaf in jax.tree_util.tree_leaves_with_path(floating) if leaf]
+        raise ValueError(f"trainable={only} chooses none of the floating-point leaves of params, {paths}")
+    train = jax.tree.map(lambda leaf, is_chosen: leaf if is_chosen else None, params, chosen)
+    frozen = jax.tree.map(lambda leaf, is_chosen: None if is_chosen else leaf, params, chosen)
     return train, frozen
 
 
@@ -198,16 +257,55 @@ def _abstract_params(init: Callable[[jax.Array], Params]) -> Params:
         ) from error
 
 
-def _abstract(function: Callable[[Params, Example], Any], params: Params, example: Any) -> Any:
+def _alone(function: Callable) -> Callable:
+    """Return `function`, of one example, with a message of its own where it asks for the other examples."""
+
+    def of_one_example(*arguments):
+        try:
+            return function(*arguments)
+        except NameError as error:
+            if "unbound axis name" not in str(error):
+                raise
+            raise ValueError(
+                "a loss of one example cannot depend on the others of its batch, as BatchNorm in training mode does: "
+                f"use its running averages, or GroupNorm or LayerNorm. What jax says: {error}"
+            ) from error
+
+    return of_one_example
+
+
+def _is_floating(path, leaf) -> bool:
     try:
-        return jax.eval_shape(function, params, example)
-    except NameError as error:
-        if "unbound axis name" not in str(error):
-            raise
+        dtype = jnp.result_type(leaf)
+    except TypeError as error:
         raise ValueError(
-            "a loss of one example cannot depend on the others of its batch, as BatchNorm in training mode does: use "
-            f"its running averages, or GroupNorm or LayerNorm. What jax says: {error}"
+            f"params must be a pytree of arrays, but its leaf at {jax.tree_util.keystr(path)} is a "
+            f"{type(leaf).__name__}: an Equinox model keeps its functions apart with eqx.partition(model, eqx.is_array)"
         ) from error
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        raise ValueError("params must be real: keep a complex leaf as its real and imaginary parts")
+    return bool(jnp.issubdtype(dtype, jnp.floating))
+
+
+def _mask(only: Trainable, params: Params) -> Any:
+    """Return bools like the parameters."""
+    if callable(only):
+        return jax.tree_util.tree_map_with_path(lambda path, _: bool(only(jax.tree_util.keystr(path))), params)
+    try:
+        return jax.tree.map(lambda chosen, below: jax.tree.map(lambda _: bool(chosen), below), only, params)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"trainable must be a predicate or bools in a pytree like params: {error}") from error
+
+
+def _check_weights(weight: Weight, data: Batch, name: str) -> None:
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(data)):
+        jax.eval_shape(lambda data: weights(weight, data), data)
+        return
+    found = jax.jit(lambda data: weights(weight, data))(data)
+    if bad := int(jnp.sum(~(jnp.isfinite(found) & (found >= 0)))):
+        raise ValueError(f"weight must be finite and at least 0, but is not for {bad} examples of {name}")
+    if not bool(jnp.any(found > 0)):
+        raise ValueError(f"weight is 0 for every example of {name}")
 
 
 def _example(data: Batch, name: str) -> Any:

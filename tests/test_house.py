@@ -22,7 +22,7 @@ FILES = {
 FLOORS = """
     _trees _files
     problem batching theory
-    ghost kernels
+    ghost kernels privacy
     gradients
     descent curvature
     timing report problems noise sweep training

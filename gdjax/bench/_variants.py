@@ -57,12 +57,12 @@ def python_loop(problem: Problem, learning_rate: float) -> Run:
 
 def scan(problem: Problem, learning_rate: float) -> Run:
     """Run `descent.run`: one compiled loop."""
-    return _descend(gradients.mean(problem.loss), learning_rate)
+    return _descend(gradients.mean(problem.loss, weight=problem.weight), learning_rate)
 
 
 def unrolled(problem: Problem, learning_rate: float) -> Run:
     """Make UNROLL updates in one iteration of the loop."""
-    return _descend(gradients.mean(problem.loss), learning_rate, unroll=UNROLL)
+    return _descend(gradients.mean(problem.loss, weight=problem.weight), learning_rate, unroll=UNROLL)
 
 
 def one_kernel(problem: Problem, learning_rate: float) -> Run:
@@ -130,7 +130,7 @@ def microbatched(problem: Problem, learning_rate: float) -> Run:
         if batch_size == 1:
             raise ValueError("one example has no pieces")
         size = max(m for m in range(1, max(1, batch_size // 4) + 1) if batch_size % m == 0)
-        gradient = gradients.microbatched(problem.loss, microbatch_size=size)
+        gradient = gradients.microbatched(problem.loss, weight=problem.weight, microbatch_size=size)
         return _descend(gradient, learning_rate)(params, data, batches)
 
     return run
@@ -165,7 +165,7 @@ def lanes(problem: Problem, learning_rate: float, batch_sizes: Sequence[int]) ->
     Raises:
         ValueError: where m does not divide a batch size.
     """
-    gradient = gradients.mean(problem.loss)
+    gradient = gradients.mean(problem.loss, weight=problem.weight)
     method = plain_method(problem, learning_rate)
 
     def lane(params, data, batches, period):
@@ -228,7 +228,7 @@ def microbatch_size(batch_sizes: Sequence[int]) -> int:
 
 def plain_method(problem: Problem, learning_rate: float) -> Method:
     """Return the method of `scan`: mean gradients and plain SGD."""
-    return _sgd(gradients.mean(problem.loss), learning_rate)
+    return _sgd(gradients.mean(problem.loss, weight=problem.weight), learning_rate)
 
 
 def _sgd(gradient: Gradient, learning_rate: float) -> Method:

@@ -165,7 +165,9 @@ def gradient_noise(problem: Problem, gradient: Gradient, batch_size: int, exampl
     params = problem.init(init_key)
     count = len(jax.tree.leaves(examples)[0])
     stream = batching.reshuffled(stream_key, count, num_epochs=1)
-    whole = gradients.microbatched(problem.loss, microbatch_size=_largest_divisor(count, NUM_AT_ONCE))
+    whole = gradients.microbatched(
+        problem.loss, weight=problem.weight, microbatch_size=_largest_divisor(count, NUM_AT_ONCE)
+    )
     full = whole(params, examples).grad
 
     def squared_error(indices):
@@ -270,7 +272,7 @@ def _gradient_counts(problem: Problem, what: Plan, batch_size: int) -> tuple[flo
         lambda x: jax.ShapeDtypeStruct((batch_size, *np.shape(x)[1:]), jnp.result_type(x)), problem.train
     )
     program = kept(problem, ("gradient", batch_size, size), lambda: timing.compiled(gradient, params, batch))
-    pieces = batch_size // (size or batch_size)  # the body of a loop counts once
+    pieces = -(-batch_size // (size or batch_size))  # the body of a loop counts once
     return program.flops and program.flops * pieces, program.temporary_bytes
 
 
@@ -289,7 +291,3 @@ def _noise(problem: Problem, what: Plan, batch_size: int, key) -> tuple[float, i
     program = kept(problem, ("noise", batch_size, what.microbatches[batch_size]), lambda: jax.jit(of_seeds))
     init_key, stream_key = (jax.random.split(part, what.num_seeds) for part in jax.random.split(key))
     return float(program(examples, init_key, stream_key).mean()), count
-
-
-def _largest_divisor(number: int, limit: int) -> int:
-    return max(i for i in range(1, limit + 1) if number % i == 0)

@@ -57,7 +57,7 @@ def classification(model: models.Model, data: Split, *, num_classes: int, name: 
         x, label = example
         return (model.apply(params, x).argmax().astype(label.dtype) == label).astype(float)
 
-    return Problem(model.init, loss, data.train, data.test, {"accuracy": accuracy}, name)
+    return Problem(model.init, loss, data.train, data.test, {"accuracy": accuracy}, name=name)
 
 
 def language_model(model: models.Model, data: Split, *, num_tokens: int, name: str = "language-model") -> Problem:
@@ -79,7 +79,7 @@ def language_model(model: models.Model, data: Split, *, num_tokens: int, name: s
         predictions = model.apply(params, tokens[:-1]).argmax(-1).astype(tokens.dtype)
         return (predictions == tokens[1:]).astype(float).mean()
 
-    return Problem(model.init, loss, data.train, data.test, {"accuracy": accuracy}, name)
+    return Problem(model.init, loss, data.train, data.test, {"accuracy": accuracy}, name=name)
 
 
 def regression(model: models.Model, data: Split, *, name: str = "regression") -> Problem:
@@ -99,7 +99,7 @@ def regression(model: models.Model, data: Split, *, name: str = "regression") ->
     def loss(params, example):
         return 0.5 * squared_error(params, example)
 
-    return Problem(model.init, loss, data.train, data.test, {"squared_error": squared_error}, name)
+    return Problem(model.init, loss, data.train, data.test, {"squared_error": squared_error}, name=name)
 
 
 def mnist_mlp(hidden: tuple[int, ...] = (256,), *, data: Split | None = None) -> Problem:
@@ -142,7 +142,7 @@ def least_squares(data: Split | None = None) -> Problem:
         return jnp.zeros(data.train[0].shape[1])
 
     metrics = {"squared_error": lambda weights, example: 2 * loss(weights, example)}
-    return Problem(init, loss, data.train, data.test, metrics, "least-squares")
+    return Problem(init, loss, data.train, data.test, metrics, name="least-squares")
 
 
 def logistic(data: Split | None = None, *, name: str = "logistic") -> Problem:
@@ -168,7 +168,7 @@ def logistic(data: Split | None = None, *, name: str = "logistic") -> Problem:
     def init(key):
         return {"weight": jnp.zeros(data.train[0].shape[1]), "bias": jnp.zeros(())}
 
-    return Problem(init, loss, data.train, data.test, {"accuracy": accuracy}, name)
+    return Problem(init, loss, data.train, data.test, {"accuracy": accuracy}, name=name)
 
 
 def noisy_quadratic(
@@ -197,7 +197,7 @@ def noisy_quadratic(
     def init(key):
         return jax.random.normal(key, h.shape)
 
-    return Problem(init, loss, centres, None, {"excess_loss": excess_loss}, "noisy-quadratic")
+    return Problem(init, loss, centres, None, {"excess_loss": excess_loss}, name="noisy-quadratic")
 
 
 BUILT_IN: dict[str, Callable[[], Problem]] = {

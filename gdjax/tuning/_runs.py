@@ -92,7 +92,9 @@ def trainer(
     length = problem.num_examples
     # One seed at a time: one program serves any number of them.
     init = kept(problem.init, "tuning", lambda: jax.jit(problem.init))
-    begin, train = _training(problem, optimizer, gradient or (lambda batch_size: gradients.mean(problem.loss)))
+    begin, train = _training(
+        problem, optimizer, gradient or (lambda batch_size: gradients.mean(problem.loss, weight=problem.weight))
+    )
     evaluate_runs = _evaluating(evaluate)
 
     @partial(jax.jit, static_argnames="entries")
@@ -138,7 +140,7 @@ def _training(problem: Problem, optimizer: Optimizer, gradient: Callable[[int], 
     @jax.jit
     def begin(params: Sequence[Any], learning_rates):
         def start(params, rate):
-            return descent.method(gradients.mean(problem.loss), optimizer(rate)).init(params)
+            return descent.method(gradients.mean(problem.loss, weight=problem.weight), optimizer(rate)).init(params)
 
         return jax.vmap(start)(jax.tree.map(lambda *leaves: jnp.stack(leaves), *params), learning_rates)
 

@@ -80,9 +80,9 @@ def speeds(
     """
     found: list[Speed] = []
     draw = np.random.default_rng(0)
-    at = gradient or (lambda batch_size: gradients.mean(problem.loss))
+    at = gradient or (lambda batch_size: gradients.mean(problem.loss, weight=problem.weight))
     init = kept(problem.init, "tuning", lambda: jax.jit(problem.init))
-    method = descent.method(gradients.mean(problem.loss), optimizer(learning_rate))
+    method = descent.method(gradients.mean(problem.loss, weight=problem.weight), optimizer(learning_rate))
     state = method.init(init(jax.random.key(0)))
     for size in sizes:
         progress(f"timing batch size {size}")
@@ -147,7 +147,7 @@ def microbatch_sizes(problem: Problem, sizes: Sequence[int], *, memory: float | 
                 raise ValueError(
                     f"memory={limit:.3g} bytes: the gradient of one example needs {fixed + each:.3g}: allow more"
                 )
-            whole[size] = max(m for m in range(1, most + 1) if size % m == 0)
+            whole[size] = most
     return whole
 
 
@@ -157,8 +157,8 @@ def estimator(problem: Problem, microbatches: dict[int, int | None]) -> Callable
     def at(batch_size: int) -> Gradient:
         size = microbatches.get(batch_size)
         if size is None:
-            return gradients.mean(problem.loss)
-        return gradients.microbatched(problem.loss, microbatch_size=size)
+            return gradients.mean(problem.loss, weight=problem.weight)
+        return gradients.microbatched(problem.loss, weight=problem.weight, microbatch_size=size)
 
     return at
 
@@ -167,7 +167,9 @@ def _gradient_bytes(problem: Problem, batch_size: int) -> int:
     """Return the temporary and result bytes of one gradient, by the compiler's count."""
 
     def gradient(train, frozen, data, indices):
-        return gradients.mean(problem.loss)(merge(train, frozen), batching.take(data, indices)).grad
+        return gradients.mean(problem.loss, weight=problem.weight)(
+            merge(train, frozen), batching.take(data, indices)
+        ).grad
 
     params = jax.eval_shape(problem.init, jax.random.key(0))
     indices = jax.ShapeDtypeStruct((batch_size,), jnp.int32)

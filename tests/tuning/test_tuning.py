@@ -381,13 +381,12 @@ def test_what_does_not_fit_is_said_and_other_errors_are_not_hidden(problem, mess
     assert 0 < known[0].seconds_per_update < 1
 
 
-def test_gradients_that_do_not_fit_are_taken_in_equal_pieces():
+def test_gradients_that_do_not_fit_are_taken_in_pieces():
     """Every example needs 10,000 numbers beside the parameters: the sizes of the pieces bound them."""
     wide = Problem(lambda key: jnp.zeros(()), lambda w, x: jnp.sum(jnp.sin(w * x * jnp.arange(1e4))), jnp.ones(600))
     found = tuning.microbatch_sizes(wide, [1, 32, 600], memory=50 * 1e4 * 8)
     assert (found[1], found[32]) == (None, None)
     assert found[600] is not None
-    assert 600 % found[600] == 0
     assert 5 <= found[600] <= 50
     with pytest.raises(ValueError, match=r"memory=.* bytes: the gradient of one example needs .*: allow more"):
         tuning.microbatch_sizes(wide, [1, 32], memory=1e3)

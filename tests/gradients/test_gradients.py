@@ -119,9 +119,6 @@ def test_parameters_and_batches_that_cannot_be_used_are_refused(estimator, param
         estimator(lambda w, x: w * 1.0)(params, batch)
 
 
-def test_microbatches_that_would_drop_examples_are_refused():
-    gradient = gradients.microbatched(lambda w, x: w * x, microbatch_size=16)
-    with pytest.raises(ValueError, match="microbatch_size=16 must divide the batch of 20 examples"):
-        gradient(jnp.asarray(1.0), jnp.ones(20))
+def test_a_microbatch_of_no_example_is_refused():
     with pytest.raises(ValueError, match="microbatch_size=0 must be at least 1"):
         gradients.microbatched(lambda w, x: w * x, microbatch_size=0)

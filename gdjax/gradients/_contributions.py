@@ -1,0 +1,125 @@
+"""Contributions of the examples to a clipped gradient, added up with their bound kept.
+
+**The bound** |contribution| <= C holds to 1e-6 in every dtype. Two ways lead to the sum of the contributions. Where the
+program of the loss is in float32 or wider, norms come from `ghost` and the sum from one more backward pass, of the
+losses weighted by the factors: no example's gradient is held. That scales cotangents by the factors, which is as good
+as scaling gradients only where the backward pass is linear to float32's rounding. A program that computes in bfloat16
+or float16, or that brings a backward pass of its own (`jax.custom_vjp`, which may clip or clean what it is given), may
+not be; and with several groups of leaves there are several factors an example. Then the gradients themselves are
+formed, some examples at a time, and clipped: what is clipped is what `per_example` returns, whatever the backward pass
+does.
+
+On a GPU or TPU, products of float32 are rounded further unless `jax.default_matmul_precision("highest")` forbids it.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from gdjax import ghost
+from gdjax._trees import wide
+from gdjax.gradients._weights import filled, sums, weigh_cotangent
+from gdjax.problem import Loss, Params
+
+SCALE = 2.0**-16
+"""By which gradients are multiplied before they are squared: norms up to 10^24 then have squares in float32, where else
+they would end at 2 10^19. What is lost are gradients below 10^-14."""
+
+
+def _coefficients(bounds, factor, norms, weights):
+    """Return {group: the weights [B] times the factors}."""
+
+    def of_group(norm, bound):
+        bound = jnp.asarray(bound, norm.dtype)
+        factors = jnp.clip(factor(norm, bound), 0, bound / norm)
+        return jnp.where(weights > 0, weights.astype(norm.dtype) * factors, 0)
+
+    return {group: of_group(norms[group], bounds[group]) for group in bounds}
+
+
+def _kept(weights, losses, norms):
+    """Return the weights, zero where a loss or norm is not finite."""
+    finite = jnp.stack([jnp.isfinite(x) for x in (losses, *norms.values())])
+    return jnp.where(finite.all(0), weights, 0)
+
+
+def by_weighting(loss, train, names, bounds, factor, drop, batch, weights):
+    """Return (sum of contributions, (losses, norms, weights)) from norms and a backward pass of weighted losses."""
+    [group] = bounds
+
+    def scaled_down(train, example):
+        return weigh_cotangent(loss(train, example), jnp.asarray(SCALE, jnp.float32))
+
+    losses, _, sq_norms = ghost.sq_norms(scaled_down)(train, batch)
+    # Leaves may differ in their dtypes.
+    norm = jnp.sqrt(sum(jnp.asarray(leaf, float) for leaf in jax.tree.leaves(sq_norms))) / SCALE
+    norms = {group: jnp.where(weights > 0, weights.astype(norm.dtype) * norm, 0)}
+    if drop:
+        weights = _kept(weights, losses, norms)
+        batch = filled(batch, weights)
+    [coefficients] = _coefficients(bounds, factor, norms, weights).values()
+    (_, grad), _ = sums(loss, train, batch, coefficients)
+    return _unless_empty(grad, weights), (losses, norms, weights)
+
+
+def by_forming(loss, train, names, bounds, factor, drop, batch, weights):
+    """Return the same from the gradients of the examples."""
+    losses, grads = jax.vmap(jax.value_and_grad(loss), (None, 0))(train, batch)
+    leaves, structure = jax.tree.flatten(jax.tree.map(wide, grads))
+    norms = {}
+    for group in bounds:
+        own = [_norm(leaf) for leaf, name in zip(leaves, names, strict=True) if name == group]
+        norm = _norm(jnp.stack([jnp.asarray(x, float) for x in own], 1))
+        norms[group] = jnp.where(weights > 0, weights.astype(norm.dtype) * norm, 0)
+    if drop:
+        weights = _kept(weights, losses, norms)
+        leaves = [jnp.where(jnp.expand_dims(weights > 0, range(1, leaf.ndim)), leaf, 0) for leaf in leaves]
+    coefficients = _coefficients(bounds, factor, norms, weights)
+
+    def total(name, leaf):
+        return jnp.tensordot(coefficients[name].astype(leaf.dtype), leaf, 1, precision=lax.Precision.HIGHEST)
+
+    grad = jax.tree.unflatten(structure, [total(*pair) for pair in zip(names, leaves, strict=True)])
+    return _unless_empty(grad, weights), (losses, norms, weights)
+
+
+def _unless_empty(grad: Params, weights: jax.Array) -> Params:
+    """Return zero where all weights are zero, so that no example was there to stand in for the others."""
+    return jax.tree.map(lambda g: jnp.where(jnp.any(weights > 0), g, 0), grad)
+
+
+def _norm(x: jax.Array) -> jax.Array:
+    """Return |x_b|, [B], of x [B, ...], without squares that overflow."""
+    x = x.reshape(len(x), -1)
+    largest = jnp.max(jnp.abs(x), 1, initial=0)
+    scale = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+    return scale * jnp.sqrt(jnp.sum((x / scale[:, None]) ** 2, 1))
+
+
+def is_linear(loss: Loss, train: Params, example: Any) -> bool:
+    """Whether the program of the loss neither computes in less than float32 nor brings a backward pass of its own."""
+
+    def fits(jaxpr) -> bool:
+        for equation in jaxpr.eqns:
+            if equation.primitive.name.startswith("custom_vjp"):
+                return False
+            if any(_is_narrow(v.aval) for v in (*equation.invars, *equation.outvars)):
+                return False
+            for value in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_program):
+                if _is_program(value) and not fits(value):
+                    return False
+        return True
+
+    program = jax.make_jaxpr(loss)(train, example)
+    return fits(program) and not any(_is_narrow(v.aval) for v in program.jaxpr.outvars)
+
+
+def _is_program(x: Any) -> bool:
+    return hasattr(x, "eqns")
+
+
+def _is_narrow(aval: Any) -> bool:
+    dtype = getattr(aval, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
