@@ -94,7 +94,7 @@ def noise_costs(
     def back(slope, now):
         """Return d loss / d s before an update from that after it; the cost, and that of the noise that stays."""
         rate, inverse, second = now
-        costs = rate**2 * slope @ noise, rate**2 * slope @ _variance(quadratic, second)
+        costs = rate**2 * slope @ noise, rate**2 * slope @ gradient_variance(quadratic, second)
         kick = rate**2 * inverse * shrinking * h * (h * slope + h @ slope)
         return (1 - rate * h) ** 2 * slope + kick, costs
 
@@ -129,7 +129,7 @@ def _run(quadratic: Quadratic, learning_rates: jax.Array, inverse: jax.Array, no
     def update(second, now):
         rate, inverse = now
         if normalized:
-            rate = rate / jnp.sqrt(h**2 @ second + inverse * jnp.sum(_variance(quadratic, second)))
+            rate = rate / jnp.sqrt(h**2 @ second + inverse * jnp.sum(gradient_variance(quadratic, second)))
         second = _update(quadratic, second, rate, inverse)
         return second, h @ second / 2
 
@@ -138,11 +138,11 @@ def _run(quadratic: Quadratic, learning_rates: jax.Array, inverse: jax.Array, no
 
 def _update(quadratic: Quadratic, second: jax.Array, rate: jax.Array, inverse: jax.Array) -> jax.Array:
     """Return s [D] after an update on a batch of 1 / `inverse` examples."""
-    kick = rate**2 * inverse * _variance(quadratic, second)
+    kick = rate**2 * inverse * gradient_variance(quadratic, second)
     return (1 - rate * quadratic.eigenvalues) ** 2 * second + kick
 
 
-def _variance(quadratic: Quadratic, second: jax.Array) -> jax.Array:
-    """Return the variance [D] of the gradient of one example."""
+def gradient_variance(quadratic: Quadratic, second: jax.Array) -> jax.Array:
+    """Return the variance [D] of the gradient of one example at s = `second` [D]."""
     h = quadratic.eigenvalues
     return quadratic.noise + quadratic.shrinking * h * (h * second + h @ second)
