@@ -15,8 +15,7 @@ A problem supplies the loss of one example; everything else is derived.
     stream_order   the noise floor of every order of the stream, exactly
     curvature      Hessian-vector products, top eigenpairs, batch sharpness, trace
     intervals      confidence intervals of ratios
-    noise          gradient noise scales, with intervals
-    tracking       the noise scale along a run
+    noise          gradient noise scales, with intervals, of a sample and along a run
 
     records        run folders with provenance
     formats        parsers of standard data formats
@@ -106,7 +105,6 @@ __all__ = [
     "theory",
     "throughput",
     "timing",
-    "tracking",
     "training",
     "variants",
 ]
@@ -156,7 +154,6 @@ if TYPE_CHECKING:
         theory,
         throughput,
         timing,
-        tracking,
         training,
         variants,
     )
