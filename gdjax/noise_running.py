@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from gdjax import intervals, theory
 from gdjax.noise_scale import sentence, verdict
 
-REBASE = 2.0**16  # the sums change their unit when what comes in is so much larger or smaller
+REBASE = 2.0**16  # the sums change their unit when they are so much larger or smaller
 NUM_EQUAL = 2.0  # a tail is heavy where fewer than n_eff / 2 updates make up tr(S)
 
 
@@ -144,11 +144,13 @@ def push(running: Running, signal, variance, *, batch_size, num_parts=None, raw=
     pair = jnp.stack([jnp.asarray(signal, running.sums.dtype), jnp.asarray(variance, running.sums.dtype)])
     finite = jnp.isfinite(pair).all()
     counts = raw & finite
-    # Sums are exact in the new unit too, but for rounding; it changes when the loss's scale does, and at the start.
-    size = jnp.abs(pair).max()
-    stays = (size <= running.unit * REBASE) & (size * REBASE >= running.unit) & (running.weight > 0)
+    # The unit follows the larger of what is remembered and what comes in, so that neither can overflow in it.
+    has_past = running.weight > 0
+    remembered = jnp.abs(running.sums).max() / jnp.where(has_past, running.weight, 1) * running.unit
+    size = jnp.maximum(jnp.abs(pair).max(), remembered)
+    stays = (size <= running.unit * REBASE) & (size * REBASE >= running.unit) & has_past
     unit = jnp.where(stays | ~counts | (size == 0), running.unit, size)
-    ratio = running.unit / unit
+    ratio = jnp.where(has_past, running.unit / unit, 1)
     pair = jnp.where(counts, pair / unit, 0)
 
     keep = theory.decay_per_update(running.half_life, batch_size).astype(pair.dtype)
@@ -156,7 +158,6 @@ def push(running: Running, signal, variance, *, batch_size, num_parts=None, raw=
     weight = keep * running.weight + gain
     sums = keep * ratio * running.sums + gain * pair
     mean = sums / jnp.where(weight > 0, weight, 1)
-    has_past = running.weight > 0
     difference = jnp.where(has_past, pair - ratio * running.last, 0)
     return Running(
         sums=sums,

@@ -44,7 +44,7 @@ class Parts(NamedTuple):
         part_size, batch_size: b and B, in examples.
         num_known: parts that are known.
         bound: |g_B|^2 is at most this, the square of the mean length of the parts; infinite where not all are known.
-        equal: bool, whether at least half of the parts, and two, are as long as the longest, as clipped ones are.
+        equal: bool, whether more than half of the parts are as long as the longest, as clipped ones are.
     """
 
     small: jax.Array
@@ -107,7 +107,7 @@ def parts(*, batch_size: int, sq_norms: Any = None, grads: Params | None = None,
         batch_size=batch_size,
         num_known=num_known,
         bound=jnp.sqrt(norms).mean() ** 2 if complete else jnp.asarray(jnp.inf),
-        equal=(norms >= longest).sum() >= max(2, (num_known + 1) // 2),
+        equal=(norms >= longest).sum() > max(1, num_known // 2),
     )
 
 
@@ -125,9 +125,9 @@ def watch(
 
     An update whose parts cannot be raw gradients of its batch is left out, and where most are the verdict is
     'not raw': the mean of `grads` is not as long as the updates; the updates are longer than the mean length of the
-    parts (a sum, or a scaled loss); the parts do not differ (averaged over devices before); or half of them are exactly
+    parts (a sum, or a scaled loss); the parts do not differ (averaged over devices before); or most of them are exactly
     as long as the longest (clipped one by one). What cannot be told from norms: updates that were clipped before where
-    only `sq_norms` are passed, single examples of which less than half were clipped, and a wrong `batch_size`.
+    only `sq_norms` are passed, single examples of which at most half were clipped, and a wrong `batch_size`.
 
     Args:
         half_life: in examples.
