@@ -124,7 +124,7 @@ def start(*, half_life: float) -> Running:
         refused=zero,
         unit=jnp.ones(()),
         num_parts=zero,
-        half_life=jnp.asarray(float(half_life)),
+        half_life=jnp.asarray(half_life, zero.dtype),
         num_examples=zero,
     )
 

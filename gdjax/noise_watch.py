@@ -228,7 +228,7 @@ def _pushed(running: Running, known: Parts, large, num_examples: int | None, *, 
         # Both are sums of the same squares, in another order, and the updates may have been rounded to bfloat16.
         raw &= jnp.abs(known.large - large) <= 2.0**-6 * known.large
         large = known.large
-    raw &= known.small - large > close * known.small
+    raw &= jnp.isinf(known.bound) | (known.small - large > close * known.small)
     sizes = known.part_size, known.batch_size
     f, g = (jnp.asarray(variance_factor(size, num_examples), dtype) for size in sizes)
     pair = solve(known.small, large, f, g)
@@ -238,9 +238,9 @@ def _pushed(running: Running, known: Parts, large, num_examples: int | None, *, 
 def _over_devices(updates: Params, axis_name, batch_size: int | None) -> tuple[Parts, Params]:
     """Return the parts that the devices' gradients are, and the updates averaged over the devices."""
     axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
-    varying = jax.typeof(lax.axis_index(axes)).vma  # empty where shard_map does not check, and in pmap
+    varying = _varying(lax.axis_index(axes))  # empty where shard_map does not check, and in pmap
     for leaf in jax.tree.leaves(updates):
-        if not varying <= jax.typeof(leaf).vma:
+        if not varying <= _varying(leaf):
             raise ValueError(
                 f"gradients do not vary over axis_name={axis_name!r}: they are already averaged or summed over the "
                 "devices. In jax.shard_map, differentiate with respect to jax.lax.pcast(params, axis, to='varying'), "
@@ -259,6 +259,12 @@ def _over_devices(updates: Params, axis_name, batch_size: int | None) -> tuple[P
     )
     equal = least >= most * (1 - ULPS * jnp.finfo(norm.dtype).eps)
     return Parts(small, None, part_size, batch_size, num_devices, length**2, equal), updates
+
+
+def _varying(x: jax.Array) -> frozenset:
+    """Return the mesh axes over which a value may differ, as `jax.shard_map` knows it."""
+    kind = jax.typeof(x)
+    return kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else getattr(kind, "vma", frozenset())
 
 
 def _sq_norm(tree: Params) -> jax.Array:
