@@ -88,7 +88,7 @@ def diagonal(opt_state: Any) -> Params:
             f"but has {names}"
         )
     [state] = states
-    count = getattr(state, "count", None)
+    count = state.count if "count" in state._fields else None
     if count is not None and not isinstance(count, Tracer) and not jnp.any(count > 0):
         raise ValueError("geometry is the state of an optimiser before its first update: it has no second moments yet")
     if isinstance(state, optax.ScaleByRmsState):
