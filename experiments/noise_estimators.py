@@ -26,9 +26,9 @@ WAYS = {
     "two batch sizes": "McCandlish et al. 2018 (arXiv 1812.06162), appendix A.1: batches of 8 and of 64, drawn apart",
     "single examples": "Gray et al. 2024 (arXiv 2411.00999): norms of single examples against the batch's",
     "microbatches": "GPT-NeoX, gradient_noise_scale: accumulated gradients against one of them, ours the last of 8",
-    "devices": "McCandlish et al. 2018, A.1; AdaScale, Johnson et al. 2020 (arXiv 2007.05105): all 8 against their mean",
+    "devices": "McCandlish et al. 2018, A.1; AdaScale, Johnson et al. 2020 (arXiv 2007.05105): 8 against their mean",
     "mean of the ratio": "the ratio of every update, averaged: what appendix A.1 of McCandlish et al. warns of",
-    "ratio of running means": "McCandlish et al. 2018, A.1: both averaged, with a half-life of a quarter of the run, then divided",
+    "ratio of running means": "McCandlish et al. 2018, A.1: both averaged, half-life a quarter of it, then divided",
     "normalisation layers only": "Gray et al. 2024: single examples, of the normalisation layers alone",
 }
 

@@ -104,6 +104,9 @@ def student_series(degrees_of_freedom: jax.Array, *, confidence: float) -> jax.A
         3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z,
         79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z,
     )
-    inverse = 1 / degrees_of_freedom
+    inverse = 1 / jnp.asarray(degrees_of_freedom)
     orders = (4, 96, 384, 92160)
-    return z + sum(term / order * inverse ** (i + 1) for i, (term, order) in enumerate(zip(terms, orders, strict=True)))
+    quantile = z + 0 * inverse
+    for i, (term, order) in enumerate(zip(terms, orders, strict=True)):
+        quantile += term / order * inverse ** (i + 1)
+    return quantile

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from gdjax import intervals, theory
 from gdjax.noise_scale import sentence, verdict
@@ -93,7 +94,7 @@ class Reading(NamedTuple):
 
     def __str__(self) -> str:
         text = sentence("B_simple", self.b_simple, self._replace(num_examples=0))
-        if jnp.ndim(self.b_simple) or isinstance(self.b_simple, jax.core.Tracer):
+        if jnp.ndim(self.b_simple) or isinstance(self.b_simple, Tracer):
             return text
         if self.not_raw:
             return (

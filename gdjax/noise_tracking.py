@@ -70,10 +70,10 @@ def track(
     blank = start(half_life=half_life)
     spans = _spans(stream) if num_examples is not None else _independent
 
-    def init(params: Params) -> State:
+    def init(params: Params) -> Any:  # State: a method's own may have more fields than descent's
         return State(*method.init(params), noise=blank)
 
-    def step(state: State, batch: Batch) -> tuple[State, Info]:
+    def step(state: Any, batch: Batch) -> tuple[Any, Info]:
         after, info = method.step(descent.State(*state[:3]), batch)
         if not isinstance(info.aux, gradients.SquaredNorms):
             raise ValueError(f"method must be made with gradients.with_sq_norms, but its aux is {type(info.aux)}")

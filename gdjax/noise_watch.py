@@ -148,7 +148,7 @@ def watch(
         del params
         return blank
 
-    def update(updates, state: Running, params=None, *, noise: Parts | None = None, **extra):
+    def update(updates, state: Any, params=None, *, noise: Parts | None = None, **extra):
         del params, extra
         if axis_name is not None:
             known, updates = _over_devices(updates, axis_name, batch_size)
@@ -197,7 +197,7 @@ def probe(
         del params
         return ProbeState(blank, jnp.zeros((), jnp.int32))
 
-    def update(updates, state: ProbeState, params=None, *, batch: Batch | None = None, **extra):
+    def update(updates, state: Any, params=None, *, batch: Batch | None = None, **extra):
         del extra
         if batch is None or params is None:
             raise ValueError(
