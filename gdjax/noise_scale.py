@@ -16,6 +16,7 @@ import numpy as np
 from jax.core import Tracer
 
 from gdjax import theory
+from gdjax.ghost_rules import wide
 
 TOO_WIDE = 4.0
 """An interval whose ends differ by more than this factor, two doublings of the batch size, is 'too noisy'."""
@@ -110,6 +111,12 @@ def solve(small, large, f, g):
 def variance_factor(size, num_examples: int | None):
     """Return f(size), the variance of a mean of `size` examples over that of one; N as in `unbiased`."""
     return (1.0 if num_examples is None else theory.finite_population(size, num_examples)) / size
+
+
+def sq_norm(tree) -> jax.Array:
+    """Return the squared norm of a pytree, added up in float32 at least; leaves may differ in their dtypes."""
+    leaves = [wide(jnp.asarray(leaf)) for leaf in jax.tree.leaves(tree)]
+    return sum((jnp.vdot(leaf, leaf).astype(float) for leaf in leaves), jnp.zeros(()))
 
 
 def check_confidence(confidence: float) -> None:

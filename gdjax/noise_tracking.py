@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from gdjax import batching, descent, gradients, problem
 from gdjax.descent import Info, Method
 from gdjax.noise_running import Reading, Running, push, reading, start
-from gdjax.noise_scale import solve, variance_factor
+from gdjax.noise_scale import solve, sq_norm, variance_factor
 from gdjax.problem import Batch, Params
 
 
@@ -82,10 +82,9 @@ def track(
             raise ValueError(f"batch_size={batch_size} shows no noise: it must be at least 2")
         norms = jax.tree.map(lambda leaf: jnp.asarray(leaf, float), info.aux.sq_norms)
         of_one = jax.tree.reduce(jnp.add, norms).mean()
-        # One product of one long vector: in a loop of small updates, every operation more is felt.
-        grad = jnp.concatenate([jnp.asarray(leaf, float).ravel() for leaf in jax.tree.leaves(info.grad)])
+        of_batch = sq_norm(info.grad)
         factor = spans(state.num_examples, batch_size, num_examples)
-        running = push(state.noise, *solve(of_one, jnp.vdot(grad, grad), 1.0, factor), batch_size=batch_size)
+        running = push(state.noise, *solve(of_one, of_batch, 1.0, factor), batch_size=batch_size)
         return State(*after, noise=running), info._replace(aux=Tracked(reading(running), info.aux))
 
     return Method(init, step)

@@ -27,7 +27,7 @@ from jax import lax
 from gdjax import ghost, problem
 from gdjax.ghost_rules import wide
 from gdjax.noise_running import Running, push, reading, start
-from gdjax.noise_scale import solve, variance_factor
+from gdjax.noise_scale import solve, sq_norm, variance_factor
 from gdjax.problem import Batch, Loss, Params
 
 __all__ = ["Parts", "parts", "probe", "reading", "watch"]
@@ -102,7 +102,7 @@ def parts(*, batch_size: int, sq_norms: Any = None, grads: Params | None = None,
     longest = norms.max() * (1 - ULPS * jnp.finfo(norms.dtype).eps)
     return Parts(
         small=norms.mean(),
-        large=None if mean is None or not complete else _sq_norm(mean),
+        large=None if mean is None or not complete else sq_norm(mean),
         part_size=part_size,
         batch_size=batch_size,
         num_known=num_known,
@@ -158,7 +158,7 @@ def watch(
             )
         else:
             known = noise
-        return updates, _pushed(state, known, _sq_norm(updates), num_examples)
+        return updates, _pushed(state, known, sq_norm(updates), num_examples)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -211,7 +211,7 @@ def probe(
             _, _, norms = measured(params, jax.tree.map(lambda leaf: leaf[:sample_size], batch))
             known = parts(sq_norms=norms, batch_size=size, part_size=1)
             # Weights decay by the examples of all updates since the last measurement.
-            return _pushed(running, known, _sq_norm(updates), num_examples, updates=every)
+            return _pushed(running, known, sq_norm(updates), num_examples, updates=every)
 
         running = lax.cond(state.wait == 0, measure, lambda running: running, state.running)
         return updates, ProbeState(running, jnp.where(state.wait == 0, every, state.wait) - 1)
@@ -250,7 +250,7 @@ def _over_devices(updates: Params, axis_name, batch_size: int | None) -> tuple[P
     part_size, rest = divmod(batch_size or 0, num_devices)
     if rest or num_devices < 2:
         raise ValueError(f"batch_size={batch_size} must be a multiple of the devices over {axis_name!r}, two at least")
-    norm = _sq_norm(updates)
+    norm = sq_norm(updates)
     updates = jax.tree.map(lambda leaf: lax.pmean(leaf, axis_name), updates)
     small, length, most, least = (
         *(lax.pmean(x, axis_name) for x in (norm, jnp.sqrt(norm))),
@@ -267,11 +267,5 @@ def _varying(x: jax.Array) -> frozenset:
     return kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else getattr(kind, "vma", frozenset())
 
 
-def _sq_norm(tree: Params) -> jax.Array:
-    return sum(
-        (jnp.vdot(wide(x), wide(x)).astype(float) for x in map(jnp.asarray, jax.tree.leaves(tree))), jnp.zeros(())
-    )
-
-
 def _sq_norms(tree: Params) -> jax.Array:
-    return jax.vmap(_sq_norm)(tree)
+    return jax.vmap(sq_norm)(tree)
