@@ -33,7 +33,7 @@ class State(NamedTuple):
 
     params: Params
     opt_state: Any
-    num_examples: jax.Array
+    num_examples: batching.Count
     noise: Running
 
 
@@ -120,7 +120,8 @@ def _distinct(position, batch_size: int, num_examples: int):
 
 def _epochs(position, batch_size: int, num_examples: int):
     """Return the factor of pieces of independent orders: a whole epoch has no noise, a piece of k has f(k) (k/B)^2."""
-    first = jnp.minimum(num_examples - position % num_examples, batch_size)
+    place = divmod(position, num_examples)[1].astype(jnp.int32)  # of the first example in its epoch
+    first = jnp.minimum(num_examples - place, batch_size)
     last = (batch_size - first) % num_examples
     pieces = jnp.stack([first, last]).astype(float)
     return jnp.sum(pieces * (num_examples - pieces)) / (batch_size**2 * max(num_examples - 1, 1))
