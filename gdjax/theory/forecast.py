@@ -68,7 +68,7 @@ def fit(batch_sizes, num_updates, *, losses, num_params=None) -> Law:
         num_params: N [P], where models differ in size.
 
     Raises:
-        ValueError: for fewer runs than unknowns, for a quantity that is the same in all runs, for losses that are not
+        ValueError: for fewer runs than unknowns, for a quantity of fewer than three values, for losses that are not
             positive and finite.
     """
     losses = np.asarray(losses, float)
@@ -79,8 +79,8 @@ def fit(batch_sizes, num_updates, *, losses, num_params=None) -> Law:
     if len(losses) < 2 * len(columns) + 1:
         raise ValueError(f"losses of {len(losses)} runs do not fix {2 * len(columns) + 1} unknowns: give more runs")
     for name, values in columns.items():
-        if np.ptp(values) == 0:
-            raise ValueError(f"{name} are all {values[0]:g}: vary them, or what they do cannot be told from L_0")
+        if len(np.unique(values)) < 3:
+            raise ValueError(f"{name} take {len(np.unique(values))} values: a power and a factor need three or more")
     logs = np.log(np.stack(list(columns.values())))
     centre = logs.mean(1)  # so that the columns of the linear fit are of one size
     spans = [EXPONENTS] * len(columns)
