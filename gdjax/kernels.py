@@ -245,17 +245,17 @@ def _carries_much(equation) -> bool:
 def _product(x: jax.Array, y: jax.Array, *, dimension_numbers, out_sharding, **params) -> jax.Array:
     """Return a product of tensors, by one of matrices where the axes summed over lie first or last in both."""
     (contracting, shared) = dimension_numbers
-    axes = [_joined(v.ndim, axes) for v, axes in zip((x, y), contracting, strict=True)]
-    if shared[0] or None in axes or max(x.ndim, y.ndim) < 3:
+    of_x, of_y = (_joined(v.ndim, axes) for v, axes in zip((x, y), contracting, strict=True))
+    if shared[0] or of_x is None or of_y is None or max(x.ndim, y.ndim) < 3:
         numbers = {"dimension_numbers": dimension_numbers, "out_sharding": out_sharding}
         return lax.dot_general(x, y, **numbers, **params)
     summed = math.prod(x.shape[i] for i in contracting[0])
     free = [[n for i, n in enumerate(v.shape) if i not in axes] for v, axes in zip((x, y), contracting, strict=True)]
-    matrices = [
+    left, right = (
         v.reshape((summed, math.prod(sizes)) if axis == 0 else (math.prod(sizes), summed))
-        for v, sizes, axis in zip((x, y), free, axes, strict=True)
-    ]
-    product = lax.dot_general(*matrices, (([axes[0]], [axes[1]]), ([], [])), **params)
+        for v, sizes, axis in zip((x, y), free, (of_x, of_y), strict=True)
+    )
+    product = lax.dot_general(left, right, (([of_x], [of_y]), ([], [])), **params)
     return product.reshape(*free[0], *free[1])
 
 
