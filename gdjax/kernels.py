@@ -81,17 +81,19 @@ def for_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
     What it computes is what `function` does, but for the order of sums. The form is chosen when the program is lowered,
     after every `vmap` and `grad` around it and for the platform that it is lowered for, so nothing changes elsewhere:
 
-    1. a loop of small operations becomes one kernel, unrolled where it carries many numbers. Whether it can is seen
-       from its operations, and then tried, so that a compiler that will not is no error;
+    1. a loop of small operations on one device becomes one kernel, unrolled where it carries many numbers. Whether it
+       can is seen from its operations, and then tried, so that a compiler that will not is no error;
     2. in any other program products over several axes of operands of many dimensions become products of two matrices.
 
-    Left as they are: functions with effects, such as callbacks; those traced under a mesh or inside `shard_map`; and
-    derivatives of `function`, which are those of the program as it was written.
+    Left as they are: functions with effects, such as callbacks; those traced under a mesh or inside `shard_map`, or
+    given arrays that are sharded over explicit axes; and derivatives of `function`, which are those of the program as
+    it was written.
     """
 
     def run(*args):
         leaves, structure = jax.tree.flatten(args)
-        if not jax.sharding.get_abstract_mesh().empty:
+        explicit = any(axis is not None for leaf in leaves for axis in jax.typeof(leaf).sharding.spec)
+        if explicit or not jax.sharding.get_abstract_mesh().empty:
             return function(*args)
         closed, shape = jax.make_jaxpr(lambda *leaves: function(*structure.unflatten(leaves)), return_shape=True)(
             *leaves
@@ -124,17 +126,20 @@ def _batch(args, axes, *, closed):
     return outs, [0] * len(outs)
 
 
-def _choose(*args, closed):
-    if _may_be_one_kernel(closed):
-        unrolled = core.jaxpr_as_fun(_rewritten(closed, unroll=True))
-        if _compiles(_marked(core.jaxpr_as_fun(closed)), closed.in_avals):
-            return _marked(unrolled)(*args)
-    return core.jaxpr_as_fun(_rewritten(closed))(*args)
+def _lower_for_cpu(context, *args, closed):
+    # What devices send to one another is done by a library; a context that does not tell their number has one.
+    alone = getattr(context.module_context.axis_context, "num_devices", 1) in (1, None)
+    small = alone and _may_be_one_kernel(closed)
+    if small and _compiles(_marked(core.jaxpr_as_fun(closed)), closed.in_avals):
+        chosen = _marked(core.jaxpr_as_fun(_rewritten(closed, unroll=True)))
+    else:
+        chosen = core.jaxpr_as_fun(_rewritten(closed))
+    return mlir.lower_fun(lambda *args, closed: chosen(*args))(context, *args, closed=closed)
 
 
 batching.primitive_batchers[for_cpu_p] = _batch
 mlir.register_lowering(for_cpu_p, mlir.lower_fun(lambda *args, closed: core.jaxpr_as_fun(closed)(*args)))
-mlir.register_lowering(for_cpu_p, mlir.lower_fun(_choose), platform="cpu")
+mlir.register_lowering(for_cpu_p, _lower_for_cpu, platform="cpu")
 
 
 def _may_be_one_kernel(closed: core.ClosedJaxpr) -> bool:

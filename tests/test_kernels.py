@@ -138,6 +138,15 @@ def test_a_compiler_that_will_not_is_no_error(monkeypatch):
 
 
 @CPU
+@pytest.mark.skipif(jax.device_count() < 2, reason="for two devices")
+def test_a_loop_that_devices_share_is_no_kernel_of_one_of_them():
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    shared = jax.device_put(jnp.arange(4.0), jax.NamedSharding(mesh, jax.P("x")))
+    loop = kernels.for_cpu(lambda x: jax.lax.fori_loop(0, 2, lambda i, x: x + x.sum(), x))
+    precision.assert_close(jax.jit(loop)(shared), jnp.arange(4.0) + 6 + 30, rtol=1e-12)
+
+
+@CPU
 def test_one_kernel_turns_into_plain_products_where_vmap_makes_matrices_of_vectors():
     loop = kernels.for_cpu(lambda w, x: jax.lax.fori_loop(0, 3, lambda i, x: jnp.tanh(x @ w), x))
     w, x = jnp.eye(4) / 2, jax.random.normal(jax.random.key(0), (5, 4))
