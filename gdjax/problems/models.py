@@ -184,18 +184,20 @@ def group_norm(x: jax.Array, *, num_groups: int) -> jax.Array:
     """Shift and scale each group of channels of x [height, width, C] to mean 0, variance 1 (Wu & He 2018, eq. 1-2).
 
     Means are taken over positions first and then over the channels of a group, so that channels stay the last axis
-    throughout: with a batch in front that takes 2/3 of the time of one mean over both. The variance is that of centred
-    values: mean squares less squared means lose it where the mean is large.
+    throughout; positions are one axis where x is centred and two where it is scaled. On a CPU the network takes half
+    the time of one mean over positions and channels at B = 256 and 2/3 at B = 32, but 4/3 at B = 1. The variance is
+    that of centred values: mean squares less squared means lose it where the mean is large.
     """
     channels = x.shape[-1]
 
     def mean(x: jax.Array) -> jax.Array:
-        """Return the mean over the group of every channel, [1, 1, C]."""
-        of_groups = x.mean((0, 1)).reshape(num_groups, -1).mean(1)
-        return jnp.repeat(of_groups, channels // num_groups)[None, None]
+        """Return the mean over the group of every channel, [C], of x [positions, C]."""
+        of_groups = x.mean(0).reshape(num_groups, -1).mean(1)
+        return jnp.repeat(of_groups, channels // num_groups)
 
-    centred = x - mean(x)
-    return centred * lax.rsqrt(mean(centred**2) + EPSILON)
+    flat = x.reshape(-1, channels)
+    centred = flat - mean(flat)[None]
+    return centred.reshape(x.shape) * lax.rsqrt(mean(centred**2) + EPSILON)[None, None]
 
 
 @jax.custom_vjp
