@@ -33,8 +33,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gdjax import ghost_flow, ghost_rules, problem
-from gdjax.ghost_eval import Batched, Evaluator, Weight
+from gdjax import ghost_eval, ghost_flow, ghost_leaves, ghost_rules, problem
 from gdjax.ghost_rules import GRAM, MOMENTS, NORMS, Measure, wide
 from gdjax.problem import Batch, Example, Loss, Params
 
@@ -74,6 +73,12 @@ def gram(loss: Loss) -> Callable[[Params, Batch], tuple[jax.Array, Params, Param
     return _measured(loss, GRAM)
 
 
+class SquaredNorms(NamedTuple):
+    losses: Any
+    grad: Any
+    sq_norms: Any
+
+
 class Coverage(NamedTuple):
     """How every parameter leaf is measured; printed as a table.
 
@@ -102,47 +107,84 @@ def coverage(loss: Loss, params: Params, example: Example) -> Coverage:
     return Coverage([(path, jnp.shape(leaf), plan.method, plan.uses) for path, leaf, plan in triples])
 
 
-def _plan(loss: Loss, train: Params, frozen: Params, example: Any):
-    """Trace the loss of one example; return (its jaxpr, the plan of every trainable leaf)."""
+def _plan(loss: Loss, train: Params, frozen: Params, example: Any) -> ghost_flow.Plan:
+    """Trace and plan the loss of one example as a function of the list of trainable leaves."""
 
     def flat_loss(leaves, example):
         value = loss(problem.merge(jax.tree.unflatten(jax.tree.structure(train), leaves), frozen), example)
         problem.check_loss(value)
         return value
 
-    closed = jax.make_jaxpr(flat_loss)(jax.tree.leaves(train), example)
-    return closed, ghost_flow.plan(closed.jaxpr, num_leaves=len(jax.tree.leaves(train)))
+    return ghost_flow.plan(flat_loss, jax.tree.leaves(train), example)
 
 
 def _measured(loss: Loss, measure: Measure):
     def measured(params: Params, batch: Batch):
         train, frozen = problem.trainable(params)
         batch = jax.tree.map(jnp.asarray, batch)
-        batch_size = problem.num_examples(batch, "batch")
+        size = problem.num_examples(batch, "batch")
         example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
-        closed, plans = _plan(loss, train, frozen, example)
         leaves, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, train))
-        ruled = [plan.method in ghost_rules.RULES for plan in plans]
-
-        def total(values, hooks):
-            evaluator = Evaluator(batch_size, measure)
-            weights = [Weight(*parts) for parts in zip(values, hooks, ruled, strict=True)]
-            examples = [Batched(x) for x in jax.tree.leaves(batch)]
-            [out] = evaluator.run(closed.jaxpr, closed.consts, [*weights, *examples])
-            losses = evaluator.batched(out)
-            return losses.sum(), losses
-
-        hooks = [
-            _hook(leaf, batch_size, measure) if is_ruled else jnp.zeros((batch_size, *leaf.shape), leaf.dtype)
-            for leaf, is_ruled in zip(leaves, ruled, strict=True)
-        ]
-        (sums, measures), losses = jax.grad(total, argnums=(0, 1), has_aux=True)(leaves, hooks)
-        grads = [s if is_ruled else ghost_rules.summed(m) for s, m, is_ruled in zip(sums, measures, ruled, strict=True)]
-        measures = [m if is_ruled else measure.of_gradients(m) for m, is_ruled in zip(measures, ruled, strict=True)]
-        grads = [(grad / batch_size).astype(leaf.dtype) for grad, leaf in zip(grads, leaves, strict=True)]
-        return _final((losses, jax.tree.unflatten(structure, grads), jax.tree.unflatten(structure, measures)))
+        plan = _plan(loss, train, frozen, example)
+        uses = ghost_leaves.uses_of(plan, len(leaves))
+        hows = [ghost_leaves.leaf_plan(plan, *of, measure, size) for of in zip(leaves, uses, strict=True)]
+        env = ghost_eval.run_steps(plan.steps, ghost_eval.constants(plan) | dict(enumerate(leaves)))
+        losses, by_backward, taps, run = _backward(plan, hows, env, batch, size)
+        sums, measures = [jnp.zeros(())] * len(leaves), [jnp.zeros(())] * len(leaves)
+        formed: dict[Any, list[int]] = {}
+        for leaf, how in enumerate(hows):
+            if how.tap is not None:
+                sums[leaf], measures[leaf] = by_backward[leaf], taps[how.tap]
+            elif not how.uses:
+                like = jax.ShapeDtypeStruct((size, *leaves[leaf].shape), leaves[leaf].dtype)
+                sums[leaf], measures[leaf] = (
+                    jnp.zeros(x.shape, x.dtype) for x in (leaves[leaf], jax.eval_shape(measure.of_gradients, like))
+                )
+            elif how.groups is None:
+                formed.setdefault(tuple((use.site, use.place) for use in how.uses), []).append(leaf)
+            else:
+                given, measures[leaf] = run.measure_factors(leaf, how, measure)
+                sums[leaf] = by_backward[leaf] if given is None else given
+        for members in formed.values():
+            found = run.measure_formed(members, hows[members[0]].uses, measure)
+            for leaf, total, measured in zip(members, *found, strict=True):
+                sums[leaf], measures[leaf] = total, measured
+        grads = [(total / size).astype(leaf.dtype) for total, leaf in zip(sums, leaves, strict=True)]
+        measures = [m.astype(wide(leaf).dtype) for m, leaf in zip(measures, leaves, strict=True)]
+        return _final(SquaredNorms(losses, *(jax.tree.unflatten(structure, x) for x in (grads, measures))))
 
     return measured
+
+
+def _backward(plan, hows, env, batch, size):
+    """Return (losses [B], sums of gradients by leaf, squared norms by tapped site, what else the sites left)."""
+    ones = {leaf: env[leaf] for leaf, how in enumerate(hows) if not how.is_given}
+    tapped = {how.tap: leaf for leaf, how in enumerate(hows) if how.tap is not None}
+    measures = {site: ghost_leaves.tap(plan, hows[leaf]) for site, leaf in tapped.items()}
+    hooks = {
+        number: [
+            jnp.zeros((size, *site.lengths, *out.shape), out.dtype) for out in site.out if ghost_flow.differentiable(out)
+        ]
+        for number, site in enumerate(plan.sites)
+        if number not in tapped
+    }
+    taps = {site: jnp.zeros(size, wide(env[leaf]).dtype) for site, leaf in tapped.items()}
+    steps = [step for step in plan.steps if not step.leaves.isdisjoint(ones)]
+
+    def total(leaves, hooks, taps):
+        top = ghost_eval.run_steps(steps, env | leaves)
+
+        def one(example, hooks, taps):
+            inner = top | dict(zip(plan.example, jax.tree.leaves(example), strict=True))
+            both = {site: (measures[site], tap) for site, tap in taps.items()}
+            records = ghost_eval.run(plan, plan.actions, inner, hooks, both)
+            return inner[plan.loss], records
+
+        losses, records = jax.vmap(one, axis_size=size)(batch, hooks, taps)
+        return losses.sum(), (losses, records)
+
+    (sums, cotangents, norms), (losses, records) = jax.grad(total, (0, 1, 2), has_aux=True)(ones, hooks, taps)
+    return losses, sums, norms, ghost_leaves.Run(plan, env, records, cotangents)
 
 
 @jax.custom_jvp
@@ -154,8 +196,3 @@ def _final(outputs):
 def _refuse(primals, tangents):
     # Twins are constants to an outer derivative, which would silently come out wrong.
     raise ValueError("the results of ghost cannot be differentiated: use jax.vmap(jax.grad(loss), (None, 0)) for that")
-
-
-def _hook(leaf: jax.Array, batch_size: int, measure: Measure) -> jax.Array:
-    """Return the zero whose cotangent will be the measure of a parameter that a rule takes."""
-    return jnp.zeros(measure.shape(batch_size, leaf.shape), wide(leaf).dtype)
