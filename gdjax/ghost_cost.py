@@ -60,7 +60,10 @@ def counts(sizes: Sizes, device: str) -> dict[str, tuple[int, int]]:
     """Return what `gram` and `in chunks` cost beside the summed gradient, in the units of NANOSECONDS."""
     b, k, t, i, o, _, is_index = sizes
     num_chunks = -(-b // chunk_size(sizes, device))
-    return {"gram": (b * k * t * t * (o if is_index else i + o), b * k * t * t), "in chunks": (b * k * i * o, num_chunks)}
+    return {
+        "gram": (b * k * t * t * (o if is_index else i + o), b * k * t * t),
+        "in chunks": (b * k * i * o, num_chunks),
+    }
 
 
 def nanoseconds(sizes: Sizes, device: str) -> dict[str, float]:
@@ -86,6 +89,15 @@ def cheapest(sizes: Sizes, device: str) -> Way:
 def ways(sizes: Sizes) -> tuple[Way, Way]:
     """Return the cheapest way on a CPU and elsewhere."""
     return cheapest(sizes, "cpu"), cheapest(sizes, "accelerator")
+
+
+def numbers(sizes: Sizes, device: str) -> int:
+    """Return how many numbers the cheapest way holds beside a plain gradient."""
+    b, k, t, i, o, x, is_index = sizes
+    way = cheapest(sizes, device)
+    if way.name == "in chunks":
+        return way.chunk_size * (k * i * o + (0 if is_index else max(k * t * i - x, 0)))
+    return b * k * t * t if way.name == "gram" else b
 
 
 def device() -> str:

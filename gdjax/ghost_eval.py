@@ -93,7 +93,11 @@ def _tapped(measure, out, operands, hook):
 
     @measured.def_vmap
     def _(size, batched, operands, g):
-        spread = jax.tree.map(lambda x, is_batched: x if is_batched else jnp.broadcast_to(x, (size, *x.shape)), (operands, g), tuple(batched))
+        spread = jax.tree.map(
+            lambda x, is_batched: x if is_batched else jnp.broadcast_to(x, (size, *x.shape)),
+            (operands, g),
+            tuple(batched),
+        )
         return measure(*spread), True
 
     @jax.custom_vjp

@@ -184,7 +184,9 @@ class _Planner:
         if weights and name == "optimization_barrier":
             return [kind for kind in ins if kind is not None]
         if not (weights and name in INLINED) and not any(isinstance(kind, int) for kind in ins):
-            return self.step(jaxpr, equation, ins)
+            # A rule that is not linear has to see the cotangent of every iteration, not their sum.
+            stays = weights and self.lengths and nonlinear_rules(jaxpr, [equation])
+            return self.act(actions, "site", jaxpr, equation, ins) if stays else self.step(jaxpr, equation, ins)
         if not weights:
             return self.act(actions, "plain", jaxpr, equation, ins)
         if name not in (*INLINED, *REMAT, "scan") and not (name == "cond" and isinstance(ins[0], int)):
@@ -204,25 +206,21 @@ class _Planner:
         """Take an equation between Top values out of all loops, for all their iterations at once."""
         places, function = function_of(jaxpr, equation)
         tops = [ins[i] for i in places]
-        loops = tuple(
-            (length, any(top.loops[depth][1] for top in tops)) for depth, length in enumerate(self.lengths)
-        )
+        loops = tuple((length, any(top.loops[depth][1] for top in tops)) for depth, length in enumerate(self.lengths))
         for depth in reversed(range(len(loops))):
             if loops[depth][1]:
                 function = jax.vmap(function, [0 if top.loops[depth][1] else None for top in tops])
         leaves = frozenset().union(*(top.leaves for top in tops))
         if equation.primitive.name == "stop_gradient":
             leaves = frozenset()
-        custom = any(top.custom for top in tops if top.leaves) or any(True for _ in custom_rules([equation]))
+        custom = any(top.custom for top in tops if top.leaves) or any(custom_rules(jaxpr, [equation]))
         views, scales, move = self.moved(equation, ins, function, tops)
         outs: list[Kind] = []
         for v, view in zip(equation.outvars, views, strict=True):
             of = leaves if differentiable(v.aval) else frozenset()
             isometric = bool(of) and move is not None and is_real(v.aval)
             outs.append(self.top(leaves=of, loops=loops, isometric=isometric, view=view, scales=scales, custom=custom))
-        self.steps.append(
-            Step(leaves, function, tuple(t.slot for t in tops), tuple(out.slot for out in outs), move)
-        )
+        self.steps.append(Step(leaves, function, tuple(t.slot for t in tops), tuple(out.slot for out in outs), move))
         return outs
 
     def moved(self, equation, ins, function, tops) -> tuple[list[np.ndarray | None], tuple, Callable | None]:
@@ -241,7 +239,11 @@ class _Planner:
             is_scalar = variable.aval.size == 1 and is_real(variable.aval) and not scalar.leaves
             if (name == "div" and place == 1) or not is_scalar or shape != equation.invars[place].aval.shape:
                 return nothing
-            return nothing if any(is_sliced for _, is_sliced in scalar.loops) else ([view], (*scales, (name, scalar.slot)), _identity)
+            return (
+                nothing
+                if any(is_sliced for _, is_sliced in scalar.loops)
+                else ([view], (*scales, (name, scalar.slot)), _identity)
+            )
         if name in SAME or name == "neg":
             return [view], (*scales, (name, -1)) if name == "neg" else scales, _identity
         if name not in MOVES:
@@ -266,9 +268,7 @@ class _Planner:
             rules = tuple(_rule(equation, places[i], ins) for i in weights)
             lengths, primitive = tuple(self.lengths), equation.primitive.name
             of = tuple(_struct(equation.invars[places[i]].aval) for i in weights)
-            self.sites.append(
-                Site(function, operands, weights, avals, rules, lengths, primitive, self.inside > 0, of)
-            )
+            self.sites.append(Site(function, operands, weights, avals, rules, lengths, primitive, self.inside > 0, of))
         actions.append(Action(name, function, tuple(map(self.slot, operands)), tuple(outs), index))
         return outs
 
@@ -283,9 +283,7 @@ class _Planner:
                 self.sites.append(
                     Site(lambda x: [x], (kind,), (0,), (aval,), (rule,), lengths, "itself", self.inside > 0, (aval,))
                 )
-                actions.append(
-                    Action("site", lambda x: [x], (self.slot(kind),), (self.local(),), len(self.sites) - 1)
-                )
+                actions.append(Action("site", lambda x: [x], (self.slot(kind),), (self.local(),), len(self.sites) - 1))
                 slots.append(actions[-1].outs[0])
             else:
                 slots.append(self.slot(kind))
@@ -341,7 +339,11 @@ def _struct(aval) -> jax.ShapeDtypeStruct:
 
 
 def _entered(kind: Kind, length: int, is_sliced: bool) -> Kind:
-    return kind if isinstance(kind, int) else kind._replace(loops=(*kind.loops, (length, is_sliced)))
+    """Return what a loop's body sees of a value; of slices, the view is that of the first."""
+    if isinstance(kind, int):
+        return kind
+    view = kind.view[0] if is_sliced and length and kind.view is not None else kind.view
+    return kind._replace(loops=(*kind.loops, (length, is_sliced)), view=view)
 
 
 def _rule(equation, position: int, ins) -> tuple[Any, str]:
@@ -421,11 +423,57 @@ def function_of(jaxpr: core.Jaxpr, equation) -> tuple[list[int], Callable]:
     return list(places.values()), core.jaxpr_as_fun(core.ClosedJaxpr(part, []))
 
 
-def custom_rules(equations: Sequence[Any]) -> Iterator[Any]:
-    """Yield the equations with a custom backward pass among these and all that they contain."""
-    for equation in equations:
+def custom_rules(jaxpr: core.Jaxpr, equations: Sequence[Any] | None = None) -> Iterator[tuple[core.Jaxpr, Any]]:
+    """Yield (jaxpr, equation) for every custom backward pass in a jaxpr, or in these of its equations."""
+    for equation in jaxpr.eqns if equations is None else equations:
         if equation.primitive.name.startswith("custom_vjp"):
-            yield equation
+            yield jaxpr, equation
         else:
             for inner in core.jaxprs_in_params(equation.params):
-                yield from custom_rules(inner.eqns)
+                yield from custom_rules(inner)
+
+
+def nonlinear_rules(jaxpr: core.Jaxpr, equations: Sequence[Any] | None = None) -> list[str]:
+    """Return the names of the functions whose custom backward pass is seen not to be linear in the cotangent."""
+    found = []
+    for outer, equation in custom_rules(jaxpr, equations):
+        places, function = function_of(outer, equation)
+        ins, outs = [_struct(equation.invars[i].aval) for i in places], [_struct(v.aval) for v in equation.outvars]
+        try:
+            backward = jax.make_jaxpr(lambda outs, ins, f=function: jax.vjp(f, *ins)[1](list(outs)))(outs, ins).jaxpr
+        except TypeError:  # of an output without gradients
+            continue
+        if _bends(backward, [True] * len(outs) + [False] * len(ins))[0]:
+            found.append(equation.params["call_jaxpr"].jaxpr.debug_info.func_name)
+    return found
+
+
+def _bends(jaxpr: core.Jaxpr, inputs: Sequence[bool]) -> tuple[bool, list[bool]]:
+    """Return (whether something is not linear in the marked inputs, the marks of the outputs)."""
+    marked = {v for v, mark in zip(jaxpr.invars, inputs, strict=True) if mark}
+    for equation in jaxpr.eqns:
+        marks = [not isinstance(v, core.Literal) and v in marked for v in equation.invars]
+        if not any(marks):
+            continue
+        name, outs = equation.primitive.name, [True] * len(equation.outvars)
+        products = name in ("mul", "dot_general", "conv_general_dilated") and all(marks)
+        if name in NONLINEAR or products or (name == "div" and marks[1]) or (name == "select_n" and marks[0]):
+            return True, []
+        if name in INLINED or name == "custom_jvp_call":
+            inner = equation.params.get("jaxpr") or equation.params["call_jaxpr"]
+            bends, outs = _bends(inner.jaxpr, marks)
+            if bends:
+                return True, []
+        marked |= {v for v, mark in zip(equation.outvars, outs, strict=True) if mark}
+    return False, [not isinstance(v, core.Literal) and v in marked for v in jaxpr.outvars]
+
+
+def num_bytes(jaxpr: core.Jaxpr) -> int:
+    """Return the bytes of all that a jaxpr computes, which a backward pass keeps at most."""
+    own = sum(v.aval.size * v.aval.dtype.itemsize for equation in jaxpr.eqns for v in equation.outvars)
+    inner = (
+        equation.params.get("length", 1) * num_bytes(sub)
+        for equation in jaxpr.eqns
+        for sub in core.jaxprs_in_params(equation.params)
+    )
+    return own + sum(inner)

@@ -85,9 +85,10 @@ def leaf_plan(plan: Plan, leaf, uses: list[Use], measure: Measure, batch_size: i
     rest = [use for use in uses if not is_common(use, plan)]
     has_factors = all(isinstance(use.rule, Factors) and use.top.isometric for use in rest)
     groups = _aligned(plan, rest, batch_size) if has_factors and uses else None
-    if groups is None or (commons and measure is not NORMS):
-        return LeafPlan(uses, None, [], True, None)
     is_low = any(jnp.finfo(x.dtype).bits < 32 for x in (leaf, *(use.aval for use in uses)))
+    if groups is None or (commons and measure is not NORMS):
+        is_plain = not is_low and all(isinstance(use.rule, Entries) and not use.top.custom for use in uses)
+        return LeafPlan(uses, None, [], not is_plain, None)
     if measure is NORMS and len(rest) == 1 and not (commons or is_low):
         [use] = rest
         if plan.sites[use.site].inside and not use.top.scales and all(is_sliced for _, is_sliced in use.top.loops):
@@ -326,9 +327,7 @@ class Run:
         """Return (sum of the gradients of a leaf or None, measure), from its factors."""
         totals, measures = [], []
         for group in how.groups or []:
-            added, found = measure.of_factors(
-                self.factors(group), group.sizes, *self.data(group.uses), how.is_given
-            )
+            added, found = measure.of_factors(self.factors(group), group.sizes, *self.data(group.uses), how.is_given)
             first = group.uses[0]
             totals += [self.move_back(leaf, first, added)] if how.is_given else []
             measures.append(self.move_back(leaf, first, found) if measure is ghost_rules.MOMENTS else found)
@@ -351,12 +350,17 @@ class Run:
             a, g = jax.vmap(self.factors(group))(*self.data(group.uses))
             for k, c in zip(coefficients, directions, strict=True):
                 c = _arranged(group.uses[0], self.move(leaf, group.uses[0], c))
-                rows = jax.vmap(lambda c, a: c[a], (0, 1), 1)(c, a) if group.sizes.is_index else jnp.einsum("bkti,kio->bkto", a, c)
+                rows = (
+                    jax.vmap(lambda c, a: c[a], (0, 1), 1)(c, a)
+                    if group.sizes.is_index
+                    else jnp.einsum("bkti,kio->bkto", a, c)
+                )
                 norms += 2 * k * jnp.sum(rows * g, (1, 2, 3))
         return sum(k.sum() * c for k, c in zip(coefficients, directions, strict=True)), norms
 
-    def measure_formed(self, leaves: Sequence[int], uses: list[Use], measure: Measure) -> tuple[list, list]:
-        """Return (sums of the gradients, measures) of leaves that have these uses, from their gradients."""
+    def measure_formed(self, leaves: Sequence[int], how: LeafPlan, measure: Measure) -> tuple[list, list]:
+        """Return (sums of the gradients or None, measures) of leaves with these uses, from their gradients."""
+        uses = how.uses
         slots = list(dict.fromkeys(use.top.slot for use in uses))
         pull = self.pull(leaves, slots)
 
@@ -370,11 +374,38 @@ class Run:
         size = len(jax.tree.leaves(data)[0])
         numbers = formed_numbers(self.plan, uses) + sum(self.env[leaf].size for leaf in leaves)
         chunk = ghost_cost.fitting(size, numbers, ghost_cost.device())
-        return ghost_rules.in_chunks(form, data, size, chunk, measure)
+        return ghost_rules.in_chunks(form, data, size, chunk, measure, want_total=how.is_given)
 
 
 def _over_loop(mapped: Callable, is_sliced: bool) -> Callable:
     return mapped if is_sliced else lambda *arguments: mapped(*arguments).sum(0)
+
+
+def described(plan: Plan, how: LeafPlan) -> tuple[str, str]:
+    """Return (method, description of the uses) of a leaf."""
+    if not how.uses:
+        return "unused", ""
+    texts = []
+    for use in how.uses:
+        reason = use.obstacle or ("" if use.top.isometric or use in how.commons else "computed from the parameter")
+        times = int(np.prod([length for length, is_sliced in use.top.loops if not is_sliced], dtype=int))
+        looped = f" {times} times in a loop" if times > 1 else ""
+        texts.append(plan.sites[use.site].primitive + looped + (f": {reason}" if reason else ""))
+    found = ", ".join(dict.fromkeys(texts))
+    names = " + ".join(dict.fromkeys(plan.sites[use.site].primitive for use in how.uses))
+    has_entries = len(how.uses) == 1 and isinstance(how.uses[0].rule, Entries)
+    method = names if how.groups is not None or has_entries else "materialised"
+    return method, f"{len(how.uses)} uses ({found})" if len(how.uses) > 1 else found
+
+
+def num_bytes(plan: Plan, leaf, how: LeafPlan, batch_size: int) -> int:
+    """Return about how many bytes the squared norms of a leaf take beside a plain gradient."""
+    if how.groups is None:
+        numbers = formed_numbers(plan, how.uses) + leaf.size
+        total = numbers * ghost_cost.fitting(batch_size, numbers, ghost_cost.device())
+    else:
+        total = sum(ghost_cost.numbers(group.sizes, ghost_cost.device()) for group in how.groups)
+    return total * max(leaf.dtype.itemsize, 4)
 
 
 def formed_numbers(plan: Plan, uses: list[Use]) -> int:

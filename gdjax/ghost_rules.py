@@ -88,8 +88,10 @@ def summed(gradients: jax.Array) -> jax.Array:
     return jnp.tensordot(jnp.ones(len(gradients), gradients.dtype), gradients, 1, precision=lax.Precision.HIGHEST)
 
 
-def in_chunks(form: Callable, data: Any, size: int, chunk_size: int, measure: Measure) -> Measured:
-    """Form the gradients of one chunk of examples after the other; return (their sums, their measures).
+def in_chunks(
+    form: Callable, data: Any, size: int, chunk_size: int, measure: Measure, *, want_total: bool = True
+) -> Measured:
+    """Form the gradients of one chunk of examples after the other; return (their sums or None, their measures).
 
     Args:
         form: data of one example -> list of gradients.
@@ -98,7 +100,7 @@ def in_chunks(form: Callable, data: Any, size: int, chunk_size: int, measure: Me
 
     def formed(data):
         gradients = jax.vmap(form)(data)
-        return [summed(g) for g in gradients], [measure.of_gradients(g) for g in gradients]
+        return [summed(g) if want_total else None for g in gradients], [measure.of_gradients(g) for g in gradients]
 
     if chunk_size >= size or measure.of_chunks is None:
         return formed(data)
@@ -140,15 +142,12 @@ def _total(a: jax.Array, g: jax.Array, sizes: Sizes) -> jax.Array:
         by_group = (x.swapaxes(0, 1).reshape(sizes.k, -1, *x.shape[3:]) for x in (a, wide(g)))
         empty = jnp.zeros((sizes.i, sizes.o), wide(g).dtype)
         return jax.vmap(lambda rows, g: empty.at[rows].add(g))(*by_group)
-    a, g = _alike(a, g)
-    return jnp.einsum("bkti,bkto->kio", a, g, preferred_element_type=wide(g[:0]).dtype)
+    return jnp.einsum("bkti,bkto->kio", wide(a), wide(g))
 
 
 def _norms_of_factors(of, sizes: Sizes, x, g, want_total: bool) -> Measured:
     """For T = 1, |a|^2 |g|^2 (Goodfellow 2015, arXiv 1510.01799); else the cheaper of the Gram form and A'G itself."""
-    on_cpu, elsewhere = (
-        partial(norms_by, way, of, sizes, want_total=want_total) for way in ghost_cost.ways(sizes)
-    )
+    on_cpu, elsewhere = (partial(norms_by, way, of, sizes, want_total=want_total) for way in ghost_cost.ways(sizes))
     if on_cpu.args[0] == elsewhere.args[0]:
         return on_cpu(x, g)
     return lax.platform_dependent(x, g, cpu=on_cpu, default=elsewhere)
@@ -157,10 +156,9 @@ def _norms_of_factors(of, sizes: Sizes, x, g, want_total: bool) -> Measured:
 def norms_by(way: ghost_cost.Way, of, sizes: Sizes, x, g, *, want_total: bool) -> Measured:
     """Return (summed gradient [K, I, O] or None, squared norms [B]), taken in this way."""
     if way.name == "in chunks":
-        [total], [norms] = in_chunks(
-            lambda both: [gradient(*of(*both), sizes)], (x, g), sizes.b, way.chunk_size, NORMS
-        )
-        return total if want_total else None, norms
+        form = lambda both: [gradient(*of(*both), sizes)]
+        [total], [norms] = in_chunks(form, (x, g), sizes.b, way.chunk_size, NORMS, want_total=want_total)
+        return total, norms
     a, g_factor = jax.vmap(of)(x, g)
     total = _total(a, g_factor, sizes) if want_total else None
     a, g_factor = a if jnp.issubdtype(a.dtype, jnp.integer) else wide(a), wide(g_factor)
@@ -219,9 +217,7 @@ def _gram_of_factors(of, sizes: Sizes, x, g, want_total: bool) -> Measured:
 
 
 NORMS = Measure(_norms_of_factors, squared_norms, lambda chunked, rest: jnp.append(chunked.reshape(-1), rest))
-MOMENTS = Measure(
-    _moments_of_factors, lambda g: jnp.sum(wide(g) ** 2, 0), lambda chunked, rest: chunked.sum(0) + rest
-)
+MOMENTS = Measure(_moments_of_factors, lambda g: jnp.sum(wide(g) ** 2, 0), lambda chunked, rest: chunked.sum(0) + rest)
 GRAM = Measure(_gram_of_factors, inner_products, None)
 
 
