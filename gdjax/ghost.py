@@ -35,7 +35,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from gdjax import ghost_eval, ghost_flow, ghost_leaves, ghost_rules, problem
-from gdjax.ghost_rules import GRAM, MOMENTS, NORMS, Entries, Factors, Measure, wide
+from gdjax.ghost_rules import GRAM, MOMENTS, NORMS, Measure, wide
 from gdjax.problem import Batch, Example, Loss, Params
 
 
@@ -177,7 +177,7 @@ class Coverage(NamedTuple):
 
 
 def coverage(loss: Loss, params: Params, example: Example, *, batch_size: int = 128) -> Coverage:
-    """Return which rules take the uses of every parameter leaf, which leaves are materialised and why, and the bytes."""
+    """Return which rules take the uses of every parameter leaf, which leaves are materialised why, and the bytes."""
     train, frozen = problem.trainable(params)
     plan = _plan(loss, train, frozen, jax.tree.map(_struct, example))
     rows, sizes = [], []
@@ -198,8 +198,8 @@ def nonlinear(loss: Loss, params: Params, example: Example) -> list[str]:
     or their cleaning of NaN. What 'the gradient of a batch' means then depends on who asks: `gradients.mean` and
     `microbatched` hand the rule cotangents of the mean loss (and for a function of a parameter alone, their sum);
     `gradients.per_example` and this module hand it those of the loss of each example, and add up afterwards. A weighted
-    backward pass no longer weights gradients, so that clipping cannot keep its bound. What is inside loops in a backward
-    pass is taken to be linear.
+    backward pass no longer weights gradients, so that clipping cannot keep its bound. Loops inside a backward pass
+    are taken to be linear.
     """
     train, frozen = problem.trainable(params)
     return ghost_flow.nonlinear_rules(_plan(loss, train, frozen, jax.tree.map(_struct, example)).jaxpr)

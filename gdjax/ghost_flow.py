@@ -273,7 +273,7 @@ class _Planner:
         return outs
 
     def settled(self, kinds: Sequence[Kind], variables, actions) -> list[int]:
-        """Return slots for values that leave the Top: a parameter among them is used there, by what takes it as it is."""
+        """Return slots for values that leave the Top; a parameter among them is used there, as it is."""
         slots = []
         for kind, v in zip(kinds, variables, strict=True):
             if isinstance(kind, Top) and kind.leaves:

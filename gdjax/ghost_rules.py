@@ -25,7 +25,7 @@ class Factors(NamedTuple):
     """A rule for gradients that are A'G.
 
     Attributes:
-        of: (x, g) of one example -> (A [K, T, I], G [K, T, O]). x is a list where there is not exactly one other operand.
+        of: (x, g) of one example -> (A [K, T, I], G [K, T, O]); x is a list where w meets more than one operand.
         shape: w is reshaped to this,
         axes: of which these (in three groups) are K, I and O.
         is_index: whether A is integers [K, T] instead, the places in I of rows that are 0 but for a 1.
@@ -119,7 +119,7 @@ def in_chunks(
 
 def gradient(a: jax.Array, g: jax.Array, sizes: Sizes) -> jax.Array:
     """Return A'G [K, I, O] of one example."""
-    if jnp.issubdtype(a.dtype, jnp.integer):
+    if sizes.is_index:
         empty = jnp.zeros((sizes.i, sizes.o), g.dtype)
         return jax.vmap(lambda rows, g: empty.at[rows].add(g))(a, g)
     return jnp.einsum("kti,kto->kio", *_alike(a, g))
@@ -129,16 +129,9 @@ def _alike(a, g):
     return (a, g) if a.dtype == g.dtype else (wide(a), wide(g))
 
 
-def _inner(a: jax.Array) -> jax.Array:
-    """Return AA' [B, K, T, T]."""
-    if jnp.issubdtype(a.dtype, jnp.integer):
-        return a[..., :, None] == a[..., None, :]
-    return jnp.einsum("bkti,bksi->bkts", a, a)
-
-
 def _total(a: jax.Array, g: jax.Array, sizes: Sizes) -> jax.Array:
     """Return the sum over examples of A'G, in float32 at least."""
-    if jnp.issubdtype(a.dtype, jnp.integer):
+    if sizes.is_index:
         by_group = (x.swapaxes(0, 1).reshape(sizes.k, -1, *x.shape[3:]) for x in (a, wide(g)))
         empty = jnp.zeros((sizes.i, sizes.o), wide(g).dtype)
         return jax.vmap(lambda rows, g: empty.at[rows].add(g))(*by_group)
@@ -156,20 +149,24 @@ def _norms_of_factors(of, sizes: Sizes, x, g, want_total: bool) -> Measured:
 def norms_by(way: ghost_cost.Way, of, sizes: Sizes, x, g, *, want_total: bool) -> Measured:
     """Return (summed gradient [K, I, O] or None, squared norms [B]), taken in this way."""
     if way.name == "in chunks":
-        form = lambda both: [gradient(*of(*both), sizes)]
+        form = lambda both: [gradient(*of(*both), sizes)]  # noqa: E731
         [total], [norms] = in_chunks(form, (x, g), sizes.b, way.chunk_size, NORMS, want_total=want_total)
         return total, norms
     a, g_factor = jax.vmap(of)(x, g)
     total = _total(a, g_factor, sizes) if want_total else None
-    a, g_factor = a if jnp.issubdtype(a.dtype, jnp.integer) else wide(a), wide(g_factor)
+    if sizes.is_index:
+        return total, _row_norms(a, wide(g_factor))
     if way.name == "product":
-        return total, _product(a, g_factor)
-    norms, is_bad = _gram_norms(a, g_factor)
-    if sizes.t > 1:
-        chunks = ghost_cost.Way("in chunks", ghost_cost.chunk_size(sizes, "cpu"))
-        other = partial(norms_by, chunks, of, sizes, want_total=False)
-        norms = lax.cond(is_bad, lambda x, g: other(x, g)[1], lambda x, g: norms, x, g)
-    return total, norms
+        return total, _product(wide(a), wide(g_factor))
+    norms, is_bad = _gram_norms(wide(a), wide(g_factor))
+    other = partial(norms_by, ghost_cost.Way("in chunks", 1), of, sizes, want_total=False)
+    return total, lax.cond(is_bad, lambda x, g: other(x, g)[1], lambda x, g: norms, x, g)
+
+
+def _row_norms(rows, g):
+    """Add up what goes to the same row, at each of its positions; such a row is counted as often as it is read."""
+    same = (rows[..., :, None] == rows[..., None, :]).astype(g.dtype)
+    return jnp.sum(jnp.sum(jnp.einsum("bkts,bkso->bkto", same, g) ** 2, 3) / jnp.sum(same, 3), (1, 2))
 
 
 def _product(a, g):
@@ -184,11 +181,10 @@ def _gram_norms(a, g):
     With S = (sum over positions of |a_t| |g_t|)^2, the norm that nothing cancelled in, rounding is about eps S at most.
     Where a norm is below 2^10 eps S, so that it may be wrong by a thousandth, A'G itself should be formed.
     """
-    is_index = jnp.issubdtype(a.dtype, jnp.integer)
-    scale = 1.0 if is_index else jnp.sqrt(jnp.sum(g**2, (1, 2, 3), keepdims=True))
-    scale = jnp.where(scale > 0, scale, 1)  # of a and g in turn, so that no square overflows
-    a, g = a if is_index else a * scale, g / scale
-    inner = _inner(a) * jnp.einsum("bkto,bkso->bkts", g, g)
+    scale = jnp.sqrt(jnp.sum(g**2, (1, 2, 3), keepdims=True))
+    scale = jnp.where(scale > 0, scale, 1)  # from g to a, so that no square overflows
+    a, g = a * scale, g / scale
+    inner = jnp.einsum("bkti,bksi->bkts", a, a) * jnp.einsum("bkto,bkso->bkts", g, g)
     norms = jnp.sum(inner, (1, 2, 3))
     straight = jnp.sum(jnp.sum(jnp.sqrt(jnp.diagonal(inner, axis1=2, axis2=3)), 2) ** 2, 1)
     return jnp.maximum(norms, 0), jnp.any(norms < 2**10 * jnp.finfo(norms.dtype).eps * straight)
@@ -198,7 +194,7 @@ def _moments_of_factors(of, sizes: Sizes, x, g, want_total: bool) -> Measured:
     """Sum the squares of every element; for T = 1 that is (a * a)'(g * g) (Dangel et al. 2020, arXiv 1912.10985)."""
     if sizes.t == 1:
         a, g = jax.vmap(of)(x, g)
-        square = a if jnp.issubdtype(a.dtype, jnp.integer) else wide(a) ** 2
+        square = a if sizes.is_index else wide(a) ** 2
         return _total(a, g, sizes) if want_total else None, _total(square, wide(g) ** 2, sizes)
     chunk = ghost_cost.chunk_size(sizes, "cpu")
     [total], [moments] = in_chunks(lambda both: [gradient(*of(*both), sizes)], (x, g), sizes.b, chunk, MOMENTS)
@@ -211,9 +207,9 @@ def _gram_of_factors(of, sizes: Sizes, x, g, want_total: bool) -> Measured:
     total = _total(a, g, sizes) if want_total else None
     if sizes.t > 1:
         return total, inner_products(jax.vmap(lambda a, g: gradient(a, g, sizes))(a, g))
-    a = a if jnp.issubdtype(a.dtype, jnp.integer) else wide(a)
-    pairs = _inner(a.swapaxes(0, 2)) * _inner(wide(g).swapaxes(0, 2))  # [1, K, B, B]
-    return total, jnp.sum(pairs, (0, 1))
+    a, g = a[:, :, 0], wide(g)[:, :, 0]
+    alike = a.T[:, :, None] == a.T[:, None, :] if sizes.is_index else jnp.einsum("bki,cki->kbc", wide(a), wide(a))
+    return total, jnp.sum(alike * jnp.einsum("bko,cko->kbc", g, g), 0)
 
 
 NORMS = Measure(_norms_of_factors, squared_norms, lambda chunked, rest: jnp.append(chunked.reshape(-1), rest))
