@@ -107,7 +107,7 @@ def sq_norms(loss: Loss, *, drop_nonfinite: bool = False) -> Callable[[Params, B
 def norms(loss: Loss) -> Callable[[Params, Batch], tuple[SquaredNorms, jax.Array]]:
     """Return `(params, batch) -> (SquaredNorms, norms [B] over all parameters)`, also of norms whose squares overflow.
 
-    Where a squared norm is infinite, the norms of the losses times 2^-64 are taken as well.
+    Where a squared norm is infinite, the norms of the losses times 2^-40 are taken as well.
     """
 
     def both(params: Params, batch: Batch) -> tuple[SquaredNorms, jax.Array]:
@@ -115,9 +115,9 @@ def norms(loss: Loss) -> Callable[[Params, Batch], tuple[SquaredNorms, jax.Array
         plain = jnp.sqrt(found.total)
 
         def again():
-            small = sq_norms(lambda params, example: wide(loss(params, example)) * 2.0**-64)(params, batch)
+            small = sq_norms(lambda params, example: wide(loss(params, example)) * 2.0**-40)(params, batch)
             scaled = jnp.sqrt(small.total)
-            return jnp.where(jnp.isinf(plain) & (scaled > 0), scaled * 2.0**64, plain)
+            return jnp.where(jnp.isinf(plain) & (scaled > 0), scaled * 2.0**40, plain)
 
         return found, jax.lax.cond(jnp.isinf(plain).any(), again, lambda: plain)
 

@@ -93,10 +93,12 @@ def leaf_plan(plan: Plan, leaf, uses: list[Use], measure: Measure, batch_size: i
         [use] = rest
         if plan.sites[use.site].inside and not use.top.scales and all(is_sliced for _, is_sliced in use.top.loops):
             return LeafPlan(uses, groups, [], False, use.site)
-    chunked = measure is NORMS and any(
-        way.name == "in chunks" for group in groups for way in ghost_cost.ways(group.sizes)
+    is_given = is_low or any(
+        (measure is NORMS and any(way.name == "in chunks" for way in ghost_cost.ways(group.sizes)))
+        or (any(use.rule.is_index for use in group.uses) and ghost_cost.has_few_rows(group.sizes))
+        for group in groups
     )
-    return LeafPlan(uses, groups, commons, is_low or chunked, None)
+    return LeafPlan(uses, groups, commons, is_given, None)
 
 
 def tap(plan: Plan, how: LeafPlan) -> Callable:
