@@ -34,7 +34,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gdjax import ghost_eval, ghost_flow, ghost_leaves, ghost_rules, problem
+from gdjax import ghost_eval, ghost_flow, ghost_jaxpr, ghost_leaves, ghost_measure, ghost_rules, problem
 from gdjax.ghost_rules import GRAM, MOMENTS, NORMS, Measure, wide
 from gdjax.problem import Batch, Example, Loss, Params
 
@@ -187,7 +187,7 @@ def coverage(loss: Loss, params: Params, example: Example, *, batch_size: int = 
         rows.append((jax.tree_util.keystr(path), jnp.shape(leaf), *ghost_leaves.described(plan, how)))
         sizes.append(ghost_leaves.num_bytes(plan, _struct(leaf), how, batch_size))
     parameters = sum(leaf.size * leaf.dtype.itemsize for leaf in map(_struct, jax.tree.leaves(train)))
-    return Coverage(rows, sizes, parameters + batch_size * ghost_flow.num_bytes(plan.jaxpr))
+    return Coverage(rows, sizes, parameters + batch_size * ghost_jaxpr.num_bytes(plan.jaxpr))
 
 
 def nonlinear(loss: Loss, params: Params, example: Example) -> list[str]:
@@ -202,7 +202,7 @@ def nonlinear(loss: Loss, params: Params, example: Example) -> list[str]:
     are taken to be linear.
     """
     train, frozen = problem.trainable(params)
-    return ghost_flow.nonlinear_rules(_plan(loss, train, frozen, jax.tree.map(_struct, example)).jaxpr)
+    return ghost_jaxpr.nonlinear_rules(_plan(loss, train, frozen, jax.tree.map(_struct, example)).jaxpr)
 
 
 def add_rule(primitive: str, rule: Callable[[Any, int], ghost_rules.Rule | None]) -> None:
@@ -289,12 +289,12 @@ def _backward(plan, hows, env, batch, size):
     """Return (losses [B], sums of gradients by leaf, squared norms by tapped site, what else the sites left)."""
     ones = {leaf: env[leaf] for leaf, how in enumerate(hows) if not how.is_given}
     tapped = {how.tap: leaf for leaf, how in enumerate(hows) if how.tap is not None}
-    measures = {site: ghost_leaves.tap(plan, hows[leaf]) for site, leaf in tapped.items()}
+    measures = {site: ghost_measure.tap(plan, hows[leaf]) for site, leaf in tapped.items()}
     hooks = {
         number: [
             lax.full((size, *site.lengths, *out.shape), 0, out.dtype)
             for out in site.out
-            if ghost_flow.differentiable(out)
+            if ghost_jaxpr.differentiable(out)
         ]
         for number, site in enumerate(plan.sites)
         if number not in tapped
@@ -315,7 +315,7 @@ def _backward(plan, hows, env, batch, size):
         return losses.sum(), (losses, records)
 
     (sums, cotangents, norms), (losses, records) = jax.grad(total, (0, 1, 2), has_aux=True)(ones, hooks, taps)
-    return losses, sums, norms, ghost_leaves.Run(plan, env, records, cotangents)
+    return losses, sums, norms, ghost_measure.Run(plan, env, records, cotangents)
 
 
 @jax.custom_jvp

@@ -100,11 +100,6 @@ def numbers(sizes: Sizes, device: str) -> int:
     return b * k * t * t if way.name == "gram" else b
 
 
-def has_few_rows(sizes: Sizes) -> bool:
-    """Whether rows are better added up by a product with ones and zeros than one by one, as a CPU scatters them."""
-    return sizes.i <= 4 * sizes.o
-
-
 def device() -> str:
     """Return for which device a program is most likely traced."""
     return "cpu" if jax.default_backend() == "cpu" else "accelerator"

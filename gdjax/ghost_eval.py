@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 
-from gdjax.ghost_flow import Action, Plan, Scan, Step, differentiable
+from gdjax.ghost_flow import Action, Plan, Scan, Step
+from gdjax.ghost_jaxpr import differentiable
 
 Env = dict[int, jax.Array]
 """Values by slot."""

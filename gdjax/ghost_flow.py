@@ -1,4 +1,4 @@
-"""Where parameters go in the jaxpr of a loss: a plan, made from the program alone. All that touches jax's core is here.
+"""Where parameters go in the jaxpr of a loss: a plan, made from the program alone.
 
 Every variable becomes a numbered slot. A value that depends on neither the example nor the state of a loop is a `Top`
 value: its equations, wherever they stand, are taken out into `steps`, which run once for the batch. All else is in
@@ -7,23 +7,31 @@ value: its equations, wherever they stand, are taken out into `steps`, which run
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core
-from jax.interpreters import partial_eval
 
 from gdjax import ghost_rules
+from gdjax.ghost_jaxpr import (
+    INLINED,
+    Jaxpr,
+    custom_rules,
+    differentiable,
+    function_of,
+    is_literal,
+    is_real,
+    literal,
+    nonlinear_rules,
+    scan_sizes,
+    struct,
+    traced,
+)
 
-INLINED = ("jit", "pjit", "closed_call", "core_call")
 REMAT = ("remat2", "checkpoint", "remat")
 SAME = ("copy", "copy_p", "convert_element_type", "sharding_constraint", "reduce_precision")
-# Derivative rules that are linear say nothing of these primitives applied to a cotangent.
-NONLINEAR = {"max", "min", "clamp", "sign", "abs", "round", "floor", "ceil", "is_finite", "eq", "ne", "lt", "le", "gt"}
-NONLINEAR |= {"ge", "exp", "log", "tanh", "logistic", "sqrt", "rsqrt", "integer_pow", "pow", "sin", "cos", "square"}
 
 
 class Top(NamedTuple):
@@ -85,6 +93,7 @@ class Site(NamedTuple):
         primitive: its name.
         inside: whether it stands in a loop or a rematerialised block, whose memory should stay small.
         avals: shapes of the parameters there.
+        num_read: the numbers that the operands which are no parameters have, in all iterations.
     """
 
     function: Callable
@@ -96,6 +105,7 @@ class Site(NamedTuple):
     primitive: str
     inside: bool
     avals: tuple[jax.ShapeDtypeStruct, ...]
+    num_read: int
 
 
 class Scan(NamedTuple):
@@ -119,20 +129,19 @@ class Plan(NamedTuple):
     actions: list[Action]
     example: list[int]
     loss: int
-    jaxpr: core.Jaxpr
+    jaxpr: Jaxpr
 
 
 def plan(function: Callable, leaves: Sequence[Any], example: Any) -> Plan:
     """Trace `function(leaves, example)`, remove what does not reach the loss, and plan it. Leaf i has slot i."""
-    closed = jax.make_jaxpr(function)(leaves, example)
-    jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True], instantiate=True)
+    jaxpr, consts = traced(function, leaves, example)
     planner = _Planner()
     inputs = [
         planner.top(leaves=frozenset([i]), isometric=True, view=np.empty(np.shape(leaf), bool))
         for i, leaf in enumerate(leaves)
     ]
     examples = [planner.local() for _ in jaxpr.invars[len(leaves) :]]
-    actions, outs = planner.flow(jaxpr, closed.consts, [*inputs, *examples])
+    actions, outs = planner.flow(jaxpr, consts, [*inputs, *examples])
     [loss] = planner.settled(outs, jaxpr.outvars, actions)
     return Plan(planner.constants, planner.steps, planner.sites, actions, examples, loss, jaxpr)
 
@@ -166,16 +175,16 @@ class _Planner:
                 self.sliced[depth].add(kind.slot)
         return kind.slot
 
-    def flow(self, jaxpr: core.Jaxpr, consts: Sequence[Any], inputs: Sequence[Kind]) -> tuple[list[Action], list[Kind]]:
+    def flow(self, jaxpr: Jaxpr, consts: Sequence[Any], inputs: Sequence[Kind]) -> tuple[list[Action], list[Kind]]:
         """Return the actions of a jaxpr and the kinds of its outputs."""
         env = dict(zip(jaxpr.constvars, map(self.constant, consts), strict=True))
         env.update(zip(jaxpr.invars, inputs, strict=True))
         actions: list[Action] = []
         for equation in jaxpr.eqns:
-            ins = [None if isinstance(v, core.Literal) else env[v] for v in equation.invars]
+            ins = [None if is_literal(v) else env[v] for v in equation.invars]
             outs = self.equation(jaxpr, equation, ins, actions)
             env.update(zip(equation.outvars, outs, strict=True))
-        return actions, [self.constant(literal(v)) if isinstance(v, core.Literal) else env[v] for v in jaxpr.outvars]
+        return actions, [self.constant(literal(v)) if is_literal(v) else env[v] for v in jaxpr.outvars]
 
     def equation(self, jaxpr, equation, ins: list[Kind | None], actions: list[Action]) -> list[Kind]:
         """Decide what becomes of one equation; the only place that does."""
@@ -264,11 +273,14 @@ class _Planner:
         if name == "site":
             index = len(self.sites)
             weights = tuple(i for i, kind in enumerate(operands) if isinstance(kind, Top) and kind.leaves)
-            avals = tuple(_struct(v.aval) for v in equation.outvars)
+            avals = tuple(struct(v.aval) for v in equation.outvars)
             rules = tuple(_rule(equation, places[i], ins) for i in weights)
             lengths, primitive = tuple(self.lengths), equation.primitive.name
-            of = tuple(_struct(equation.invars[places[i]].aval) for i in weights)
-            self.sites.append(Site(function, operands, weights, avals, rules, lengths, primitive, self.inside > 0, of))
+            of = tuple(struct(equation.invars[places[i]].aval) for i in weights)
+            read = sum(equation.invars[place].aval.size for i, place in enumerate(places) if i not in weights)
+            read *= int(np.prod(lengths, dtype=int))
+            inside = self.inside > 0
+            self.sites.append(Site(function, operands, weights, avals, rules, lengths, primitive, inside, of, read))
         actions.append(Action(name, function, tuple(map(self.slot, operands)), tuple(outs), index))
         return outs
 
@@ -277,11 +289,11 @@ class _Planner:
         slots = []
         for kind, v in zip(kinds, variables, strict=True):
             if isinstance(kind, Top) and kind.leaves:
-                aval = _struct(v.aval)
+                aval = struct(v.aval)
                 rule = (ghost_rules.Entries(lambda x, g: g), "")
                 lengths = tuple(self.lengths)
                 self.sites.append(
-                    Site(lambda x: [x], (kind,), (0,), (aval,), (rule,), lengths, "itself", self.inside > 0, (aval,))
+                    Site(lambda x: [x], (kind,), (0,), (aval,), (rule,), lengths, "itself", self.inside > 0, (aval,), 0)
                 )
                 actions.append(Action("site", lambda x: [x], (self.slot(kind),), (self.local(),), len(self.sites) - 1))
                 slots.append(actions[-1].outs[0])
@@ -334,10 +346,6 @@ class _Planner:
         return result
 
 
-def _struct(aval) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
-
-
 def _entered(kind: Kind, length: int, is_sliced: bool) -> Kind:
     """Return what a loop's body sees of a value; of slices, the view is that of the first."""
     if isinstance(kind, int):
@@ -380,100 +388,3 @@ MOVES: dict[str, Callable] = {
     "split": lambda view, parameters, shape: np.split(view, np.cumsum(parameters["sizes"])[:-1], parameters["axis"]),
 }
 """Primitives that move the entries of a parameter and neither change nor repeat one, as done to a view of them."""
-
-
-def scan_sizes(equation) -> tuple[int, int]:
-    """Return how many of a scan's operands are constants, and how many are carried; the rest are scanned."""
-    if "num_consts" in equation.params:
-        return equation.params["num_consts"], equation.params["num_carry"]
-    consts, carry, _ = equation.params["ft_in"].unpack()  # jax 0.12
-    return len(list(consts.vals)), len(list(carry.vals))
-
-
-def differentiable(aval) -> bool:
-    """Whether a value has gradients: floating-point or complex."""
-    return jnp.issubdtype(aval.dtype, jnp.inexact)
-
-
-def is_real(aval) -> bool:
-    return jnp.issubdtype(aval.dtype, jnp.floating)
-
-
-def literal(variable) -> np.ndarray:
-    return np.asarray(variable.val, variable.aval.dtype)
-
-
-def function_of(jaxpr: core.Jaxpr, equation) -> tuple[list[int], Callable]:
-    """Return the places of an equation's operands, each once and without literals, and its outputs as a function.
-
-    The function keeps whatever derivative rule the equation has.
-    """
-    places: dict[Any, int] = {}
-    for i, v in enumerate(equation.invars):
-        if not isinstance(v, core.Literal):
-            places.setdefault(v, i)
-    part = jaxpr.replace(
-        constvars=[],
-        invars=list(places),
-        outvars=equation.outvars,
-        eqns=[equation],
-        effects=equation.effects,
-        debug_info=jaxpr.debug_info.with_unknown_names(),
-    )
-    return list(places.values()), core.jaxpr_as_fun(core.ClosedJaxpr(part, []))
-
-
-def custom_rules(jaxpr: core.Jaxpr, equations: Sequence[Any] | None = None) -> Iterator[tuple[core.Jaxpr, Any]]:
-    """Yield (jaxpr, equation) for every custom backward pass in a jaxpr, or in these of its equations."""
-    for equation in jaxpr.eqns if equations is None else equations:
-        if equation.primitive.name.startswith("custom_vjp"):
-            yield jaxpr, equation
-        else:
-            for inner in core.jaxprs_in_params(equation.params):
-                yield from custom_rules(inner)
-
-
-def nonlinear_rules(jaxpr: core.Jaxpr, equations: Sequence[Any] | None = None) -> list[str]:
-    """Return the names of the functions whose custom backward pass is seen not to be linear in the cotangent."""
-    found = []
-    for outer, equation in custom_rules(jaxpr, equations):
-        places, function = function_of(outer, equation)
-        ins, outs = [_struct(equation.invars[i].aval) for i in places], [_struct(v.aval) for v in equation.outvars]
-        try:
-            backward = jax.make_jaxpr(lambda outs, ins, f=function: jax.vjp(f, *ins)[1](list(outs)))(outs, ins).jaxpr
-        except TypeError:  # of an output without gradients
-            continue
-        if _bends(backward, [True] * len(outs) + [False] * len(ins))[0]:
-            found.append(equation.params["call_jaxpr"].jaxpr.debug_info.func_name)
-    return found
-
-
-def _bends(jaxpr: core.Jaxpr, inputs: Sequence[bool]) -> tuple[bool, list[bool]]:
-    """Return (whether something is not linear in the marked inputs, the marks of the outputs)."""
-    marked = {v for v, mark in zip(jaxpr.invars, inputs, strict=True) if mark}
-    for equation in jaxpr.eqns:
-        marks = [not isinstance(v, core.Literal) and v in marked for v in equation.invars]
-        if not any(marks):
-            continue
-        name, outs = equation.primitive.name, [True] * len(equation.outvars)
-        products = name in ("mul", "dot_general", "conv_general_dilated") and all(marks)
-        if name in NONLINEAR or products or (name == "div" and marks[1]) or (name == "select_n" and marks[0]):
-            return True, []
-        if name in INLINED or name == "custom_jvp_call":
-            inner = equation.params.get("jaxpr") or equation.params["call_jaxpr"]
-            bends, outs = _bends(inner.jaxpr, marks)
-            if bends:
-                return True, []
-        marked |= {v for v, mark in zip(equation.outvars, outs, strict=True) if mark}
-    return False, [not isinstance(v, core.Literal) and v in marked for v in jaxpr.outvars]
-
-
-def num_bytes(jaxpr: core.Jaxpr) -> int:
-    """Return the bytes of all that a jaxpr computes, which a backward pass keeps at most."""
-    own = sum(v.aval.size * v.aval.dtype.itemsize for equation in jaxpr.eqns for v in equation.outvars)
-    inner = (
-        equation.params.get("length", 1) * num_bytes(sub)
-        for equation in jaxpr.eqns
-        for sub in core.jaxprs_in_params(equation.params)
-    )
-    return own + sum(inner)

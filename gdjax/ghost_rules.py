@@ -131,9 +131,7 @@ def _alike(a, g):
 
 def _total(a: jax.Array, g: jax.Array, sizes: Sizes) -> jax.Array:
     """Return the sum over examples of A'G, in float32 at least."""
-    if sizes.is_index and ghost_cost.has_few_rows(sizes):
-        a = jax.nn.one_hot(a, sizes.i, dtype=wide(g).dtype)
-    elif sizes.is_index:
+    if sizes.is_index:
         by_group = (x.swapaxes(0, 1).reshape(sizes.k, -1, *x.shape[3:]) for x in (a, wide(g)))
         empty = jnp.zeros((sizes.i, sizes.o), wide(g).dtype)
         return jax.vmap(lambda rows, g: empty.at[rows].add(g))(*by_group)
