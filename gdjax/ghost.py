@@ -1,16 +1,16 @@
 """Norms of the gradient of every example, for any JAX function, from one backward pass.
 
 `vmap(grad)` forms the gradient of every example: B times the parameters, written and read again. Here the loss of one
-example is traced and evaluated on the whole batch, and where a parameter meets an activation, the backward pass also
-returns what is wanted of each example's gradient.
+example is traced and run on the batch so that, where a parameter meets an activation, both the activation and the
+cotangent of the result come back. From these the gradients of the examples are measured without being kept.
 
-Values are of three kinds. *Fixed* values depend on neither parameters nor example. A `Weight` depends on parameters
-alone and is computed once for the batch. A `Batched` value depends on the example and has axis 0 of length B. A *use*
-is an equation where a weight meets a batched value. A parameter with one use, reached by reshapes and transposes
-alone, is measured there by a rule: `ghost_rules` holds them, and is where a new one goes. Any other parameter has a
-*twin*, a zero of shape [B, *w.shape] that follows it to first order through every equation, so that the gradient with
-respect to the twin is the gradient of every example, whatever happens on the way: exact, at the price of holding it.
-`ghost_flow` decides which, from the traced program alone; `ghost_eval` runs it; `ghost_cost` chooses among ways.
+What depends on parameters alone is computed once for the batch. A *site* is an equation where such a value meets an
+example. A parameter whose sites all have a rule (`ghost_rules` holds them, `add_rule` adds one) is measured from the
+factors of its gradients; several sites, as of a shared layer, a tied embedding or a loop, stand behind each other, as
+if they were positions. Of any other parameter the gradients are formed for a chunk of examples at a time and pulled
+back through whatever was computed from it: exact, at the price of forming them. `ghost_flow` plans this from the traced
+program alone, `ghost_eval` runs the plan, `ghost_leaves` decides for every parameter, `ghost_measure` does it, and
+`ghost_cost` chooses among ways.
 
 >>> import jax.numpy as jnp
 >>> def loss(params, example):
@@ -22,9 +22,10 @@ respect to the twin is the gradient of every example, whatever happens on the wa
 >>> losses, norms["weight"], norms["bias"]
 (Array([0.25, 0.25], dtype=float32), Array([ 1., 25.], dtype=float32), Array([1., 1.], dtype=float32))
 >>> print(coverage(loss, params, (batch[0][0], batch[1][0])))
-parameter   shape  method        uses
-['bias']    []     materialised  add: no rule for add
-['weight']  [2]    dot_general   dot_general
+parameter   shape  method       bytes  uses
+['bias']    []     add          1024   add
+['weight']  [2]    dot_general  512    dot_general
+total                           1536   plain gradient: 2572
 """
 
 from collections.abc import Callable

@@ -31,7 +31,7 @@ from gdjax.ghost_jaxpr import (
 )
 
 REMAT = ("remat2", "checkpoint", "remat")
-SAME = ("copy", "copy_p", "convert_element_type", "sharding_constraint", "reduce_precision")
+SAME = ("copy", "copy_p", "convert_element_type", "sharding_constraint")
 
 
 class Top(NamedTuple):
@@ -67,7 +67,7 @@ class Step(NamedTuple):
     function: Callable
     ins: tuple[int, ...]
     outs: tuple[int, ...]
-    move: Callable | None
+    move: Any
 
 
 class Action(NamedTuple):
@@ -175,9 +175,9 @@ class _Planner:
                 self.sliced[depth].add(kind.slot)
         return kind.slot
 
-    def flow(self, jaxpr: Jaxpr, consts: Sequence[Any], inputs: Sequence[Kind]) -> tuple[list[Action], list[Kind]]:
+    def flow(self, jaxpr: Jaxpr, consts: Sequence[Any], inputs: Sequence[Kind]) -> tuple[list[Action], Sequence[Kind]]:
         """Return the actions of a jaxpr and the kinds of its outputs."""
-        env = dict(zip(jaxpr.constvars, map(self.constant, consts), strict=True))
+        env: dict[Any, Kind] = dict(zip(jaxpr.constvars, map(self.constant, consts), strict=True))
         env.update(zip(jaxpr.invars, inputs, strict=True))
         actions: list[Action] = []
         for equation in jaxpr.eqns:
@@ -186,7 +186,7 @@ class _Planner:
             env.update(zip(equation.outvars, outs, strict=True))
         return actions, [self.constant(literal(v)) if is_literal(v) else env[v] for v in jaxpr.outvars]
 
-    def equation(self, jaxpr, equation, ins: list[Kind | None], actions: list[Action]) -> list[Kind]:
+    def equation(self, jaxpr, equation, ins: list[Kind | None], actions: list[Action]) -> Sequence[Kind]:
         """Decide what becomes of one equation; the only place that does."""
         name, parameters = equation.primitive.name, equation.params
         weights = any(isinstance(kind, Top) and kind.leaves for kind in ins)
@@ -211,7 +211,7 @@ class _Planner:
         self.inside -= name != "cond"
         return outs
 
-    def step(self, jaxpr, equation, ins) -> list[Kind]:
+    def step(self, jaxpr, equation, ins) -> Sequence[Kind]:
         """Take an equation between Top values out of all loops, for all their iterations at once."""
         places, function = function_of(jaxpr, equation)
         tops = [ins[i] for i in places]
@@ -224,7 +224,7 @@ class _Planner:
             leaves = frozenset()
         custom = any(top.custom for top in tops if top.leaves) or any(custom_rules(jaxpr, [equation]))
         views, scales, move = self.moved(equation, ins, function, tops)
-        outs: list[Kind] = []
+        outs: list[Top] = []
         for v, view in zip(equation.outvars, views, strict=True):
             of = leaves if differentiable(v.aval) else frozenset()
             isometric = bool(of) and move is not None and is_real(v.aval)
@@ -232,7 +232,7 @@ class _Planner:
         self.steps.append(Step(leaves, function, tuple(t.slot for t in tops), tuple(out.slot for out in outs), move))
         return outs
 
-    def moved(self, equation, ins, function, tops) -> tuple[list[np.ndarray | None], tuple, Callable | None]:
+    def moved(self, equation, ins, function, tops) -> tuple[Sequence[Any], tuple, Callable | None]:
         """Return what an equation makes of the entries of one leaf: (views of the outputs, scalars, move or None)."""
         name, parameters, shape = equation.primitive.name, equation.params, equation.outvars[0].aval.shape
         nothing = [None] * len(equation.outvars), (), None
@@ -248,11 +248,9 @@ class _Planner:
             is_scalar = variable.aval.size == 1 and is_real(variable.aval) and not scalar.leaves
             if (name == "div" and place == 1) or not is_scalar or shape != equation.invars[place].aval.shape:
                 return nothing
-            return (
-                nothing
-                if any(is_sliced for _, is_sliced in scalar.loops)
-                else ([view], (*scales, (name, scalar.slot)), _identity)
-            )
+            if any(is_sliced for _, is_sliced in scalar.loops):
+                return nothing
+            return [view], (*scales, (name, scalar.slot)), _identity
         if name in SAME or name == "neg":
             return [view], (*scales, (name, -1)) if name == "neg" else scales, _identity
         if name not in MOVES:
@@ -264,7 +262,7 @@ class _Planner:
         views = MOVES[name](view, parameters, shape)
         return [v if v.size == 0 or np.may_share_memory(v, view) else None for v in views], scales, function
 
-    def act(self, actions, name: str, jaxpr, equation, ins) -> list[Kind]:
+    def act(self, actions, name: str, jaxpr, equation, ins) -> Sequence[Kind]:
         """Add an equation as an action; a site also says how its parameters are measured."""
         places, function = function_of(jaxpr, equation)
         operands = tuple(ins[i] for i in places)
@@ -301,7 +299,7 @@ class _Planner:
                 slots.append(self.slot(kind))
         return slots
 
-    def remat(self, equation, kinds, actions) -> list[Kind]:
+    def remat(self, equation, kinds, actions) -> Sequence[Kind]:
         first_site = len(self.sites)
         inner, outs = self.flow(equation.params["jaxpr"], [], kinds)
         ins = tuple(kind for kind in kinds if isinstance(kind, int))
@@ -310,7 +308,7 @@ class _Planner:
         actions.append(Action("remat", options, ins, locals_, (inner, range(first_site, len(self.sites)))))
         return outs
 
-    def switch(self, equation, kinds, actions) -> list[Kind]:
+    def switch(self, equation, kinds, actions) -> Sequence[Kind]:
         """Both branches and a selection, which is what vmap makes of a choice that depends on the example."""
         branches, returned = [], []
         for closed in equation.params["branches"]:
@@ -321,7 +319,7 @@ class _Planner:
         actions += [*branches, Action("switch", None, (kinds[0],), tuple(outs), returned)]
         return outs
 
-    def scan(self, equation, kinds, actions) -> list[Kind]:
+    def scan(self, equation, kinds, actions) -> Sequence[Kind]:
         parameters, body = equation.params, equation.params["jaxpr"]
         first, num_carry = scan_sizes(equation)
         last = first + num_carry

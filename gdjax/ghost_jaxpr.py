@@ -119,7 +119,8 @@ def _bends(jaxpr: Jaxpr, inputs: Sequence[bool]) -> tuple[bool, list[bool]]:
 
 def num_bytes(jaxpr: Jaxpr) -> int:
     """Return the bytes of all that a jaxpr computes, which a backward pass keeps at most."""
-    own = sum(v.aval.size * v.aval.dtype.itemsize for equation in jaxpr.eqns for v in equation.outvars)
+    avals: list[Any] = [v.aval for equation in jaxpr.eqns for v in equation.outvars]
+    own = sum(aval.size * aval.dtype.itemsize for aval in avals if hasattr(aval, "dtype"))
     inner = (
         equation.params.get("length", 1) * num_bytes(sub)
         for equation in jaxpr.eqns

@@ -16,7 +16,7 @@ from gdjax import ghost_cost
 from gdjax.ghost_cost import Sizes
 from gdjax.ghost_flow import Plan, Site, Top
 from gdjax.ghost_jaxpr import is_real
-from gdjax.ghost_rules import NORMS, Entries, Factors, Measure, Rule
+from gdjax.ghost_rules import NORMS, Entries, Factors, Measure
 
 
 class Use(NamedTuple):
@@ -26,7 +26,7 @@ class Use(NamedTuple):
     place: int
     top: Top
     aval: jax.ShapeDtypeStruct
-    rule: Rule | None
+    rule: Any  # a Rule or None
     obstacle: str
 
 
@@ -132,13 +132,13 @@ def _aligned(plan: Plan, uses: list[Use], batch_size: int) -> list[Group] | None
         for other in keys[:i]:
             if key[3] != other[3] or _overlap(found[key][0][0].top.view, found[other][0][0].top.view):
                 return None
-    groups = [_group(plan, members, batch_size) for members in found.values()]
-    return None if None in groups else groups
+    groups = [group for members in found.values() if (group := _group(plan, members, batch_size))]
+    return groups if len(groups) == len(found) else None
 
 
 def _overlap(a: np.ndarray, b: np.ndarray) -> bool:
     try:
-        return np.shares_memory(a, b, max_work=10**4)
+        return bool(np.shares_memory(a, b, max_work=10**4))  # pyright: ignore[reportArgumentType]
     except np.exceptions.TooHardError:
         return True
 

@@ -137,7 +137,7 @@ class Run:
             sizes = factor_sizes(use, site, 1)
             unscaled = use._replace(top=use.top._replace(scales=()))
             a, g = factors(self.env, Group((unscaled,), (False,), (None,), sizes), records, cotangents)
-            return _back(use, ghost_rules.gradient(a, g, sizes)).astype(use.aval.dtype)
+            return _back(use, ghost_rules.gradient(sizes, a, g)).astype(use.aval.dtype)
         weights = [i for i in site.weights if i != use.place]
         tops: Any = [site.operands[i] for i in weights]
 
@@ -215,7 +215,7 @@ class Run:
         pull = self.pull(leaves, slots)
 
         def form(data):
-            bars = dict.fromkeys(slots, 0.0)
+            bars: dict[int, Any] = dict.fromkeys(slots, 0.0)
             for use in uses:
                 bars[use.top.slot] = bars[use.top.slot] + self.bar(use, *data)
             return pull([bars[slot] for slot in slots])
@@ -249,4 +249,6 @@ def factors(env: Env, group: Group, records, cotangents) -> tuple[jax.Array, jax
         if order is not None:
             a, g = (_reordered(*factor) for factor in zip((a, g), *order, strict=True))
         parts.append((a, g))
-    return tuple(jnp.concatenate(part, 1) for part in zip(*parts, strict=True)) if len(parts) > 1 else parts[0]
+    if len(parts) == 1:
+        return parts[0]
+    return jnp.concatenate([a for a, _ in parts], 1), jnp.concatenate([g for _, g in parts], 1)

@@ -31,7 +31,7 @@ class Factors(NamedTuple):
         is_index: whether A is integers [K, T] instead, the places in I of rows that are 0 but for a 1.
     """
 
-    of: Callable[[Any, Any], tuple[jax.Array, jax.Array]]
+    of: Callable[..., tuple[jax.Array, jax.Array]]
     shape: tuple[int, ...]
     axes: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
     is_index: bool = False
@@ -117,7 +117,7 @@ def in_chunks(
     return total, [measure.of_chunks(chunked, rest) for chunked, rest in zip(measures, last, strict=True)]
 
 
-def gradient(a: jax.Array, g: jax.Array, sizes: Sizes) -> jax.Array:
+def gradient(sizes: Sizes, a: jax.Array, g: jax.Array) -> jax.Array:
     """Return A'G [K, I, O] of one example."""
     if sizes.is_index:
         empty = jnp.zeros((sizes.i, sizes.o), g.dtype)
@@ -149,8 +149,9 @@ def _norms_of_factors(of, sizes: Sizes, x, g, want_total: bool) -> Measured:
 def norms_by(way: ghost_cost.Way, of, sizes: Sizes, x, g, *, want_total: bool) -> Measured:
     """Return (summed gradient [K, I, O] or None, squared norms [B]), taken in this way."""
     if way.name == "in chunks":
-        form = lambda both: [gradient(*of(*both), sizes)]  # noqa: E731
-        [total], [norms] = in_chunks(form, (x, g), sizes.b, way.chunk_size, NORMS, want_total=want_total)
+        [total], [norms] = in_chunks(
+            lambda both: [gradient(sizes, *of(*both))], (x, g), sizes.b, way.chunk_size, NORMS, want_total=want_total
+        )
         return total, norms
     a, g_factor = jax.vmap(of)(x, g)
     total = _total(a, g_factor, sizes) if want_total else None
@@ -197,7 +198,7 @@ def _moments_of_factors(of, sizes: Sizes, x, g, want_total: bool) -> Measured:
         square = a if sizes.is_index else wide(a) ** 2
         return _total(a, g, sizes) if want_total else None, _total(square, wide(g) ** 2, sizes)
     chunk = ghost_cost.chunk_size(sizes, "cpu")
-    [total], [moments] = in_chunks(lambda both: [gradient(*of(*both), sizes)], (x, g), sizes.b, chunk, MOMENTS)
+    [total], [moments] = in_chunks(lambda both: [gradient(sizes, *of(*both))], (x, g), sizes.b, chunk, MOMENTS)
     return total, moments
 
 
@@ -206,7 +207,7 @@ def _gram_of_factors(of, sizes: Sizes, x, g, want_total: bool) -> Measured:
     a, g = jax.vmap(of)(x, g)
     total = _total(a, g, sizes) if want_total else None
     if sizes.t > 1:
-        return total, inner_products(jax.vmap(lambda a, g: gradient(a, g, sizes))(a, g))
+        return total, inner_products(jax.vmap(lambda a, g: gradient(sizes, a, g))(a, g))
     a, g = a[:, :, 0], wide(g)[:, :, 0]
     alike = a.T[:, :, None] == a.T[:, None, :] if sizes.is_index else jnp.einsum("bki,cki->kbc", wide(a), wide(a))
     return total, jnp.sum(alike * jnp.einsum("bko,cko->kbc", g, g), 0)
@@ -301,7 +302,7 @@ def dynamic_slice(equation: Equation, position: int) -> Rule | None:
 
     def factors(x, g):
         values = dict(zip(variables, x if isinstance(x, list) else [x], strict=True))
-        starts = {i: jnp.reshape(values.get(v, getattr(v, "val", None)), 1) for i, v in enumerate(equation.invars[1:])}
+        starts = {i: jnp.reshape(values[v] if v in variables else v.val, 1) for i, v in enumerate(equation.invars[1:])}
         return _row_numbers(starts, table, axes[0])[None], g.reshape(1, 1, -1)
 
     return Factors(factors, table, ((), *axes), is_index=True)
