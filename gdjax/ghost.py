@@ -37,6 +37,8 @@ from jax import lax
 
 from gdjax import ghost_eval, ghost_flow, ghost_jaxpr, ghost_leaves, ghost_measure, ghost_rules, problem
 from gdjax.ghost_rules import GRAM, MOMENTS, NORMS, Measure, wide
+from gdjax.ghost_rules import Entries as Entries
+from gdjax.ghost_rules import Factors as Factors
 from gdjax.problem import Batch, Example, Loss, Params
 
 
