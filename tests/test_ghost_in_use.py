@@ -134,7 +134,9 @@ def test_clipping_that_cannot_be_done_is_refused(arguments, message):
 
 
 @pytest.mark.parametrize("measure", [ghost.sq_norms, ghost.second_moments, ghost.gram])
-@pytest.mark.parametrize("name", ["mlp", "transformer", "dense_one_by_one", "rnn"])
+@pytest.mark.parametrize(
+    "name", ["mlp", "rnn", *(pytest.param(x, marks=pytest.mark.slow) for x in ("transformer", "dense_one_by_one"))]
+)
 def test_a_batch_sharded_over_devices_gives_the_same(measure, name):
     make = PROGRAMS[name]
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
@@ -327,6 +329,7 @@ def layers(width):
     }
 
 
+@pytest.mark.slow
 @settings(max_examples=10)  # every program compiles anew
 @given(
     chosen=st.lists(st.tuples(st.sampled_from(sorted(layers(3))), st.integers(0, 2)), min_size=1, max_size=4),
