@@ -185,12 +185,17 @@ class Run:
             added, found = self.add_common(leaf, how)
             totals.append(added)
             measures.append(found)
-        return sum(totals) if how.is_given else None, sum(measures)
+        dtype = wide(self.env[leaf]).dtype
+        total = sum(total.astype(dtype) for total in totals) if how.is_given else None
+        return total, sum(measured.astype(dtype) for measured in measures)
 
     def add_common(self, leaf: int, how: LeafPlan) -> Measured:
         """Return what directions c that all examples share add to the sum, and to |a|^2: 2 k <a, c> + k^2 |c|^2."""
-        coefficients = [wide(jax.vmap(partial(self.bar, use))(*self.data([use])).reshape(-1)) for use in how.commons]
-        directions = [self.direction(use.top, leaf) for use in how.commons]
+        dtype = wide(self.env[leaf]).dtype
+        coefficients = [
+            jax.vmap(partial(self.bar, use))(*self.data([use])).reshape(-1).astype(dtype) for use in how.commons
+        ]
+        directions = [self.direction(use.top, leaf).astype(dtype) for use in how.commons]
         norms = sum(
             k * m * jnp.vdot(c, d)
             for k, c in zip(coefficients, directions, strict=True)
@@ -198,6 +203,7 @@ class Run:
         )
         for group in how.groups or []:
             a, g = jax.vmap(self.factors(group))(*self.data(group.uses))
+            a, g = a if group.sizes.is_index else a.astype(dtype), g.astype(dtype)
             for k, c in zip(coefficients, directions, strict=True):
                 c = _arranged(group.uses[0], self.move(leaf, group.uses[0], c))
                 rows = (
@@ -251,4 +257,7 @@ def factors(env: Env, group: Group, records, cotangents) -> tuple[jax.Array, jax
         parts.append((a, g))
     if len(parts) == 1:
         return parts[0]
-    return jnp.concatenate([a for a, _ in parts], 1), jnp.concatenate([g for _, g in parts], 1)
+    widest = max((g for _, g in parts), key=lambda g: g.dtype.itemsize)
+    dtype = wide(widest).dtype if len({g.dtype for _, g in parts}) > 1 else widest.dtype
+    a = jnp.concatenate([a if group.sizes.is_index else a.astype(dtype) for a, _ in parts], 1)
+    return a, jnp.concatenate([g.astype(dtype) for _, g in parts], 1)
