@@ -227,7 +227,7 @@ def race_network(model: str, batch_size: int, num_updates: int, key, seconds: fl
     params, data = problem.init(init_key), problem.train
     num_epochs = -(-num_updates * batch_size // problem.num_examples)
     stream = batching.reshuffled(stream_key, problem.num_examples, num_epochs=num_epochs)
-    batches = batching.cut(stream[: num_updates * batch_size], batch_size)
+    batches = batching.batches(stream[: num_updates * batch_size], batch_size)
     sides = {
         "gdjax": by_gdjax(problem, params, batches, leaves=lambda tree: list(map(np.asarray, jax.tree.leaves(tree))))
     }

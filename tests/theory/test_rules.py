@@ -1,4 +1,4 @@
-"""Rules for hyperparameters: their numbers, their invariants in the exact recursions, and what Adam does in the loop."""
+"""Rules for hyperparameters: their numbers, their invariants in exact recursions, and what Adam does in the loop."""
 
 import jax
 import jax.numpy as jnp
