@@ -12,9 +12,9 @@ recursion of `schedules`.
 >>> for name, shape, num_phases in (("constant", constant, 1), ("decay", linear, 1), ("ramp", constant, None)):
 ...     best = plan(quadratic, **costs, shape=shape, num_phases=num_phases)
 ...     print(f"{name:8} {best.num_updates:4} updates, {best.num_examples:6.0f} examples, cost {best.cost:.0f}")
-constant   77 updates,  13346 examples, cost 21046
-decay      56 updates,   3450 examples, cost 9050
-ramp       48 updates,   3778 examples, cost 8578
+constant   72 updates,  17114 examples, cost 24314
+decay      48 updates,   4420 examples, cost 9220
+ramp       44 updates,   4442 examples, cost 8842
 """
 
 import math
