@@ -41,8 +41,8 @@ def main(options: experiment.Options) -> experiment.Result:
     target = tuning.parse_target(TARGET, problem)
     sizes = [32, 128] if options.smoke else advise.default_batch_sizes(problem.num_examples)
     rows, optima, laws = [], {}, {}
-    for name, (make, rate) in list(tuning.OPTIMIZERS.items())[: 1 if options.smoke else None]:
-        rate *= sizes[0] / 32  # the middle of the first grid is meant for B = 32
+    for name, (make, usual) in list(tuning.OPTIMIZERS.items())[: 1 if options.smoke else None]:
+        rate = usual / 16 * sizes[0]  # a usual rate is meant for B = 32
         found = tuned_at_every_size(problem, make, rate, target, sizes, 3, jax.random.key(options.seed))
         optima[name] = {size: tuned.optimum() for size, tuned in found.items()}
         law = laws[name] = scaling.fit(list(found), np.stack([updates for _, updates in optima[name].values()]))
