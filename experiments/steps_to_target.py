@@ -65,6 +65,7 @@ def judge(optima, laws) -> str:
     residuals = np.abs(np.concatenate([law.residuals for law in laws.values()]))
     share = float(np.mean(residuals < math.log(1.25)))
     critical = {name: law.critical_batch_size for name, law in laws.items()}
+    spans = {name: np.quantile(law.draws[1], [0.05, 0.95]) for name, law in laws.items()}
     checks = {
         "proportional to 1/B, then flat": bool(first > 1.7 and last < 1.7),
         "the law is within 25 % of nine points in ten": share >= 0.9,
@@ -73,8 +74,9 @@ def judge(optima, laws) -> str:
     return experiment.verdict(
         checks,
         f"The first doubling saves SGD a factor {first:.2f} of the updates, the last {last:.2f}; {share:.0%} of the "
-        f"points lie within 25 % of the law, the worst off by {np.exp(residuals.max()):.2f}; B_crit is "
-        + ", ".join(f"{size:.0f} ({name})" for name, size in critical.items())
+        f"points lie within 25 % of the law, the worst off by {np.exp(residuals.max()):.2f}; B_crit, "
+        "with 90 % intervals, is "
+        + ", ".join(f"{critical[name]:.0f} [{low:.0f}, {high:.0f}] ({name})" for name, (low, high) in spans.items())
         + ".",
     )
 
