@@ -108,6 +108,8 @@ def ways(problem: Problem) -> dict[str, tuple[Callable, dict]]:
         "unrolled by 4": (four, {}),
         "ordered": (last, {}),
         "ordered, unrolled by 4": (last_four, {}),
+        "chosen by kernels.for_cpu": (kernels.for_cpu(once), {}),
+        "chosen by kernels.for_cpu, 512 bits": (kernels.for_cpu(once), WIDE),
         "one kernel": (kernels.one_kernel(once), {}),
         "one kernel, unrolled by 4": (kernels.one_kernel(four), {}),
         "one kernel, 512 bits": (kernels.one_kernel(once), WIDE),

@@ -24,7 +24,6 @@ import optax
 from gdjax import batching, descent, gradients, noise, problems, theory, tuning
 from gdjax import report as plots
 from gdjax.commands import experiment
-from gdjax.noise import _intervals as intervals
 from gdjax.problems import datasets
 
 RATE_FACTORS = 2.0 ** np.arange(-1.5, 1.6, 0.5)  # around a guess; the grid grows where the best rate is at its edge
@@ -160,7 +159,7 @@ def hyperbola(sizes, updates):
 def interval(values):
     """Return the geometric mean over seeds and its 90 % interval."""
     logs = np.log(values)
-    half = intervals.student(len(logs) - 1, confidence=0.9) * logs.std(ddof=1) / np.sqrt(len(logs))
+    half = student(len(logs) - 1, confidence=0.9) * logs.std(ddof=1) / np.sqrt(len(logs))
     return tuple(float(x) for x in np.exp(logs.mean() + half * np.array([0, -1, 1])))
 
 

@@ -2,12 +2,15 @@
 
 Question    MLP 64-128-10 and 784-512-512-10, plain SGD in float32 at B = 1, 32 and N = 1024: how long does
             `descent.run` take beside PyTorch's eager loop, scikit-learn's MLPClassifier and NumPy, each from the same
-            weights over the same batches, ending with the same parameters? How long do the gradient norms of 256
-            examples take by `ghost` beside `torch.func`? How much of a large matrix product's speed is used?
+            weights over the same batches, ending with the same parameters? And a convolutional network and a
+            transformer of 16 and 128 tokens at B = 1, 32 and 256, beside PyTorch, eager and by `torch.compile`? How
+            long do the gradient norms of 256 examples take by `ghost` beside `torch.func`? How much of a large matrix
+            product's speed is used?
 Prediction  At B = 1 the small network is trained at least 20 times faster than by PyTorch and scikit-learn, 5 times
             faster than by NumPy; gdjax is nowhere slower; norms by ghost take at most a tenth; the large network uses
             at least 60 % of the product's speed at B = 32 and N.
-Cost        2 minutes on two CPU cores. PyTorch is raced where it is installed, and left out elsewhere.
+Cost        8 minutes on two CPU cores, 2 without PyTorch. PyTorch is raced where it is installed, and left out
+            elsewhere.
 """
 
 import importlib
@@ -23,33 +26,39 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gdjax import batching, bench, descent, ghost, gradients, report, timing
+from gdjax import batching, bench, descent, ghost, gradients, problems, report, timing
 from gdjax.commands import experiment
 from gdjax.problem import Problem
+from gdjax.problems import datasets, models
 
 SIZES = {"small": (64, 128, 10), "large": (784, 512, 512, 10)}
 UPDATES = {("small", 1): 1000, ("small", 32): 400, ("small", 1024): 40}
 UPDATES |= {("large", 1): 100, ("large", 32): 50, ("large", 1024): 4}
+NETWORK_UPDATES = {("cnn", 1): 500, ("cnn", 32): 60, ("cnn", 256): 12}
+NETWORK_UPDATES |= {("transformer-16", 1): 200, ("transformer-16", 32): 40, ("transformer-16", 256): 8}
+NETWORK_UPDATES |= {("transformer-128", 1): 100, ("transformer-128", 32): 8}
 NORMS_OF = 256
 torch: Any = importlib.import_module("torch") if importlib.util.find_spec("torch") else None
 RATE, TOLERANCE = 0.01, 1e-4
 AIMS = {"PyTorch": 20.0, "scikit-learn": 20.0, "NumPy": 5.0}
+COMPILED = "PyTorch, compiled"
 NORMS_AIM, CEILING_AIM = 10.0, 0.6
 SECONDS, REST = 4.0, 0.1  # for each side; before each run, as threads of OpenBLAS and OpenMP spin on for a while
 
 Leaves = list[np.ndarray]
 Side = Callable[[], Leaves]
-"""Make all updates from the first weights and return the last: of each layer the weight [in, out], then the bias."""
+"""Make all updates from the first weights and return the last: of each layer the weight [in, out], then the bias;
+of the networks the leaves as `jax.tree.leaves` orders them."""
 
 
-def by_gdjax(problem: Problem, params, batches) -> Side:
+def by_gdjax(problem: Problem, params, batches, leaves: Callable = lambda params: leaves_of(params)) -> Side:
     method = descent.method(gradients.mean(problem.loss), optax.sgd(RATE))
 
     def run(params, data, batches):
         return descent.run(method, method.init(params), data, batches, lambda *_: (), every=len(batches))[0].params
 
     program = timing.compiled(run, params, problem.train, batches)
-    return lambda: leaves_of(jax.block_until_ready(program(params, problem.train, batches)))
+    return lambda: leaves(jax.block_until_ready(program(params, problem.train, batches)))
 
 
 def by_numpy(problem: Problem, params, batches) -> Side:
@@ -196,6 +205,42 @@ def race(model: str, batch_size: int, num_updates: int, key, ceilings, seconds: 
     return rows
 
 
+def network(model: str) -> tuple[Problem, Any]:
+    """Return a problem of 1024 random examples, and its model in PyTorch or None."""
+    baselines: Any = importlib.import_module("experiments.baselines.torch_models") if torch else None
+    if model == "cnn":
+        problem = bench.MODELS[model]()
+        return problem, baselines and baselines.cnn(problem.train[0].shape[1:])
+    shape = bench.MODELS["cnn"]().num_examples, int(model.split("-")[1]) + 1
+    tokens = jax.random.randint(jax.random.key(0), shape, 0, datasets.NUM_SHAKESPEARE_CHARACTERS)
+    reader = models.transformer(num_tokens=datasets.NUM_SHAKESPEARE_CHARACTERS)
+    problem = problems.language_model(
+        reader, datasets.Split(tokens, None), num_tokens=datasets.NUM_SHAKESPEARE_CHARACTERS
+    )
+    return problem, baselines and baselines.transformer()
+
+
+def race_network(model: str, batch_size: int, num_updates: int, key, seconds: float, with_compiled: bool) -> list[dict]:
+    problem, net = network(model)
+    init_key, stream_key = jax.random.split(key)
+    params, data = problem.init(init_key), problem.train
+    stream = batching.reshuffled(stream_key, problem.num_examples, length=num_updates * batch_size)
+    batches = batching.batches(stream, batch_size)
+    sides = {"gdjax": by_gdjax(problem, params, batches, leaves=lambda tree: [*map(np.asarray, jax.tree.leaves(tree))])}
+    if net:
+        train = importlib.import_module("experiments.baselines.torch_models").trained
+        sides["PyTorch"] = train(net, params, data, batches, rate=RATE)
+        if with_compiled:
+            sides[COMPILED] = train(net, params, data, batches, rate=RATE, compiled=True)
+            try:
+                sides[COMPILED]()
+            except Exception as error:  # whatever PyTorch's compiler says, the others are raced without it
+                print(f"{model}, B = {batch_size}: torch.compile fails: {str(error).splitlines()[0]}")
+                del sides[COMPILED]
+    named = {"race": "updates", "model": model, "batch_size": batch_size, "num_updates": num_updates}
+    return raced(sides, named, seconds=seconds)
+
+
 def race_norms(model: str, num_examples: int, key, seconds: float) -> list[dict[str, Any]]:
     problem = bench.mlp(*SIZES[model])
     params, batch = problem.init(key), jax.tree.map(lambda x: jnp.asarray(x[:num_examples]), problem.train)
@@ -215,6 +260,9 @@ def main(options: experiment.Options) -> experiment.Result:
         setting |= {"torch": torch.__version__, "torch_num_threads": torch.get_num_threads()}
     for (model, batch_size), num_updates in races.items():
         rows += race(model, batch_size, num_updates, key, ceilings, seconds)
+    networks = {("cnn", 1): 4, ("transformer-16", 1): 2} if options.smoke else NETWORK_UPDATES
+    for (model, batch_size), num_updates in networks.items():
+        rows += race_network(model, batch_size, num_updates, key, seconds, with_compiled=not options.smoke)
     for model in list(SIZES)[: 1 if options.smoke else None] if torch else ():
         rows += race_norms(model, NORMS_OF, key, seconds)
     verdict = judged(rows)
@@ -253,7 +301,7 @@ def figure(rows: list[dict], title: str):
     for axis, race, name in zip(axes, ("updates", "norms"), ("updates", "gradient norms of examples"), strict=True):
         mine = [row for row in rows if row["race"] == race and row["side"] != "gdjax"]
         spreads = {f"{row['model']}, B = {row['batch_size']}: {row['side']}": row["over_gdjax"] for row in mine}
-        report.bars(axis, spreads, [report.COLOURS[list(AIMS).index(row["side"])] for row in mine])
+        report.bars(axis, spreads, [report.COLOURS[[*AIMS, COMPILED].index(row["side"])] for row in mine])
         axis.axvline(1, color="black", linewidth=1)
         axis.set(xscale="log", xlabel="time over that of gdjax, with 95% intervals", title=name)
     return drawn

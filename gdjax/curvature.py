@@ -124,7 +124,7 @@ def top_eigenpairs(
         # An eigenvector that the start is blind to would stay unseen, whatever its eigenvalue. The direction of the
         # noise does not matter, as long as it is in no relation to the Hessian.
         tiny = jnp.sqrt(jnp.finfo(block.dtype).eps / block.shape[1])
-        block += tiny * jax.random.normal(jax.random.key(0), block.shape, block.dtype)
+        block = block / unit(block.T)[:, None] + tiny * jax.random.normal(jax.random.key(0), block.shape, block.dtype)
         values, vectors, residuals = _block_lanczos(hessian, block, num_iterations)
         return Eigenpairs(values, unflatten(vectors), residuals)
 
@@ -144,10 +144,10 @@ def batch_sharpness(loss: Loss, *, microbatch_size: int | None = None) -> Callab
         def along_gradient(indices):
             batch = batching.take(data, indices)
             gradient = grad(params, batch)
+            gradient = divided(gradient, magnitude(gradient))
             norm = jnp.sqrt(inner(gradient, gradient))
             zero = norm == 0
-            length = jnp.where(zero, 1, norm)
-            direction = jax.tree.map(lambda g: (wide(g) / length.astype(wide(g).dtype)).astype(g.dtype), gradient)
+            direction = divided(gradient, jnp.where(zero, 1, norm))
             return inner(direction, product(params, batch, direction)), ~zero
 
         return _mean(*lax.map(along_gradient, batches))
@@ -188,6 +188,22 @@ def inner(x: Params, y: Params) -> jax.Array:
     return sum(products, jnp.zeros((), float))
 
 
+def unit(x):
+    """Return the largest magnitude along axis 0 of x, or one where there is none, for x to be divided by."""
+    largest = jnp.abs(x).max(0)
+    return jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+
+
+def magnitude(vector: Params) -> jax.Array:
+    """Return the largest magnitude of any entry, or one where all are zero: the unit in which squares are safe."""
+    return unit(jnp.stack([jnp.abs(wide(leaf)).max(initial=0).astype(float) for leaf in jax.tree.leaves(vector)]))
+
+
+def divided(vector: Params, divisor: jax.Array) -> Params:
+    """Return vector / divisor, leaf by leaf in its dtype."""
+    return jax.tree.map(lambda leaf: (wide(leaf) / divisor.astype(wide(leaf).dtype)).astype(leaf.dtype), vector)
+
+
 def _gradient(loss: Loss, microbatch_size: int | None) -> Callable[[Params, Batch], Params]:
     if microbatch_size is None:
         estimator = gradients.mean(loss)
@@ -199,10 +215,12 @@ def _gradient(loss: Loss, microbatch_size: int | None) -> Callable[[Params, Batc
 def _mean(samples: jax.Array, valid: jax.Array) -> Mean:
     """Return the mean of the valid samples, [M] and bool[M]."""
     count = valid.sum().astype(samples.dtype)
+    size = unit(jnp.where(valid, samples, 0))
+    samples = samples / size[None]
     value = jnp.sum(samples, where=valid) / count
     variance = jnp.sum((samples - value[None]) ** 2, where=valid) / jnp.maximum(count - 1, 1)
     error = jnp.where(count > 1, jnp.sqrt(variance / jnp.maximum(count, 1)), jnp.inf)
-    return Mean(value, error, valid.sum(dtype=jnp.int32))
+    return Mean(value * size, error * size, valid.sum(dtype=jnp.int32))
 
 
 def _block_lanczos(hessian, block: jax.Array, num_blocks: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -218,7 +236,8 @@ def _block_lanczos(hessian, block: jax.Array, num_blocks: int) -> tuple[jax.Arra
 
     blank = jnp.zeros((num_blocks * k, dimension), block.dtype)
     (basis, _), images = lax.scan(extend, (blank, block), jnp.arange(num_blocks))
-    images = images.reshape(basis.shape)
+    size = unit(images.reshape(-1))  # of H: what follows squares, and adds a one
+    images = images.reshape(basis.shape) / size
     projected = basis @ images.T
     projected = (projected + projected.T) / 2
     # A direction that the basis already held left a row of zeros: sort its eigenvalue behind all real ones.
@@ -228,7 +247,7 @@ def _block_lanczos(hessian, block: jax.Array, num_blocks: int) -> tuple[jax.Arra
     values, coefficients = values[: -k - 1 : -1], coefficients[:, : -k - 1 : -1]
     vectors = coefficients.T @ basis
     residuals = coefficients.T @ images - values[:, None] * vectors
-    return values, vectors, jnp.linalg.norm(residuals, axis=1)
+    return values * size, vectors, jnp.linalg.norm(residuals, axis=1) * size
 
 
 def _orthonormal(vector: jax.Array, basis: jax.Array) -> jax.Array:
@@ -237,6 +256,7 @@ def _orthonormal(vector: jax.Array, basis: jax.Array) -> jax.Array:
     Classical Gram-Schmidt, twice. Where the second pass takes away much of what the first has left, that was rounding
     (Parlett 1998, section 6.9).
     """
+    vector = vector / unit(vector)
     once = vector - (basis @ vector) @ basis
     twice = once - (basis @ once) @ basis
     norm = jnp.linalg.norm(twice)

@@ -245,3 +245,36 @@ def test_what_cannot_be_computed_is_refused():
 def test_a_hessian_that_is_not_finite_is_not_given_a_number():
     top = curvature.top_eigenpairs(lambda w, x: jnp.sum(x * w**1.5))(jnp.zeros(3), jnp.ones((2, 3)), jnp.eye(3)[:1])
     assert np.isnan(top.values).all()
+
+
+@pytest.mark.parametrize("unit", [1e-30, 1e-20, 1e15, 1e30])
+def test_every_unit_gives_the_same_curvature_in_float32(unit):
+    """H is 1 to 30 times the unit, whose square float32 does not hold; the rows of the start are of another."""
+    with jax.enable_x64(False):  # sums too
+        curvatures = jnp.arange(1.0, 31.0, dtype=jnp.float32)
+        params, batch, unit = jnp.ones(30, jnp.float32), jnp.ones(2, jnp.float32), np.float32(unit)
+
+        def loss(params, example):
+            both = params + 0.3 * jnp.roll(params, 1)
+            return 0.5 * example * (curvatures * unit) @ both**2
+
+        hessian = jax.hessian(lambda params: loss(params, jnp.float32(1)) / unit)(params)
+        expected = np.linalg.eigvalsh(hessian)[::-1]
+        start = curvature.random_vectors(jax.random.key(1), params, num_vectors=2) * unit
+        top = curvature.top_eigenpairs(loss, num_iterations=15)(params, batch, start)
+        np.testing.assert_allclose(top.values / unit, expected[:2], rtol=1e-5)
+        residuals = np.linalg.norm(top.vectors @ hessian - (top.values / unit)[:, None] * top.vectors, axis=1)
+        np.testing.assert_allclose(top.residuals / unit, residuals, atol=1e-4)
+        assert top.residuals.min() > 0
+
+        found = curvature.trace(loss, num_samples=8)(params, batch, jax.random.key(0))
+        plain = curvature.trace(lambda w, x: loss(w, x) / unit, num_samples=8)(params, batch, jax.random.key(0))
+        np.testing.assert_allclose(np.asarray(found[:2]) / unit, plain[:2], rtol=1e-5)
+        assert plain.standard_error > 0
+
+        sharpness = curvature.batch_sharpness(loss)(params, batch, jnp.arange(2)[:, None])
+        gradient = hessian @ params
+        np.testing.assert_allclose(
+            np.asarray(sharpness.value) / unit, gradient @ hessian @ gradient / (gradient @ gradient), rtol=1e-5
+        )
+        assert sharpness.num_samples == 2

@@ -1,5 +1,7 @@
 """A loop in one kernel computes what the loop computes, and is one kernel."""
 
+from functools import partial
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -50,3 +52,146 @@ def test_what_cannot_be_in_one_kernel_is_an_error_and_not_a_wrong_number():
 def test_elsewhere_the_function_is_left_as_it_is(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert kernels.one_kernel(train) is train
+
+
+@CPU
+def test_a_loop_of_small_operations_is_one_kernel_by_itself():
+    chosen = jax.jit(kernels.for_cpu(train)).lower(0.01)
+    assert "xla_cpu_small_call" in chosen.as_text()
+    chex.assert_trees_all_close(chosen.compile()(0.01), jax.jit(train)(0.01), rtol=max(1e-12, 32 * precision.EPS))
+
+
+def smooth(mark):
+    """A quantity of a loop that can be one kernel: its value, derivative and form are known."""
+    decay = mark(lambda x, rate: jax.lax.scan(lambda y, _: (y - rate * y, y.sum()), x, None, length=3)[0])
+    return lambda x, rate: decay(x, rate).sum()
+
+
+def test_every_transformation_goes_through_it():
+    """After three steps x is (1 - r)^3 x, whose derivative by r is -3 (1 - r)^2 sum x."""
+    loop, x, rate = smooth(kernels.for_cpu), jnp.asarray([1.0, 2.0]), jnp.asarray(0.5)
+    expected = 3 * 0.5**3
+    assert float(loop(x, rate)) == float(jax.jit(loop)(x, rate)) == expected
+    assert float(jax.jit(jax.grad(loop, 1))(x, rate)) == -9 * 0.25
+    assert float(jax.jvp(lambda r: loop(x, r), (rate,), (jnp.ones(()),))[1]) == -9 * 0.25
+    rates = jnp.asarray([0.5, 0.0])
+    precision.assert_close(jax.jit(jax.vmap(loop, (None, 0)))(x, rates), [expected, 3.0], rtol=1e-12)
+    precision.assert_close(jax.vmap(jax.grad(loop, 1), (None, 0))(x, rates), [-9 * 0.25, -9.0], rtol=1e-12)
+    total, each = jax.jit(lambda: jax.lax.scan(lambda y, r: (loop(x, r) + 0 * y, loop(x, y)), rate, rates))()
+    precision.assert_close((total, *each), (3.0, expected, 3 * (1 - expected) ** 3), rtol=1e-12)
+
+
+def test_it_keeps_integers_keys_and_structure_and_closes_over_traced_values():
+    def count(outer):
+        def loop(state):
+            def advance(s, _):
+                return {"n": s["n"] + 1, "x": s["x"] * outer, "key": jax.random.fold_in(s["key"], 1)}, None
+
+            return jax.lax.scan(advance, state, None, length=2)[0]
+
+        return kernels.for_cpu(loop)({"n": jnp.int32(3), "x": jnp.ones(2), "key": jax.random.key(0)})
+
+    found, tangent = jax.jit(
+        lambda: jax.jvp(lambda outer: count(outer)["x"], (jnp.asarray(3.0),), (jnp.asarray(1.0),))
+    )()
+    precision.assert_close((found, tangent), ([9.0, 9.0], [6.0, 6.0]), rtol=1e-12)
+    end = jax.jit(count)(jnp.asarray(3.0))
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 1), 1)
+    assert int(end["n"]) == 5
+    assert (jax.random.key_data(end["key"]) == jax.random.key_data(key)).all()
+
+
+WIDE = jnp.ones((40, 60))
+
+
+@CPU
+@pytest.mark.parametrize(
+    ("body", "marked"),
+    [
+        (lambda x: jnp.tanh(x @ WIDE @ WIDE.T), True),
+        (lambda x: x * jax.nn.softmax(x), True),
+        (lambda x: jax.lax.cond(x[0] > 0, jnp.sin, jnp.cos, x), True),
+        (lambda x: jnp.sort(x), False),
+        (lambda x: (jnp.outer(x, x) @ WIDE).sum(1), False),  # a product of two matrices
+        (lambda x: x + jnp.square(jnp.outer(x, x)).sum(), False),  # a sum of more than 1024 numbers
+        (lambda x: x.at[jnp.asarray([0, 1])].add(1), False),
+        (lambda x: jnp.convolve(x, x[:3], mode="same"), False),
+        (lambda x: jax.pure_callback(lambda x: x, jax.ShapeDtypeStruct(x.shape, x.dtype), x), False),
+    ],
+)
+def test_what_cannot_be_one_kernel_runs_as_it_would(body, marked):
+    def loop(x):
+        return jax.lax.fori_loop(0, 3, lambda i, x: body(x), x)
+
+    x = jnp.linspace(0.0, 1.0, 40)
+    chosen = jax.jit(kernels.for_cpu(loop)).lower(x)
+    assert ("xla_cpu_small_call" in chosen.as_text()) == marked
+    precision.assert_close(chosen.compile()(x), jax.jit(loop)(x), rtol=1e-12)
+
+
+@CPU
+def test_a_compiler_that_will_not_is_no_error(monkeypatch):
+    """Were sorting thought to be small, the trial would find that it is not."""
+    monkeypatch.setattr(kernels, "SIMPLE", [*kernels.SIMPLE, "sort"])
+    loop = kernels.for_cpu(lambda x: jax.lax.fori_loop(0, 3, lambda i, x: jnp.sort(-x), x))
+    precision.assert_close(jax.jit(loop)(jnp.asarray([2.0, 1.0])), [-2.0, -1.0], rtol=0)
+
+
+@CPU
+@pytest.mark.skipif(jax.device_count() < 2, reason="for two devices")
+def test_a_loop_that_devices_share_is_no_kernel_of_one_of_them():
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    shared = jax.device_put(jnp.arange(4.0), jax.NamedSharding(mesh, jax.P("x")))
+    loop = kernels.for_cpu(lambda x: jax.lax.fori_loop(0, 2, lambda i, x: x + x.sum(), x))
+    precision.assert_close(jax.jit(loop)(shared), jnp.arange(4.0) + 6 + 30, rtol=1e-12)
+
+
+@CPU
+def test_one_kernel_turns_into_plain_products_where_vmap_makes_matrices_of_vectors():
+    loop = kernels.for_cpu(lambda w, x: jax.lax.fori_loop(0, 3, lambda i, x: jnp.tanh(x @ w), x))
+    w, x = jnp.eye(4) / 2, jax.random.normal(jax.random.key(0), (5, 4))
+    text = jax.jit(jax.vmap(loop, (None, 0))).lower(w, x).as_text()
+    assert "xla_cpu_small_call" not in text
+    assert "xla_cpu_small_call" in jax.jit(loop).lower(w, x[0]).as_text()
+    one_by_one = jnp.stack([jax.jit(loop)(w, row) for row in x])
+    precision.assert_close(jax.jit(jax.vmap(loop, (None, 0)))(w, x), one_by_one, rtol=1e-12)
+
+
+@CPU
+def test_products_over_two_axes_become_products_of_matrices_inside_loops_and_calls():
+    """Each einsum is one that a dense layer over [B, T, D] meets: forwards, to its input, and to its weight."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, g, w = (jax.random.normal(k, s) for k, s in zip(keys, ((2, 3, 4), (2, 3, 5), (4, 5)), strict=True))
+
+    def products(x, g, w):
+        def body(w, _):
+            up, down = jnp.einsum("btd,do->bto", x, w), jnp.einsum("bto,do->btd", g, w)
+            return w + jax.jit(lambda x, g: jnp.einsum("btd,bto->do", x, g))(x, g), (up, down)
+
+        return jax.lax.scan(body, w, None, length=2)
+
+    def ranks(function):
+        lines = jax.jit(function).lower(x, g, w).as_text().splitlines()
+        found = [line.split("(tensor<")[1].split(">")[0].count("x") for line in lines if "dot_general" in line]
+        return sorted(found)
+
+    assert ranks(products) == [3, 3, 3]
+    assert ranks(kernels.for_cpu(products)) == [2, 2, 2]
+    found, expected = jax.jit(kernels.for_cpu(products))(x, g, w), jax.jit(products)(x, g, w)
+    chex.assert_trees_all_close(found, expected, rtol=max(1e-12, 32 * precision.EPS))
+
+
+@pytest.mark.parametrize(
+    "equation", ["abc,cb->a", "abc,dbc->ad", "bca,bcd->ad", "abc,c->ab", "abc,abd->acd", "ab,cd->abcd"]
+)
+def test_no_product_changes(equation):
+    letters = dict(zip("abcd", (2, 3, 4, 5), strict=True))
+    shapes = [[letters[letter] for letter in part] for part in equation.split("->")[0].split(",")]
+    operands = [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)]
+    function = partial(jnp.einsum, equation)
+    precision.assert_close(
+        jax.jit(kernels.for_cpu(function))(*operands),
+        function(*operands),
+        rtol=1e-12,
+        atol=max(1e-12, 32 * precision.EPS),
+    )

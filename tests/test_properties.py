@@ -16,7 +16,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gdjax import batching, curvature, descent, ghost, gradients, noise, problem, sweep, training
-from gdjax.noise import _tracking as tracking
 
 WIDE = jax.dtypes.canonicalize_dtype(float)
 FLOATS = (WIDE, jnp.float32, jnp.bfloat16, jnp.float16)
@@ -217,7 +216,7 @@ def test_noise_scales_of_all_examples_are_exact(params, num_examples, dtype):
     for s, of_one, of_all in zip([scale, *scales], [sum(squares), *squares], [sum(signal), *signal], strict=True):
         assert_close([s.grad_sq_norm, s.trace_cov], [of_all, of_one - of_all], params, train, scale=1 + of_one)
     method = descent.method(gradients.with_sq_norms(loss), optax.sgd(RATE))
-    method = tracking.noise_scale(method, half_life=1, num_examples=num_examples)
+    method = noise.track(method, half_life=1, num_examples=num_examples)
     _, info = jax.jit(method.step)(method.init(params), train)
     tracked = info.aux.noise_scale
     wanted = [sum(signal), sum(squares) - sum(signal)]
@@ -355,7 +354,7 @@ def test_numbers_of_python_are_parameters_too():
         return (w * x) ** 2 / 2
 
     def measure(data):
-        scale = noise.measure(square, 2.0, data, KEY, num_examples=3, preconditioner=jnp.float32(0.5))
+        scale = noise.measure(square, 2.0, data, KEY, num_examples=3, geometry=jnp.float32(0.5))
         return [
             scale.grad_sq_norm,
             gradients.clipped(square, 2.0)(2.0, data).grad,

@@ -165,9 +165,7 @@ def gradient_noise(problem: Problem, gradient: Gradient, batch_size: int, exampl
     params = problem.init(init_key)
     count = len(jax.tree.leaves(examples)[0])
     stream = batching.reshuffled(stream_key, count, num_epochs=1)
-    whole = gradients.microbatched(
-        problem.loss, weight=problem.weight, microbatch_size=_largest_divisor(count, NUM_AT_ONCE)
-    )
+    whole = gradients.microbatched(problem.loss, weight=problem.weight, microbatch_size=min(count, NUM_AT_ONCE))
     full = whole(params, examples).grad
 
     def squared_error(indices):

@@ -150,10 +150,7 @@ def transformer(*, num_tokens: int, width: int = 64, num_layers: int = 2, num_he
 
     def block(params: Params, x: jax.Array) -> jax.Array:
         q, k, v = jnp.split((_rms_norm(x) @ params["attend"]).reshape(len(x), 3 * num_heads, -1), 3, axis=1)
-        scores = jnp.einsum("thd,shd->hts", rotated(q), rotated(k)) / math.sqrt(q.shape[-1])
-        past = jnp.tril(jnp.ones((1, len(x), len(x)), bool))
-        weights = jax.nn.softmax(jnp.where(past, scores, -jnp.inf))
-        x = x + jnp.einsum("hts,shd->thd", weights, v).reshape(x.shape) @ params["mix"]
+        x = x + attention(rotated(q), rotated(k), v).reshape(x.shape) @ params["mix"]
         return x + jax.nn.gelu(_rms_norm(x) @ params["up"]) @ params["down"]
 
     def apply(params: Params, tokens: jax.Array) -> jax.Array:
@@ -184,10 +181,65 @@ def convolution(x: jax.Array, kernel: jax.Array, *, stride: int = 1) -> jax.Arra
 
 
 def group_norm(x: jax.Array, *, num_groups: int) -> jax.Array:
-    """Shift and scale each group of channels of x [height, width, C] to mean 0, variance 1 (Wu & He 2018, eq. 1-2)."""
-    groups = x.reshape(-1, num_groups, x.shape[-1] // num_groups)
-    centred = groups - groups.mean((0, 2), keepdims=True)
-    return (centred * lax.rsqrt((centred**2).mean((0, 2), keepdims=True) + EPSILON)).reshape(x.shape)
+    """Shift and scale each group of channels of x [height, width, C] to mean 0, variance 1 (Wu & He 2018, eq. 1-2).
+
+    Means are taken over positions first and then over the channels of a group, so that channels stay the last axis
+    throughout; positions are one axis where x is centred and two where it is scaled. On a CPU the network takes half
+    the time of one mean over positions and channels at B = 256 and 2/3 at B = 32, but 4/3 at B = 1. The variance is
+    that of centred values: mean squares less squared means lose it where the mean is large.
+    """
+    channels = x.shape[-1]
+
+    def mean(x: jax.Array) -> jax.Array:
+        """Return the mean over the group of every channel, [C], of x [positions, C]."""
+        of_groups = x.mean(0).reshape(num_groups, -1).mean(1)
+        return jnp.repeat(of_groups, channels // num_groups)
+
+    flat = x.reshape(-1, channels)
+    centred = flat - mean(flat)[None]
+    return centred.reshape(x.shape) * lax.rsqrt(mean(centred**2) + EPSILON)[None, None]
+
+
+@jax.custom_vjp
+def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Return causal attention of queries, keys and values, all [T, heads, D] (Vaswani et al. 2017, eq. 1).
+
+    Position t has the mean of v at 0 ... t with weights softmax(q_t . k_s / sqrt(D)).
+
+    The backward pass is written out: it computes the weights again instead of keeping them, [heads, T, T] of every
+    example, and sums a softmax's cotangent over D numbers in place of T, with <g_t, o_t> (Dao et al. 2022, arXiv
+    2205.14135, section B.2). It is exact and can be differentiated again; forward-mode derivatives (`jax.jvp`) of this
+    function itself are not defined, those of its gradient are.
+    """
+    return _attend(q, k, v)[0]
+
+
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array):
+    q, k, v = (x.swapaxes(0, 1) for x in (q / math.sqrt(q.shape[-1]), k, v))
+    out = _causal_weights(q, k) @ v
+    return out.swapaxes(0, 1), (q, k, v, out)
+
+
+def _attend_backward(kept, g: jax.Array):
+    """With P the weights and dP = G V', the scores' cotangent is P * (dP - sum_s P dP), and the sum is <G, PV>."""
+    (q, k, v, out), g = kept, g.swapaxes(0, 1)
+    weights = _causal_weights(q, k)
+    by_weight = jnp.einsum("htd,hsd->hts", g, v)
+    by_score = weights * (by_weight - (g * out).sum(-1, keepdims=True))
+    by_q = jnp.einsum("hts,hsd->thd", by_score, k) / math.sqrt(q.shape[-1])
+    # Sums over t, with the smaller factor on the left and transposed: that of a CPU's library copies nothing larger.
+    by_k, by_v = (jnp.einsum("hdt,hts->shd", x.swapaxes(1, 2), y) for x, y in ((q, by_score), (g, weights)))
+    return by_q, by_k, by_v
+
+
+attention.defvjp(_attend, _attend_backward)
+
+
+def _causal_weights(q: jax.Array, k: jax.Array) -> jax.Array:
+    """Return softmax(q . k) over the past, [heads, T, T], of q and k [heads, T, D]."""
+    scores = jnp.einsum("htd,hsd->hts", q, k)
+    past = jnp.tril(jnp.ones((1, *scores.shape[1:]), bool))
+    return jax.nn.softmax(jnp.where(past, scores, -jnp.inf))
 
 
 def rotated(x: jax.Array) -> jax.Array:

@@ -60,24 +60,29 @@ def isotropic_factor(learning_rate: Number, dimension: int, *, batch_size: Numbe
     return 1 - 2 * jnp.asarray(learning_rate) + learning_rate**2 * (1 + (dimension + 1) / batch_size)
 
 
-def kappa(learning_rate: Number, eigenvalues: jax.Array, *, batch_size: Number) -> jax.Array:
-    """Return kappa = (eta / B) sum_i lambda_i / (2 - eta lambda_i (1 + 1/B)); infinity where a denominator is <= 0.
+def kappa(learning_rate: Number, eigenvalues: jax.Array, *, batch_size: Number, momentum: Number = 0.0) -> jax.Array:
+    """Return kappa = (eta / B) sum_i l_i / (2 (1 - beta) - eta l_i ((1 - beta) / (1 + beta) + 1/B)), l = eigenvalues.
 
-    `gaussian_step` is stable if and only if kappa < 1: the part of the excess risk that its own noise makes anew.
+    `gaussian_step`, and `momentum.gaussian_step` for heavy-ball momentum beta, are stable if and only if kappa < 1: the
+    part of the excess risk that its own noise makes anew. Infinity where a denominator is <= 0.
     """
-    gaps = 2 - learning_rate * eigenvalues * (1 + 1 / batch_size)
+    gaps = 2 * (1 - momentum) - learning_rate * eigenvalues * ((1 - momentum) / (1 + momentum) + 1 / batch_size)
     total = learning_rate / batch_size * jnp.sum(eigenvalues / gaps)
     return jnp.where(jnp.all(gaps > 0), total, jnp.inf)
 
 
-def max_learning_rate(eigenvalues: jax.Array, *, batch_size: Number) -> jax.Array:
-    """Return the rate below which `gaussian_step` is stable, that of kappa = 1, by bisection."""
-    highest = 2 / (jnp.max(eigenvalues) * (1 + 1 / batch_size))
+def max_learning_rate(eigenvalues: jax.Array, *, batch_size: Number, momentum: Number = 0.0) -> jax.Array:
+    """Return the rate below which `gaussian_step` is stable, that of kappa = 1, by bisection.
+
+    It has two plateaus: eta tr H / B = 2 (1 - beta) for small batches of many features, which momentum lowers, and
+    eta lambda_max = 2 (1 + beta) for large batches, which momentum raises.
+    """
+    highest = 2 * (1 - momentum) / (jnp.max(eigenvalues) * ((1 - momentum) / (1 + momentum) + 1 / batch_size))
 
     def halve(_, bracket):
         low, high = bracket
         middle = (low + high) / 2
-        stable = kappa(middle, eigenvalues, batch_size=batch_size) < 1
+        stable = kappa(middle, eigenvalues, batch_size=batch_size, momentum=momentum) < 1
         return jnp.where(stable, middle, low), jnp.where(stable, high, middle)
 
     low, high = lax.fori_loop(0, 80, halve, (jnp.zeros_like(highest), highest))
@@ -85,10 +90,15 @@ def max_learning_rate(eigenvalues: jax.Array, *, batch_size: Number) -> jax.Arra
 
 
 def stationary_risk(
-    learning_rate: Number, eigenvalues: jax.Array, *, batch_size: Number, label_noise: Number
+    learning_rate: Number,
+    eigenvalues: jax.Array,
+    *,
+    batch_size: Number,
+    label_noise: Number,
+    momentum: Number = 0.0,
 ) -> jax.Array:
-    """Return the excess risk after many updates, sigma^2 kappa / (2 (1 - kappa)); infinity where SGD is not stable."""
-    k = kappa(learning_rate, eigenvalues, batch_size=batch_size)
+    """Return the excess risk after many updates, sigma^2 kappa / (2 (1 - kappa)); infinity where it is not stable."""
+    k = kappa(learning_rate, eigenvalues, batch_size=batch_size, momentum=momentum)
     return jnp.where(k < 1, label_noise * k / (2 * (1 - k)), jnp.inf)
 
 
@@ -147,6 +157,15 @@ def finite_step(
     Raises:
         ValueError: where a batch has more distinct examples than there are.
     """
+    mean_map, noise = finite_gradient(second_moment, data, batch_size=batch_size, replace=replace)
+    drift = mean_map @ second_moment
+    return second_moment - learning_rate * (drift + drift.T) + learning_rate**2 * noise
+
+
+def finite_gradient(
+    second_moment: jax.Array, data: tuple[jax.Array, jax.Array], *, batch_size: int, replace: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Return A and E g g' [D + 1, D + 1] of a batch's gradient g, E g = A E z. Arguments as `finite_step`."""
     x, residuals = data
     num_examples = len(x)
     if not replace and batch_size > num_examples:
@@ -155,13 +174,11 @@ def finite_step(
     u = jnp.concatenate([x, jnp.zeros_like(residuals)[:, None]], 1)
     v = jnp.concatenate([x, -residuals[:, None]], 1)
     mean_map = u.T @ v / num_examples
-    drift = mean_map @ second_moment
     of_one = (u * jnp.sum(v @ second_moment * v, 1, keepdims=True)).T @ u / num_examples
-    of_two = drift @ mean_map.T
+    of_two = mean_map @ second_moment @ mean_map.T
     if not replace:
         of_two = (num_examples * of_two - of_one) / max(num_examples - 1, 1)
-    noise = of_one / batch_size + (1 - 1 / batch_size) * of_two
-    return second_moment - learning_rate * (drift + drift.T) + learning_rate**2 * noise
+    return mean_map, of_one / batch_size + (1 - 1 / batch_size) * of_two
 
 
 def interpolation_batch_size(max_sq_norm: Number, *, largest: Number, smallest: Number) -> jax.Array:

@@ -2,18 +2,15 @@
 
 import itertools
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import precision
 import pytest
 import scipy.stats
 
-from gdjax import batching, descent, gradients, noise
+from gdjax import batching, noise
 from gdjax.noise import _intervals as intervals
-from gdjax.noise import _tracking as tracking
 
 NUM_DRAWS = 400
 
@@ -108,8 +105,8 @@ def test_the_interval_is_the_jackknife_of_explicit_gradients(key, replace):
 def test_the_jackknife_of_a_mean_is_its_standard_error():
     values = np.random.default_rng(0).normal(size=(12, 2))
     left_out = jnp.asarray([np.delete(values, i, 0).mean(0) for i in range(12)])
-    cov = intervals.delete_a_group(jnp.asarray(values.mean(0)), left_out, jnp.ones(12))
-    precision.assert_close(cov, np.cov(values.T) / 12, rtol=1e-10)
+    deviations = np.asarray(intervals.delete_a_group(jnp.asarray(values.mean(0)), left_out, jnp.ones(12)))
+    precision.assert_close(deviations.T @ deviations, np.cov(values.T) / 12, rtol=1e-10)
 
 
 def test_the_ratio_has_no_upper_end_where_the_denominator_may_be_zero():
@@ -196,11 +193,11 @@ def test_gaussian_least_squares_has_its_exact_scales_inside_the_intervals(key):
 def test_a_preconditioner_measures_the_reparametrised_problem(key):
     data = population(30)
     weights = {"bias": jnp.asarray(4.0), "weight": jnp.asarray([0.25, 1.0, 9.0])}
-    scale = noise.measure(linear_loss, PARAMS, data, key, num_examples=30, preconditioner=weights)
+    scale = noise.measure(linear_loss, PARAMS, data, key, num_examples=30, geometry=weights)
     signal, variance = moments(explicit_gradients(data) * np.sqrt([4.0, 0.25, 1.0, 9.0]))
     precision.assert_close((scale.grad_sq_norm, scale.trace_cov), (signal, variance), rtol=1e-10)
-    with pytest.raises(ValueError, match="preconditioner"):
-        noise.measure(linear_loss, PARAMS, data, key, num_examples=30, preconditioner={"bias": jnp.asarray(1.0)})
+    with pytest.raises(ValueError, match="geometry"):
+        noise.measure(linear_loss, PARAMS, data, key, num_examples=30, geometry={"bias": jnp.asarray(1.0)})
 
 
 def test_single_precision_leaves_of_two_kinds(key):
@@ -233,7 +230,7 @@ def test_what_cannot_be_known_gets_a_verdict_and_never_a_nan(key, loss, data, ve
     assert scale.verdict == verdict
     assert not np.isnan((scale.b_simple, scale.low, scale.high)).any()
     assert scale.low <= scale.b_simple <= scale.high
-    assert str(scale).endswith(verdict)
+    assert str(scale).endswith(f": {verdict}, outliers rarer than 3/{len(data)} not excluded")
 
 
 def test_verdicts_of_mapped_measurements(key):
@@ -276,65 +273,3 @@ def test_no_upward_curvature_no_hessian_scale(key):
     )
     assert scale.verdict == "not identified"
     assert np.isinf(scale.b_noise)
-
-
-@pytest.mark.parametrize("num_examples", [5, None])
-def test_tracking_every_batch_gives_the_exact_scale(num_examples):
-    data = population(5)
-    method = descent.method(gradients.with_sq_norms(linear_loss), optax.sgd(0.0))
-    method = tracking.noise_scale(method, half_life=np.inf, num_examples=num_examples)
-    draws = itertools.combinations(range(5), 3) if num_examples else itertools.product(range(5), repeat=3)
-    batches = jnp.asarray(list(draws))
-
-    def record(state, info):
-        return info.aux.noise_scale
-
-    _, scales = jax.jit(lambda: descent.run(method, method.init(PARAMS), data, batches, record))()
-    signal, variance = moments(explicit_gradients(data))
-    last = [leaf[-1] for leaf in scales]
-    precision.assert_close(last, [signal, variance, variance / signal], rtol=1e-9)
-
-
-def tracked(loss=linear_loss, rate=0.1, **options):
-    return tracking.noise_scale(descent.method(gradients.with_sq_norms(loss), optax.sgd(rate)), **options)
-
-
-def test_tracking_forgets_by_half_lives_and_divides_last():
-    """Two updates of 4 examples with a half-life of 2: the first counts a quarter of the second."""
-    data = population(8)
-    method = tracked(half_life=2.0)
-
-    def record(state, info):
-        return info.aux.noise_scale, info.grad, info.aux.aux.sq_norms
-
-    batches = jnp.arange(8).reshape(2, 4)
-    _, (scales, grads, norms) = descent.run(method, method.init(PARAMS), data, batches, record)
-    of_batch = sum(np.sum(np.square(leaf).reshape(2, -1), 1) for leaf in jax.tree.leaves(grads))
-    of_one = sum(np.mean(leaf, 1) for leaf in jax.tree.leaves(norms))
-    variance = (of_one - of_batch) / (1 - 1 / 4)
-    signal = of_one - variance
-    precision.assert_close(scales.trace_cov[1], (variance[0] / 4 + variance[1]) / 1.25, rtol=1e-10)
-    ratio = (variance[0] / 4 + variance[1]) / (signal[0] / 4 + signal[1])
-    precision.assert_close(scales.b_simple[1], ratio if ratio > 0 else np.inf, rtol=1e-10)
-
-
-def test_tracking_leaves_the_run_as_it_is(key):
-    data = population(20)
-    batches = batching.batches(batching.reshuffled(key, 20, num_epochs=2), 4)
-    plain = descent.method(gradients.with_sq_norms(linear_loss), optax.sgd(0.1))
-    expected, losses = descent.run(plain, plain.init(PARAMS), data, batches)
-    method = tracked(half_life=100.0, num_examples=20)
-    found, found_losses = descent.run(method, method.init(PARAMS), data, batches)
-    chex.assert_trees_all_equal((expected.params, losses), (found.params, found_losses))
-
-
-def test_tracking_refuses_what_it_cannot_measure():
-    data = population(4)
-    plain = tracking.noise_scale(descent.method(gradients.mean(linear_loss), optax.sgd(0.1)), half_life=10.0)
-    with pytest.raises(ValueError, match="with_sq_norms"):
-        plain.step(plain.init(PARAMS), data)
-    method = tracked(half_life=10.0)
-    with pytest.raises(ValueError, match="batch_size=1"):
-        method.step(method.init(PARAMS), jax.tree.map(lambda x: x[:1], data))
-    with pytest.raises(ValueError, match="half_life=0"):
-        tracked(half_life=0)
