@@ -6,8 +6,8 @@ Prediction  Regret (time to target at the advised batch size and rate over the b
             the median and 1.30 at worst; predictions within a factor of 1.3 at the median and nine in ten inside their
             90 % interval; cost at most a quarter of the search's.
 Cost        1 minute on two CPU cores; --full, with the data sets in the folder GDJAX_DATA, 20 minutes. With --kept
-            FOLDER every problem's row is kept there when it is finished and read from there another time, and
-            --problems names those to judge, so that it can be done in parts.
+            FOLDER every problem's row is kept there when it is finished and read from there by the same commit
+            another time, so that an interruption costs one problem.
 
 Exhaustive means: every power of two and N, six learning rates a factor of two apart and more where the best is at the
 edge, three seeds; the first three are run again with ten fresh seeds, as the advised one is. Seconds per update are
@@ -17,18 +17,14 @@ be paid.
 """
 
 import dataclasses
-import json
 import time
-from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from experiments.steps_to_target import tuned_at_every_size
-from gdjax import _files, advise, problems, tuning
-from gdjax import report as plots
-from gdjax import report as records
+from gdjax import advise, problems, report, tuning
 from gdjax.commands import experiment
 from gdjax.problems import datasets, models
 
@@ -68,16 +64,15 @@ FULL_CASES = CASES | {
 class Options(experiment.Options):
     """What this experiment can be asked besides."""
 
-    problems: tuple[str, ...] | None = None
-    """Names of those to judge. Default: all."""
     kept: Path | None = None
     """Folder for the rows of problems that are finished."""
 
 
-def judge_one(make_problem, target, optimizer, largest, *, budget, seed, sizes=None):
+def row_of(case, sizes, *, budget, seed):
     """Return a row for one problem: the advice, the search, and their times at speeds measured in turn."""
+    make_problem, asked, optimizer, largest = case
     problem = make_problem()
-    target = tuning.parse_target(target, problem)
+    target = tuning.parse_target(asked, problem)
     sizes = sizes or [b for b in advise.default_batch_sizes(problem.num_examples) if b <= (largest or np.inf)]
     found = advise.batch_size(problem, target, optimizer=optimizer, sizes=sizes, seconds=budget, seed=seed)
 
@@ -95,16 +90,12 @@ def judge_one(make_problem, target, optimizer, largest, *, budget, seed, sizes=N
     # the advised batch size is run with.
     optima = {size: tuned.optimum() for size, tuned in searched.items()}
     times = {size: float(updates.mean()) * speeds[size] for size, (_, updates) in optima.items()}
-
-    search = partial(
-        tuning.searching(problem, make, target, num_runs=NUM_FRESH),
-        num_seeds=NUM_FRESH,
-        key=jax.random.key(seed + 2),
-        max_examples=MAX_EPOCHS * problem.num_examples,
-    )
+    search = tuning.searching(problem, make, target, num_runs=NUM_FRESH)
+    limits = {"num_seeds": NUM_FRESH, "max_examples": MAX_EPOCHS * problem.num_examples}
 
     def fresh_seconds(size, rate):
-        return float(search(np.asarray([rate]), batch_size=size).costs.mean()) * speeds[size]
+        tuned = search(np.asarray([rate]), batch_size=size, key=jax.random.key(seed + 2), **limits)
+        return float(tuned.costs.mean()) * speeds[size]
 
     fresh = {size: fresh_seconds(size, optima[size][0]) for size in sorted(times, key=times.__getitem__)[:3]}
     best = min(fresh, key=fresh.__getitem__)
@@ -119,62 +110,56 @@ def judge_one(make_problem, target, optimizer, largest, *, budget, seed, sizes=N
         "best": best,
         "best_seconds": fresh[best],
         "regret": advised_seconds / fresh[best],
+        "searched_seconds_to_target": times,
+        "unknown": found.unknown,
+        "batch_sizes_run": [choice.batch_size for choice in run],
+        "inside": [choice.inside for choice in run],
         "predicted": [choice.updates for choice in run],
         "measured": [choice.measured_updates for choice in run],
-        "inside": [choice.inside for choice in run],
-        "batch_sizes_run": [choice.batch_size for choice in run],
         "never_arrived": [choice.batch_size for choice in found.choices if np.isinf(choice.measured_updates)],
-        "searched_seconds_to_target": times,
         "advice_seconds": found.seconds,
         "search_seconds": search_seconds,
         "cost": found.seconds / search_seconds,
-        "unknown": found.unknown,
     }
 
 
-def kept_row(options: Options, name: str, judge):
-    """Return the row of a problem from its file, or judge it and keep it there, and what it was judged with."""
-    path = options.kept and options.kept / f"{name}.json"
-    if path and path.exists():
-        return json.loads(path.read_text())
-    start = time.perf_counter()
-    row = judge()
-    arguments, seconds = {"problem": name}, time.perf_counter() - start
-    row["provenance"] = records.provenance(arguments=arguments, seed=options.seed, wall_seconds=seconds)
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _files.write_json(path, row)
-    return row
+def rows_of(options: Options, cases):
+    """Return the row of every case, those that are kept from their file."""
+    sizes, budget = ([16, 128], 60) if options.smoke else (None, 900)
+    journal, rows = None, {}
+    if options.kept:
+        options.kept.mkdir(parents=True, exist_ok=True)
+        made = report.provenance(arguments={}, seed=options.seed, wall_seconds=0)
+        journal = report.journal(options.kept / "rows.jsonl", {"seed": options.seed, "commit": made["commit"]})
+        rows = {row["case"]: row for row in journal.rows}
+    for name in (name for name in cases if name not in rows):
+        rows[name] = {"case": name} | row_of(cases[name], sizes, budget=budget, seed=options.seed)
+        if journal:
+            journal.keep(rows[name])
+    return [rows[name] for name in cases]
 
 
 def main(options: Options) -> experiment.Result:
     cases = FULL_CASES if options.full else CASES
-    if unknown := set(options.problems or ()) - set(cases):
-        raise ValueError(f"problems={sorted(unknown)} are not among {', '.join(cases)} (--full has more)")
-    names = options.problems or list(cases)[: 1 if options.smoke else None]
-    sizes, budget = ([16, 128], 60) if options.smoke else (None, 900)
-    rows = [
-        kept_row(options, name, partial(judge_one, *cases[name], budget=budget, seed=options.seed, sizes=sizes))
-        for name in names
-    ]
-    regrets = np.asarray([row["regret"] for row in rows])
+    rows = rows_of(options, dict(list(cases.items())[: 1 if options.smoke else None]))
+    regrets, costs = (np.asarray([row[name] for row in rows]) for name in ("regret", "cost"))
     ratios = np.concatenate([np.divide(row["measured"], np.asarray(row["predicted"])[:, 1]) for row in rows])
     errors = np.maximum(ratios, 1 / ratios)
     inside = np.concatenate([row["inside"] + [False] * len(row["never_arrived"]) for row in rows])
-    costs = np.asarray([row["cost"] for row in rows])
-    parts = [
-        (f"regret {np.median(regrets):.2f} at the median, {regrets.max():.2f} at worst",
-         np.median(regrets) <= 1.1 and regrets.max() <= 1.3),
-        (f"predictions off by {np.median(errors):.2f} at the median, {inside.mean():.0%} of {len(inside)} inside",
-         np.median(errors) <= 1.3 and inside.mean() >= 0.9),
-        (f"cost {np.median(costs):.2f} of the search at the median, {costs.max():.2f} at worst", costs.max() <= 0.25),
-    ]  # fmt: skip
-    verdict = f"{len(rows)} problems: " + "; ".join(
-        f"{x} ({'as' if held else 'NOT as'} predicted)" for x, held in parts
+    checks = {
+        "small regret": bool(np.median(regrets) <= 1.1 and regrets.max() <= 1.3),
+        "good predictions": bool(np.median(errors) <= 1.3 and inside.mean() >= 0.9),
+        "a cheap answer": bool(costs.max() <= 0.25),
+    }
+    verdict = experiment.verdict(
+        checks,
+        f"{len(rows)} problems: regret {np.median(regrets):.2f} at the median, {regrets.max():.2f} at worst; "
+        f"predictions off by {np.median(errors):.2f} at the median, {inside.mean():.0%} of {len(inside)} inside; cost "
+        f"{np.median(costs):.2f} of the search at the median, {costs.max():.2f} at worst.",
     )
     points = {row["problem"]: (np.asarray(row["predicted"])[:, 1], row["measured"]) for row in rows}
     axes = {"xlabel": "updates to target, predicted", "ylabel": "updates to target, measured with fresh seeds"}
-    return experiment.Result(rows, verdict, plots.agreement(points, **axes, title=verdict))
+    return experiment.Result(rows, verdict, report.agreement(points, **axes, title=verdict))
 
 
 if __name__ == "__main__":

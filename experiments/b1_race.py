@@ -29,8 +29,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from gdjax import batching, bench, descent, gradients, kernels, timing
-from gdjax import report as plots
+from gdjax import batching, bench, descent, gradients, kernels, report, timing
 from gdjax.commands import experiment
 from gdjax.descent import Method
 from gdjax.problem import Problem
@@ -157,17 +156,12 @@ def main(options: experiment.Options) -> experiment.Result:
             few = options.smoke
             found = race(name, Path(folder), 20 if few else num_updates, 3 if few else 41, jax.random.key(options.seed))
             rows += found
-            for row in found:
-                ratio = row["over_c"]
-                print(
-                    f"{name:10} {row['way']:36} {ratio['median']:6.2f} x C  [{ratio['low']:.2f}, {ratio['high']:.2f}]"
-                )
-            first, best = found[0], min(found, key=lambda row: row["over_c"]["median"])
-            low, high = best["over_c"]["low"], best["over_c"]["high"]
+            first, best = found[0]["over_c"], min(found, key=lambda row: row["over_c"]["median"])
+            low, median, high = (best["over_c"][name] for name in ("low", "median", "high"))
             met = "met" if high <= aim else "missed" if low > aim else "neither met nor missed by the interval"
             verdicts.append(
-                f"{name}: descent.run takes {first['over_c']['median']:.2f} times C, {best['way']} "
-                f"{best['over_c']['median']:.2f} [{low:.2f}, {high:.2f}]; the aim of {aim} is {met}"
+                f"{name}: descent.run takes {first['median']:.2f} times C, {best['way']} {median:.2f} [{low:.2f}, "
+                f"{high:.2f}]; the aim of {aim} is {met}"
             )
     verdict = "; ".join(verdicts) + "."
     return experiment.Result(rows, verdict, figure(rows, verdict))
@@ -175,16 +169,12 @@ def main(options: experiment.Options) -> experiment.Result:
 
 def figure(rows: list[dict], title: str):
     names = list(dict.fromkeys(row["model"] for row in rows))
-    drawn, axes = plots.panels(len(names), title=title, width=7)
+    drawn, axes = report.panels(len(names), title=title, width=7)
     for axis, name in zip(axes, names, strict=True):
         sizes, _, aim = MODELS[name]
-        mine = [row for row in rows if row["model"] == name][::-1]
-        middle = [row["over_c"]["median"] for row in mine]
-        below = [row["over_c"]["median"] - row["over_c"]["low"] for row in mine]
-        above = [row["over_c"]["high"] - row["over_c"]["median"] for row in mine]
-        axis.barh([row["way"] for row in mine], middle, xerr=[below, above], color=plots.COLOURS[5], capsize=3)
+        report.bars(axis, {row["way"]: row["over_c"] for row in rows if row["model"] == name})
         axis.axvline(1, color="black", linewidth=1, label="C")
-        axis.axvline(aim, color=plots.COLOURS[1], linestyle="--", label=f"aim, {aim}")
+        axis.axvline(aim, color=report.COLOURS[1], linestyle="--", label=f"aim, {aim}")
         axis.set(xlabel="time over that of C, with 95% intervals", title=f"MLP {'-'.join(map(str, sizes))}, B = 1")
         axis.legend(frameon=True)
     return drawn

@@ -22,15 +22,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gdjax import batching, descent, gradients, problems, theory, tuning
-from gdjax import report as plots
+from gdjax import descent, problems, report, sweep, theory, tuning
 from gdjax.commands import experiment
 from gdjax.problems import datasets, models
 
 NUM_EXAMPLES, NUM_HELD_OUT = 16384, 1024
 BATCH_SIZES = (1, 8, 32, 128)
 REFERENCE, B2 = 32, 0.95  # the batch size at which both Adams are the same
-RATE_FACTORS = 2.0 ** np.arange(-2, 3)  # as many as seeds are reported, so that one program does both
+RATE_FACTORS = 2.0 ** np.arange(-2, 3)
+NUM_SEEDS = len(RATE_FACTORS)  # that are reported: one program for as many runs does both
 WARM_UP = 0.05  # of the updates
 FAMILIES = {
     "SGD": lambda rate, memory: optax.sgd(rate, momentum=memory),
@@ -86,31 +86,27 @@ def reader(setting, key):
     return problems.language_model(model, data, num_tokens=setting.alphabet)
 
 
-def train(problem, family, batch_size, num_examples, memory, params, stream, peak_rate):
+def train(problem, family, batch_size, num_examples, point):
     """Return the held-out loss of one half, to choose the rate by, and of the other, to report."""
-    batches = batching.batches(stream[:num_examples], batch_size)
-    warm_up = max(1, int(WARM_UP * len(batches)))
-    shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, warm_up, len(batches))
-    optimizer = FAMILIES[family](lambda update: peak_rate * shape(update), memory)
-    method = descent.method(gradients.mean(problem.loss), optimizer)
-    state, _ = descent.run(method, method.init(params), problem.train, batches, every=len(batches))
+    num_updates = num_examples // batch_size
+    warm_up = max(1, int(WARM_UP * num_updates))
+    shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, warm_up, num_updates)
+    optimizer = FAMILIES[family](lambda update: point["rate"] * shape(update), point["memory"])
+    run = partial(descent.train, problem, optimizer, key=point["key"], batch_size=batch_size, num_updates=num_updates)
+    state, _ = run(record=lambda state, info: (), every=num_updates)
     losses = jax.vmap(problem.loss, (None, 0))(state.params, problem.test[:NUM_HELD_OUT])
     return losses[::2].mean(), losses[1::2].mean()
 
 
-def tuned(run, starts, num_tuned, middle):
-    """Return the losses of the seeds to report [S] at the best rate, that rate, and whether it is inside the grid."""
-
-    def of_seed(i, rates):
-        lanes = jax.tree.map(lambda x: jnp.broadcast_to(x[i], (len(rates), *x.shape[1:])), starts)
-        return run(*lanes, jnp.asarray(rates))[0]
+def tuned(run, memory, keys, num_tuned, middle):
+    """Return the losses of the seeds to report [S] at the best rate, and what was tuned."""
 
     def losses_at(rates):
-        return np.mean([of_seed(i, rates) for i in range(num_tuned)], axis=0)
+        return run(sweep.grid(memory=[memory], key=keys[:num_tuned], rate=rates))[0][0].mean(0)
 
     found = tuning.minimise(losses_at, middle * RATE_FACTORS)
-    _, report = run(*jax.tree.map(lambda x: x[num_tuned:], starts), jnp.full(len(RATE_FACTORS), found.rate))
-    return np.asarray(report), found.rate, not found.at_edge
+    _, losses = run(sweep.grid(memory=[memory], key=keys[num_tuned:], rate=[found.rate]))
+    return losses.reshape(-1), found
 
 
 def judge(rows, name):
@@ -124,10 +120,8 @@ def judge(rows, name):
         difference = losses[first] - losses[second]
         return float(difference.mean()), float(difference.std(ddof=1) / np.sqrt(len(difference)))
 
-    momentum, half_life = (
-        change(("SGD", 1), ("momentum", 1)),
-        change(("Adam, b2 fixed", 1), ("Adam, half-life fixed", 1)),
-    )
+    momentum = change(("SGD", 1), ("momentum", 1))
+    half_life = change(("Adam, b2 fixed", 1), ("Adam, half-life fixed", 1))
     wasted = {optimizer: change((optimizer, sizes[-1]), (optimizer, 1)) for optimizer in OPTIMIZERS}
     checks = {
         "a gap below 0.1 nats at B = 1": gaps[1] < 0.1,
@@ -150,39 +144,32 @@ def judge(rows, name):
 
 
 def main(options: experiment.Options) -> experiment.Result:
-    text_key, init_key, stream_key = jax.random.split(jax.random.key(options.seed), 3)
+    text_key, run_key = jax.random.split(jax.random.key(options.seed))
     setting = REAL if options.full else DRAWN
     problem = reader(setting, text_key)
     sizes, num_examples = (BATCH_SIZES[:1], 32) if options.smoke else (BATCH_SIZES, NUM_EXAMPLES)
-    num_starts = setting.num_tuned + len(RATE_FACTORS)
-    draw_stream = partial(batching.reshuffled, num_examples=problem.num_examples, length=num_examples)
-    params = jax.jit(jax.vmap(problem.init))(jax.random.split(init_key, num_starts))
-    starts = params, jax.jit(jax.vmap(draw_stream))(jax.random.split(stream_key, num_starts))
+    keys = jax.random.split(run_key, setting.num_tuned + NUM_SEEDS)
     rows = []
     for size, family in itertools.product(sizes, FAMILIES):
-        lanes = jax.vmap(partial(train, problem, family, size, num_examples), (None, 0, 0, 0))
-        run = jax.jit(lanes)
-        for optimizer, (its_family, memory, middle) in OPTIMIZERS.items():
-            if its_family == family:
-                of_memory = partial(run, jnp.asarray(memory(size)))
-                losses, rate, inside = tuned(of_memory, starts, setting.num_tuned, middle * np.sqrt(size / 8))
-                row = {"text": setting.text, "optimizer": optimizer, "batch_size": size, "peak_learning_rate": rate}
-                rows.append(row | {"inside_grid": inside, "losses": losses.tolist(), "loss": float(losses.mean())})
+        run = partial(sweep.map, partial(train, problem, family, size, num_examples), chunk_size=NUM_SEEDS)
+        for optimizer, (_, memory, middle) in ((n, o) for n, o in OPTIMIZERS.items() if o[0] == family):
+            losses, found = tuned(run, memory(size), keys, setting.num_tuned, middle * np.sqrt(size / 8))
+            row = {"text": setting.text, "optimizer": optimizer, "batch_size": size, "peak_learning_rate": found.rate}
+            rows.append(row | {"inside_grid": not found.at_edge, "losses": losses.tolist(), "loss": losses.mean()})
     return experiment.Result(rows, judge(rows, setting.text), draw(rows, setting))
 
 
 def draw(rows, setting):
     title = f"A model of characters after one pass over {setting.text}, by batch size and optimiser"
-    figure, [left, right] = plots.panels(2, title=title, width=5.5)
+    figure, [left, right] = report.panels(2, title=title, width=5.5)
     for i, optimizer in enumerate(OPTIMIZERS):
         shown = [row for row in rows if row["optimizer"] == optimizer]
         sizes = [row["batch_size"] for row in shown]
-        plots.band(left, sizes, np.array([row["losses"] for row in shown]).T, optimizer, i)
-        plots.band(right, sizes, np.array([[row["peak_learning_rate"] for row in shown]]), optimizer, i)
-    left.set(ylabel="held-out loss (nats a character)")
-    right.set(ylabel="best peak learning rate", yscale="log")
-    for axis in (left, right):
-        axis.set(xscale="log", xlabel=f"batch size (examples of {setting.num_tokens} characters)")
+        report.band(left, sizes, np.array([row["losses"] for row in shown]).T, optimizer, i)
+        report.band(right, sizes, np.array([[row["peak_learning_rate"] for row in shown]]), optimizer, i)
+    right.set(yscale="log")
+    for axis, label in (left, "held-out loss (nats a character)"), (right, "best peak learning rate"):
+        axis.set(xscale="log", xlabel=f"batch size (examples of {setting.num_tokens} characters)", ylabel=label)
         axis.set_xticks(BATCH_SIZES, list(map(str, BATCH_SIZES)))
         axis.minorticks_off()
     left.legend(frameon=False)

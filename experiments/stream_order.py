@@ -2,7 +2,7 @@
 
 Question    Fitting the mean of 64 numbers one by one, at constant rate: the mean squared error at the ends of epochs,
             after many, for examples drawn with replacement, shuffled once, reshuffled, and in a fixed order (sorted).
-Prediction  `gdjax.stream_order`, exactly. At small rates reshuffled < shuffled once < with replacement, growing as the
+Prediction  `theory.stream_order`, exactly. At small rates reshuffled < shuffled once < with replacement, growing as the
             rate to the powers 3, 2 and 1; a sorted data set is as the rate squared and worse than most shuffles.
 Cost        10 s on two CPU cores.
 """
@@ -14,33 +14,28 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gdjax import batching, descent, gradients
-from gdjax import report as plots
+from gdjax import batching, descent, report, sweep
 from gdjax.commands import experiment
+from gdjax.problem import Problem
 from gdjax.theory import stream_order
 
 NUM_EXAMPLES, NUM_EPOCHS = 64, 100
 LEARNING_RATES = np.logspace(-2.5, -0.1, 13)  # at the least, the start is forgotten e-fold in 5 epochs
-ORDERS = ("with_replacement", "shuffled_once", "reshuffled")
+ORDERS = ("with replacement", "shuffled once", "reshuffled")
+LEARNING_RATE, ERROR = "learning rate × curvature", "mean squared error at the ends of epochs\n(variances of the data)"
 
 
-def loss(theta, target):
-    return 0.5 * (theta - target) ** 2
+def errors(problem, order, keys):
+    """Return theta^2, averaged over the ends of the last half of the epochs, for every seed and rate, [S, R]."""
 
+    def error(key, rate):
+        _, squares = descent.train(
+            problem, optax.sgd(rate), key=key, batch_size=1, num_epochs=NUM_EPOCHS, stream=order,
+            record=lambda state, info: state.params**2,
+        )  # fmt: skip
+        return squares[NUM_EPOCHS // 2 :].mean()
 
-def train(order, targets, key, learning_rate):
-    """Return theta^2, averaged over the ends of the last half of the epochs."""
-    method = descent.method(gradients.mean(loss), optax.sgd(learning_rate))
-    batches = batching.batches(order(key, NUM_EXAMPLES, num_epochs=NUM_EPOCHS), 1)
-    state = method.init(jnp.zeros(()))
-    _, thetas = descent.run(method, state, targets, batches, lambda state, info: state.params, every=NUM_EXAMPLES)
-    return (thetas[NUM_EPOCHS // 2 :] ** 2).mean()
-
-
-def sweep(order, targets, keys):
-    """Return the mean squared error for every seed and rate, [S, R]."""
-    over_rates = jax.vmap(partial(train, order, targets), (None, 0))
-    return jax.jit(jax.vmap(over_rates, (0, None)))(keys, LEARNING_RATES)
+    return np.asarray(sweep.map(lambda key: jax.vmap(partial(error, key))(LEARNING_RATES), keys), np.float64)
 
 
 def main(options: experiment.Options) -> experiment.Result:
@@ -48,57 +43,52 @@ def main(options: experiment.Options) -> experiment.Result:
     keys = jax.random.split(keys_key, 20 if options.smoke else 2000)
     targets = jnp.sort(jax.random.laplace(targets_key, (NUM_EXAMPLES,)))
     targets = (targets - targets.mean()) / targets.std()
-    exact, measured, errors, rows = {}, {}, {}, []
+    problem = Problem(lambda key: jnp.zeros(()), lambda theta, target: 0.5 * (theta - target) ** 2, targets)
+    found = {}  # order: exact, measured, its error, [R] each
     for name in ORDERS:
-        known = partial(getattr(stream_order, name), target_variance=1.0, num_examples=NUM_EXAMPLES)
-        exact[name] = jax.vmap(known, (0, None))(LEARNING_RATES, 1.0)
-        lanes = np.asarray(sweep(getattr(batching, name), targets, keys), np.float64)
-        measured[name], errors[name] = lanes.mean(0), lanes.std(0, ddof=1) / np.sqrt(len(keys))
-    exact["cyclic"] = jax.vmap(lambda rate: stream_order.cyclic(rate, 1.0, targets=targets))(LEARNING_RATES) ** 2
-    measured["cyclic"] = np.asarray(sweep(batching.cyclic, targets, keys[:1])[0])
-    errors["cyclic"] = 1e-3 * measured["cyclic"]  # nothing is drawn: only rounding
-    for name, values in exact.items():
-        for i, rate in enumerate(LEARNING_RATES):
-            numbers = float(rate), float(values[i]), float(measured[name][i]), float(errors[name][i])
-            rows.append(
-                {"order": name} | dict(zip(("learning_rate", "exact", "measured", "error"), numbers, strict=True))
-            )
-    farthest = max(abs(row["measured"] - row["exact"]) / row["error"] for row in rows)
-    powers = [
-        np.log(measured[name][2] / measured[name][0]) / np.log(LEARNING_RATES[2] / LEARNING_RATES[0]) for name in exact
+        order = name.replace(" ", "_")
+        known = partial(getattr(stream_order, order), target_variance=1.0, num_examples=NUM_EXAMPLES)
+        measured = errors(problem, getattr(batching, order), keys)
+        exact = jax.vmap(known, (0, None))(LEARNING_RATES, 1.0)
+        found[name] = exact, measured.mean(0), measured.std(0, ddof=1) / np.sqrt(len(keys))
+    exact = jax.vmap(lambda rate: stream_order.cyclic(rate, 1.0, targets=targets))(LEARNING_RATES) ** 2
+    [measured] = errors(problem, batching.cyclic, keys[:1])
+    found["sorted"] = exact, measured, 1e-3 * measured  # nothing is drawn: only rounding
+    rows = [
+        {"order": name} | dict(zip(("learning_rate", "exact", "measured", "error"), map(float, numbers), strict=True))
+        for name, values in found.items()
+        for numbers in zip(LEARNING_RATES, *values, strict=True)
     ]
-    first = {name: float(values[0] / measured["reshuffled"][0]) for name, values in measured.items()}
-    agrees = farthest < 4 and first["with_replacement"] > first["shuffled_once"] > 1
-    verdict = (
-        f"{'As predicted' if agrees else 'Not as predicted'}: {len(rows)} measured points are within {farthest:.1f} "
-        f"standard errors of the exact values. From the least rate on, the error grows as the rate to the power "
-        + ", ".join(f"{power:.2f} ({_words(name)})" for power, name in zip(powers, exact, strict=True))
-        + f"; there, over reshuffled, it is {first['with_replacement']:.0f} times (with replacement), "
-        f"{first['shuffled_once']:.0f} times (shuffled once) and {first['cyclic']:.0f} times (sorted)."
-    )
-    return experiment.Result(rows, verdict, draw(exact, measured, errors, verdict.partition(". From")[0]))
+    checks, numbers = judge(found)
+    return experiment.Result(rows, experiment.verdict(checks, numbers), draw(found, numbers.partition(". From")[0]))
 
 
-def draw(exact, measured, errors, title):
-    lines = {f"{_words(name)}, exact": values[None] for name, values in exact.items()}
-    figure = plots.curves(
-        LEARNING_RATES,
-        lines,
-        xlabel="learning rate × curvature",
-        ylabel="mean squared error at the ends of epochs\n(variances of the data)",
-        log="xy",
-        title=title,
+def judge(found):
+    farthest = max(float(np.max(np.abs(measured - exact) / error)) for exact, measured, error in found.values())
+    powers = {n: np.log(m[2] / m[0]) / np.log(LEARNING_RATES[2] / LEARNING_RATES[0]) for n, (_, m, _) in found.items()}
+    first = {name: float(measured[0] / found["reshuffled"][1][0]) for name, (_, measured, _) in found.items()}
+    ordered = first["with replacement"] > first["shuffled once"] > 1
+    checks = {"as the theory says": farthest < 4, "reshuffled < shuffled once < with replacement": ordered}
+    numbers = (
+        f"{len(found) * len(LEARNING_RATES)} measured points are within {farthest:.1f} standard errors of the exact "
+        "values. From the least rate on, the error grows as the rate to the power "
+        + ", ".join(f"{power:.2f} ({name})" for name, power in powers.items())
+        + "; there, over reshuffled, it is "
+        + ", ".join(f"{times:.0f} times ({name})" for name, times in first.items() if name != "reshuffled")
+        + "."
     )
+    return checks, numbers
+
+
+def draw(found, title):
+    exact = {f"{name}, exact": values[None] for name, (values, _, _) in found.items()}
+    figure = report.curves(LEARNING_RATES, exact, xlabel=LEARNING_RATE, ylabel=ERROR, log="xy", title=title)
     [axis] = figure.axes
-    for name, colour in zip(exact, plots.COLOURS, strict=False):
-        axis.errorbar(LEARNING_RATES, measured[name], 2 * errors[name], fmt="o", markersize=4, color=colour)
+    for (_, measured, error), colour in zip(found.values(), report.COLOURS, strict=False):
+        axis.errorbar(LEARNING_RATES, measured, 2 * error, fmt="o", markersize=4, color=colour)
     axis.plot([], [], "o", color="gray", markersize=4, label="measured, ± 2 standard errors")
     axis.legend(frameon=False, fontsize="small")
     return figure
-
-
-def _words(name: str) -> str:
-    return "sorted" if name == "cyclic" else name.replace("_", " ")
 
 
 if __name__ == "__main__":

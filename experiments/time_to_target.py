@@ -28,12 +28,11 @@ def main(options: experiment.Options) -> experiment.Result:
     outside = [choice.batch_size for choice in run if not choice.inside]
     guess = min(run, key=lambda choice: choice.seconds[1])
     regret = guess.measured_seconds / min(choice.measured_seconds for choice in run)
-    held = len(outside) <= 1 and regret <= 1.3
     beyond = f" (B = {', '.join(map(str, outside))})" if outside else ""
-    verdict = (
-        f"{'As' if held else 'NOT as'} predicted: of {len(run)} batch sizes run, {len(outside)} lay outside their "
-        f"interval{beyond}; B = {guess.batch_size}, predicted to be fastest, took {regret:.2f} times the fastest. "
-        f"{found.sentence()}"
+    verdict = experiment.verdict(
+        {"intervals hold all but one": len(outside) <= 1, "the advised is nearly the fastest": regret <= 1.3},
+        f"Of {len(run)} batch sizes run, {len(outside)} lay outside their interval{beyond}; B = {guess.batch_size}, "
+        f"predicted to be fastest, took {regret:.2f} times the fastest. {found.sentence()}",
     )
     rows = [choice.summary() | {"ratio": np.divide(choice.measured_updates, choice.updates[1])} for choice in run]
     rows.append({key: value for key, value in found.summary().items() if key != "choices"})

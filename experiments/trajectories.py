@@ -11,6 +11,7 @@ Prediction  On the quadratic the mean of many stochastic paths is the path of ba
 Cost        30 s on two CPU cores.
 """
 
+import dataclasses
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -19,9 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.flatten_util import ravel_pytree
 
-from gdjax import batching, descent, gradients, problems
-from gdjax import report as plots
+from gdjax import batching, descent, problems, report, sweep
 from gdjax.commands import experiment
 from gdjax.problems import datasets
 
@@ -35,34 +36,24 @@ START = (1.5, 4.0)  # from the minimum
 NUM_FRAMES, FRAMES_A_SECOND = 48, 12
 
 
-def path(problem, batch_size, learning_rate, draw, num_epochs, every, params, key):
-    """Return the parameters at every `every`-th update, the start first."""
-    method = descent.method(gradients.mean(problem.loss), optax.sgd(learning_rate))
-    batches = batching.batches(draw(key, problem.num_examples, num_epochs=num_epochs), batch_size)
-    _, points = descent.run(method, method.init(params), problem.train, batches, params_after, every=every)
-    return jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), params, points)
+def path(problem, batch_size, learning_rate, stream, num_epochs, num_points, key):
+    """Return the parameters in a row, the start first and then at equal distances, about [num_points, D]."""
+    start = problem.init(jax.random.split(key)[0])  # what `descent.train` begins with
+    every = max(1, int(num_epochs * problem.num_examples // batch_size // num_points))
+    _, points = descent.train(
+        problem, optax.sgd(learning_rate), key=key, batch_size=batch_size, num_epochs=num_epochs, stream=stream,
+        record=lambda state, info: ravel_pytree(state.params)[0], every=every,
+    )  # fmt: skip
+    return jnp.concatenate([ravel_pytree(start)[0][None], points])
 
 
-def params_after(state, info):
-    return state.params
-
-
-def mean_loss(problem, params):
-    return jax.vmap(problem.loss, (None, 0))(params, problem.train).mean()
-
-
-def quadratic(problem, rates, num_paths, key):
-    """Return the minimum, the Hessian, and paths [S, T + 1, 2] for each batch size, from draws with replacement."""
-    x, y = (np.asarray(leaf, np.float64) for leaf in problem.train)
-    minimum, hessian = np.linalg.lstsq(x, y)[0], x.T @ x / len(y)
-    start = jnp.asarray(minimum + START, jnp.float32)
-    keys = jax.random.split(key, num_paths)
-    paths = {}
+def paths_of(problem, rates, draw, num_epochs, num_points, keys):
+    """Return {batch size: paths [S, T + 1, D]}."""
+    found = {}
     for size, rate in rates.items():
-        draw = batching.with_replacement if size < len(y) else batching.reshuffled  # all examples, each once
-        one = partial(path, problem, size, rate, draw, NUM_EPOCHS, 1, start)
-        paths[size] = np.asarray(jax.jit(jax.vmap(one))(keys), np.float64)
-    return minimum, hessian, paths
+        stream = draw if size < problem.num_examples else batching.reshuffled  # all examples, each once
+        found[size] = sweep.map(partial(path, problem, size, rate, stream, num_epochs, num_points), keys)
+    return found
 
 
 def farthest(paths, minimum, hessian, learning_rate):
@@ -77,14 +68,13 @@ def farthest(paths, minimum, hessian, learning_rate):
 def shape(points, minimum, hessian):
     """Return length over displacement, and the part of the updates in the second half at which the loss falls."""
     steps = np.linalg.norm(np.diff(points, axis=1), axis=2).sum(1)
-    excess = np.einsum("stc,cd,std->st", points - minimum, hessian, points - minimum)
-    falls = np.diff(excess, axis=1)[:, -(excess.shape[1] // 2) :] < 0
+    falls = np.diff(excess(points, minimum, hessian), axis=1)[:, -(points.shape[1] // 2) :] < 0
     return float(np.median(steps / np.linalg.norm(points[:, -1] - points[:, 0], axis=1))), float(falls.mean())
 
 
-def flat(params):
-    """Return parameters [..., D] in one row."""
-    return np.concatenate([np.asarray(leaf).reshape(*leaf.shape[:2], -1) for leaf in jax.tree.leaves(params)], axis=2)
+def excess(points, minimum, hessian):
+    """Return the excess loss at points [..., 2]."""
+    return 0.5 * np.einsum("...c,cd,...d->...", points - minimum, hessian, points - minimum)
 
 
 def principal(points):
@@ -93,39 +83,30 @@ def principal(points):
     return float((sizes[:2] ** 2).sum() / (sizes**2).sum()), directions[:2]
 
 
-def network(problem, rates, num_epochs, keys):
-    """Return {batch size: paths [S, T + 1, D]}, every seed from one start."""
-    found = {}
-    for size, rate in rates.items():
-        every = max(1, num_epochs * problem.num_examples // size // NUM_POINTS)
-        one = partial(path, problem, size, rate, batching.reshuffled, num_epochs, every)
-        params = jax.vmap(problem.init)(keys)
-        found[size] = flat(jax.jit(jax.vmap(one))(params, keys))
-    return found
-
-
 def main(options: experiment.Options) -> experiment.Result:
     num_paths, num_epochs, seeds = (40, 2, 1) if options.smoke else (NUM_PATHS, NETWORK_EPOCHS, NUM_SEEDS)
     rates, network_rates = ({1: RATES[1], 256: RATES[256]}, {32: 0.5}) if options.smoke else (RATES, NETWORK_RATES)
     data_key, path_key, network_key = jax.random.split(jax.random.key(options.seed), 3)
     data = datasets.gaussian_regression(data_key, num_examples=256, dimension=2, condition_number=10, noise=1.0)
-    plane = problems.least_squares(data)
-    minimum, hessian, paths = quadratic(plane, rates, num_paths, path_key)
+    x, y = (np.asarray(leaf, np.float64) for leaf in data.train)
+    quadratic = np.linalg.lstsq(x, y)[0], x.T @ x / len(y)  # the minimum and the Hessian
+    start = jnp.asarray(quadratic[0] + START, jnp.float32)
+    plane = dataclasses.replace(problems.least_squares(data), init=lambda key: start)
+    keys = jax.random.split(path_key, num_paths)
+    found = paths_of(plane, rates, batching.with_replacement, NUM_EPOCHS, np.inf, keys)
+    paths = {size: np.asarray(points, np.float64) for size, points in found.items()}
     rows = []
     for size, rate in rates.items():
-        longer, falls = shape(paths[size], minimum, hessian)
-        score = farthest(paths[size], minimum, hessian, rate)
-        rows.append(
-            {"batch_size": size, "learning_rate": rate, "standard_errors": score, "length": longer, "falls": falls}
-        )
-    problem = problems.digits_mlp((32,))
-    of_network = network(problem, network_rates, num_epochs, jax.random.split(network_key, seeds))
+        longer, falls = shape(paths[size], *quadratic)
+        row = {"batch_size": size, "learning_rate": rate, "length": longer, "falls": falls}
+        rows.append(row | {"standard_errors": farthest(paths[size], *quadratic, rate)})
+    network, keys = problems.digits_mlp((32,)), jax.random.split(network_key, seeds)
+    of_network = paths_of(network, network_rates, batching.reshuffled, num_epochs, NUM_POINTS, keys)
     parts = {size: [principal(seed)[0] for seed in points] for size, points in of_network.items()}
+    verdict = judge(rows, parts)
     rows += [{"network_batch_size": size, "principal_parts": part} for size, part in parts.items()]
-    verdict = judge(rows[: len(rates)], parts)
-    figure = draw(minimum, hessian, paths, problem, of_network)
-    frames = 4 if options.smoke else NUM_FRAMES
-    return experiment.Result(rows, verdict, figure, {"paths.gif": animation(minimum, hessian, paths, frames)})
+    files = {"paths.gif": animation(quadratic, paths, 4 if options.smoke else NUM_FRAMES)}
+    return experiment.Result(rows, verdict, draw(quadratic, paths, network, of_network), files)
 
 
 def judge(rows, parts):
@@ -153,79 +134,70 @@ def judge(rows, parts):
     )
 
 
-def contours(axis, x, y, values, logarithmic=True):
-    shown = np.log10(values) if logarithmic else values
-    axis.contour(x, y, shown, levels=7, colors="gray", linewidths=0.6, alpha=0.7)
-
-
-def plane_of(minimum, hessian, paths):
-    """Return a grid around the paths, x [P], y [P], and the excess loss on it."""
+def show_plane(axis, quadratic, paths):
+    """Draw contours of the square root of the excess loss around the paths, and the minimum."""
     points = np.concatenate([of_size[0] for of_size in paths.values()])
-    x, y = (np.linspace(points[:, i].min() - 0.5, points[:, i].max() + 0.5, 120) for i in range(2))
-    errors = np.stack(np.meshgrid(x, y), axis=-1) - minimum
-    return x, y, np.sqrt(0.5 * np.einsum("abc,cd,abd->ab", errors, hessian, errors))
+    x, y = (np.linspace(low - 0.5, high + 0.5, 120) for low, high in zip(points.min(0), points.max(0), strict=True))
+    contours(axis, x, y, np.sqrt(excess(np.stack(np.meshgrid(x, y), axis=-1), *quadratic)))
+    axis.plot(*quadratic[0], "k*", markersize=9)
+    axis.set(xlabel="first parameter", ylabel="second parameter")
 
 
-def draw(minimum, hessian, paths, problem, of_network):
-    title = "Stochastic, mini-batch and batch descent from one start, over contours of the loss"
-    figure, (left, middle, right) = plots.panels(3, title=title, width=4, height=3.8)
-    for axis in (left, middle):
-        contours(axis, *plane_of(minimum, hessian, paths), logarithmic=False)
-        axis.plot(*minimum, "k*", markersize=9)
-        axis.set(xlabel="first parameter", ylabel="second parameter")
-    for i, (size, of_size) in enumerate(paths.items()):
-        label = f"B = {size}, {of_size.shape[1] - 1} updates"
-        left.plot(*of_size[0].T, color=plots.COLOURS[i], linewidth=0.7 + 0.4 * i, label=label)
-        middle.plot(
-            *of_size.mean(0)[:: 1 + len(of_size[0]) // 256].T, color=plots.COLOURS[i], linewidth=1, label=f"B = {size}"
-        )
-    left.set(title=f"one path each, {NUM_EPOCHS} epochs")
-    middle.set(title=f"means of {len(paths[1])} paths")
+def show_network(axis, problem, of_network):
+    """Draw paths of the first seed in their principal plane, over contours of the loss."""
     every = np.concatenate([points[0] for points in of_network.values()])
-    part, directions = principal(every)
-    at = {size: (points[0] - every.mean(0)) @ directions.T for size, points in of_network.items()}
-    ends = np.concatenate(list(at.values()))
-    x, y = (np.linspace(1.2 * ends[:, i].min(), 1.2 * ends[:, i].max(), 30) for i in range(2))
-    leaves, structure = jax.tree.flatten(problem.init(jax.random.key(0)))
-    splits = np.cumsum([leaf.size for leaf in leaves])[:-1]
+    (part, directions), centre = principal(every), every.mean(0)
+    at = {size: (points[0] - centre) @ directions.T for size, points in of_network.items()}
+    ends = 1.2 * ((every - centre) @ directions.T)
+    x, y = (np.linspace(low, high, 30) for low, high in zip(ends.min(0), ends.max(0), strict=True))
+    _, params_of = ravel_pytree(problem.init(jax.random.key(0)))
 
     def loss(place):
-        pieces = jnp.split(jnp.asarray(every.mean(0)) + place @ jnp.asarray(directions), splits)
-        shaped = [piece.reshape(leaf.shape) for piece, leaf in zip(pieces, leaves, strict=True)]
-        return mean_loss(problem, jax.tree.unflatten(structure, shaped))
+        return problem.evaluate(params_of(centre + place @ directions), names=("loss",))["loss"]
 
     places = np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2).astype(np.float32)
-    contours(right, x, y, np.asarray(jax.jit(partial(jax.lax.map, loss))(places)).reshape(30, 30))
+    contours(axis, x, y, np.log10(sweep.map(loss, places)).reshape(30, 30))
     for i, (size, points) in enumerate(at.items()):
-        right.plot(*points.T, "o-", color=plots.COLOURS[i], markersize=2.5, linewidth=1, label=f"B = {size}")
-    right.set(
-        xlabel="first principal direction",
-        ylabel="second principal direction",
-        title=f"the network: {part:.0%} of the variance",
-    )
+        axis.plot(*points.T, "o-", color=report.COLOURS[i], markersize=2.5, linewidth=1, label=f"B = {size}")
+    axis.set(xlabel="first principal direction", ylabel="second principal direction")
+    axis.set_title(f"the network: {part:.0%} of the variance")
+
+
+def contours(axis, x, y, values):
+    axis.contour(x, y, values, levels=7, colors="gray", linewidths=0.6, alpha=0.7)
+
+
+def draw(quadratic, paths, problem, of_network):
+    title = "Stochastic, mini-batch and batch descent from one start, over contours of the loss"
+    figure, (left, middle, right) = report.panels(3, title=title, width=4, height=3.8)
+    for axis in (left, middle):
+        show_plane(axis, quadratic, paths)
+    for i, (size, of_size) in enumerate(paths.items()):
+        style = {"color": report.COLOURS[i], "linewidth": 0.7 + 0.4 * i}
+        left.plot(*of_size[0].T, **style, label=f"B = {size}, {of_size.shape[1] - 1} updates")
+        middle.plot(*of_size.mean(0)[:: 1 + len(of_size[0]) // 256].T, **style, label=f"B = {size}")
+    left.set(title=f"one path each, {NUM_EPOCHS} epochs")
+    middle.set(title=f"means of {len(paths[1])} paths")
+    show_network(right, problem, of_network)
     for axis in (left, middle, right):
         axis.legend(frameon=False, fontsize="small")
     return figure
 
 
-def animation(minimum, hessian, paths, num_frames):
+def animation(quadratic, paths, num_frames):
     """Return a GIF: the first path of each batch size, all having seen as many examples at any time."""
     from matplotlib.animation import PillowWriter
 
-    figure, [axis] = plots.panels(1, title="As many examples seen, in batches of three sizes", width=4.5, height=4)
-    contours(axis, *plane_of(minimum, hessian, paths), logarithmic=False)
-    axis.plot(*minimum, "k*", markersize=9)
-    axis.set(xlabel="first parameter", ylabel="second parameter")
-    lines = [
-        axis.plot([], [], ".-", color=plots.COLOURS[i], linewidth=1, markersize=3, label=f"B = {size}")[0]
-        for i, size in enumerate(paths)
-    ]
+    figure, [axis] = report.panels(1, title="As many examples seen, in batches of three sizes", width=4.5, height=4)
+    show_plane(axis, quadratic, paths)
+    colours = zip(paths, report.COLOURS, strict=False)
+    lines = [axis.plot([], [], ".-", color=c, lw=1, ms=3, label=f"B = {size}")[0] for size, c in colours]
     axis.legend(frameon=False, loc="lower right")
     with tempfile.TemporaryDirectory() as folder:
         target, writer = Path(folder) / "paths.gif", PillowWriter(fps=FRAMES_A_SECOND)
         with writer.saving(figure, str(target), dpi=72):
             for seen in np.geomspace(0.01, 1, num_frames):
-                for line, points in zip(lines, (of_size[0] for of_size in paths.values()), strict=True):
+                for line, (points, *_) in zip(lines, paths.values(), strict=True):
                     line.set_data(*points[: 1 + int(seen * (len(points) - 1))].T)
                 writer.grab_frame()
         return target.read_bytes()

@@ -110,6 +110,13 @@ def band(axis: "Axes", x: Any, values: Any, label: str, i: int) -> None:
         axis.fill_between(x, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
 
 
+def bars(axis: "Axes", spreads: Mapping[str, Mapping[str, float]], colours: Any = COLOURS[5]) -> None:
+    """Draw horizontal bars with their intervals, {label: {"low", "median", "high"}}, the first at the top."""
+    low, middle, high = (np.asarray([each[name] for each in spreads.values()]) for name in ("low", "median", "high"))
+    axis.barh(list(spreads), middle, xerr=[middle - low, high - middle], color=colours, capsize=3)
+    axis.invert_yaxis()
+
+
 def log_scales(axis: "Axes", names: str) -> None:
     """Make these axes logarithmic, except where a value that is drawn, or none at all, has no place on such an axis."""
     points = np.concatenate([np.asarray(line.get_xydata()) for line in axis.lines] or [np.zeros((0, 2))])

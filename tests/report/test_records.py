@@ -214,3 +214,15 @@ def test_a_figure_leaves_out_what_is_not_finite_and_is_written_whole(tmp_path):
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     empty = plots.curves([1, 2, 3], {"b": values["b"]}, xlabel="updates", ylabel="loss", title="nothing", log="xy")
     plots.save(empty, tmp_path / "empty.png")
+
+
+def test_bars_reach_from_low_to_high_with_the_first_at_the_top():
+    _, [axis] = plots.panels(1, title="ratios")
+    spreads = {"first": {"low": 1.0, "median": 2.0, "high": 4.0}, "second": {"low": 3.0, "median": 3.5, "high": 5.0}}
+    plots.bars(axis, spreads, [plots.COLOURS[0], plots.COLOURS[1]])
+    assert [bar.get_width() for bar in axis.patches] == [2.0, 3.5]
+    [intervals] = axis.containers[0].lines[2]
+    np.testing.assert_allclose([part[:, 0] for part in intervals.get_segments()], [[1, 4], [3, 5]])
+    bottom, top = axis.get_ylim()
+    assert bottom > top  # downwards
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["first", "second"]

@@ -47,11 +47,7 @@ def test_the_batch_size_that_keeps_a_fraction_is_the_inverse_and_agrees_with_the
         rates = [theory.best_learning_rate(b, 100, full_batch=1.0) / b for b in (size, 4)]
         precision.assert_close(rates[0] / rates[1], fraction, rtol=1e-12)
     precision.assert_close(critical.fraction_of(0.01, 0.1), 0.9, rtol=1e-12)
-<<<<<<< HEAD:tests/theory/test_critical.py
     with pytest.raises(ValueError, match=r"progress=0\.01 must be above tolerance=0\.02"):
-=======
-    with pytest.raises(ValueError, match=r"progress=0.01 must be above tolerance=0.02"):
->>>>>>> theory:tests/test_critical.py
         critical.fraction_of(0.02, 0.01)
 
 
