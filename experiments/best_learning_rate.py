@@ -92,9 +92,9 @@ def judge(rows, limit):
     return experiment.verdict(
         checks,
         f"The best rate grows as B^{power:.2f} up to a quarter of B = {meeting:.0f}, where the line from B = "
-        f"{sizes[0]} would meet 2 / lambda_max = {limit:.2f}; from there on it is {plateau.min():.0%} to {plateau.max():.0%} of "
-        f"that. It is within a factor of {factor:.2f} of theory's, on a grid of step {STEP:.2f}, and the excess loss "
-        f"at theory's rate within {standard_errors:.1f} standard errors.",
+        f"{sizes[0]} would meet 2 / lambda_max = {limit:.2f}; from there on it is {plateau.min():.0%} to "
+        f"{plateau.max():.0%} of that. It is within a factor of {factor:.2f} of theory's, on a grid of step "
+        f"{STEP:.2f}, and the excess loss at theory's rate within {standard_errors:.1f} standard errors.",
     )
 
 
