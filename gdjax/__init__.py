@@ -76,6 +76,7 @@ if TYPE_CHECKING:
         gradients,
         kernels,
         noise,
+        privacy,
         problem,
         problems,
         report,
