@@ -159,7 +159,7 @@ def hyperbola(sizes, updates):
 def interval(values):
     """Return the geometric mean over seeds and its 90 % interval."""
     logs = np.log(values)
-    half = student(len(logs) - 1, confidence=0.9) * logs.std(ddof=1) / np.sqrt(len(logs))
+    half = noise.student(len(logs) - 1, confidence=0.9) * logs.std(ddof=1) / np.sqrt(len(logs))
     return tuple(float(x) for x in np.exp(logs.mean() + half * np.array([0, -1, 1])))
 
 

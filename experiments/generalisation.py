@@ -10,6 +10,7 @@ Cost        90 s on two CPU cores: digits, N = 1440, every seed with a split of 
             Fashion-MNIST, N = 4096, every seed with training examples of its own.
 """
 
+import dataclasses
 from functools import partial
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gdjax import batching, descent, gradients, problems
+from gdjax import descent, problems, sweep
 from gdjax import report as plots
 from gdjax.commands import experiment
 from gdjax.problems import datasets, models
@@ -53,32 +54,26 @@ def splits(setting, keys):
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *[(split.train, split.test) for split in each])
 
 
-def train(problem, setting, batch_size, data, params, stream, learning_rate):
+def train(problem, setting, data, keys, batch_size, point):
     """Return training loss and test error after the epochs and after the updates, each [2]."""
-    train_data, test = data
-    method = descent.method(gradients.mean(problem.loss), optax.sgd(learning_rate))
-    batches = batching.batches(stream[: setting.num_updates * batch_size], batch_size)
-    first = setting.num_epochs * problem.num_examples // batch_size
-    state, found = method.init(params), []
-    for part in (batches[:first], batches[first:]):
-        if len(part):
-            state, _ = descent.run(method, state, train_data, part, every=len(part))
-        losses = jax.vmap(problem.loss, (None, 0))(state.params, train_data)
-        correct = jax.vmap(problem.metrics["accuracy"], (None, 0))(state.params, test)
-        found.append((losses.mean(), 1 - correct.mean()))
-    return jax.tree.map(lambda *values: jnp.stack(values), *found)
+    train_data, test = jax.tree.map(lambda leaf: leaf[point["seed"]], data)
+    problem = dataclasses.replace(problem, train=train_data, test=test)
+    optimizer, key = optax.sgd(point["rate"]), keys[point["seed"]]
 
+    def end(**budget):
+        state, _ = descent.train(
+            problem, optimizer, key=key, batch_size=batch_size, **budget, record=descent.batch_loss
+        )
+        return problem.evaluate(state.params)["loss"], 1 - problem.evaluate(state.params, on="test")["accuracy"]
 
-def sweep(problem, setting, batch_size, starts):
-    """Return training losses and test errors, [S, R, 2]."""
-    over_rates = jax.vmap(partial(train, problem, setting, batch_size), (None, None, None, 0))
-    return jax.jit(jax.vmap(over_rates, (0, 0, 0, None)))(*starts, jnp.asarray(setting.rates))
+    ends = end(num_epochs=setting.num_epochs), end(num_updates=setting.num_updates)
+    return jax.tree.map(lambda *values: jnp.stack(values), *ends)
 
 
 def chosen(setting, losses, errors, budget):
-    """Yield (rule, rate, errors [S]) at the one rate, and at that of least mean training loss."""
-    tuned = int(np.argmin(np.where(np.isfinite(losses), losses, np.inf).mean(0)))
-    for name, i in (("one rate", int(np.argmin(abs(setting.rates - setting.fixed_rate)))), ("tuned", tuned)):
+    """Yield (rule, position of the rate, errors [S]) at the one rate, and at that of least mean training loss."""
+    one = int(np.argmin(abs(setting.rates - setting.fixed_rate)))
+    for name, i in (("one rate", one), ("tuned", experiment.best_rate(setting.rates, losses).index)):
         yield f"fixed {budget}, {name}", i, errors[:, i]
 
 
@@ -88,8 +83,7 @@ def judge(rows, name):
     change = {}
     for rule in rules:
         first, *_, last = [100 * np.array(row["test_errors"]) for row in rows if row["rule"] == rule]
-        difference = last - first
-        change[rule] = float(difference.mean()), float(difference.std(ddof=1) / np.sqrt(len(difference)))
+        change[rule] = experiment.mean_and_error(last - first)
     limits = dict(zip(rules, ((5, np.inf), (1, np.inf), (-1, 1), (-1, 1)), strict=True))
     checks = {}
     for rule, (low, high) in limits.items():
@@ -110,17 +104,16 @@ def main(options: experiment.Options) -> experiment.Result:
     setting = FASHION if options.full else DIGITS
     if options.smoke:
         setting = setting._replace(batch_sizes=setting.batch_sizes[::4], num_epochs=1, num_updates=90, num_seeds=2)
-    split_key, init_key, stream_key = jax.random.split(jax.random.key(options.seed), 3)
+    split_key, run_key = jax.random.split(jax.random.key(options.seed))
     data = splits(setting, jax.random.split(split_key, setting.num_seeds))
+    keys = jax.random.split(run_key, setting.num_seeds)
     first = datasets.Split(*jax.tree.map(lambda leaf: leaf[0], data))
-    width = first.train[0].shape[1]
-    problem = problems.classification(models.mlp((width, 32, 10)), first, num_classes=10)
-    params = jax.vmap(problem.init)(jax.random.split(init_key, setting.num_seeds))
-    draw_stream = partial(batching.reshuffled, num_examples=problem.num_examples, num_epochs=setting.num_updates)
-    starts = data, params, jax.jit(jax.vmap(draw_stream))(jax.random.split(stream_key, setting.num_seeds))
+    model = models.mlp((first.train[0].shape[1], 32, 10))
+    problem = problems.classification(model, first, num_classes=10)
+    grid = sweep.grid(seed=range(setting.num_seeds), rate=setting.rates)
     rows = []
     for size in setting.batch_sizes:
-        losses, errors = (np.asarray(x) for x in sweep(problem, setting, size, starts))
+        losses, errors = sweep.map(partial(train, problem, setting, data, keys, size), grid)
         for i, budget in enumerate(BUDGETS):
             for rule, rate, of_seeds in chosen(setting, losses[..., i], errors[..., i], budget):
                 row = {"data": setting.name, "rule": rule, "batch_size": size}

@@ -10,6 +10,7 @@ Prediction  The mean square of the logits is gain^2 (gain^2 / 2)^(layers - 1) ti
 Cost        80 s on two CPU cores.
 """
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gdjax import batching, descent, gradients, problems
+from gdjax import descent, gradients, problems, sweep
 from gdjax import report as plots
 from gdjax.commands import experiment
 from gdjax.problems import datasets, models
@@ -40,69 +41,60 @@ def uniform(key, shape):
     return jax.random.uniform(key, shape, minval=-(3**0.5), maxval=3**0.5)  # of variance 1
 
 
-def init(depth, draw, key):
-    """Return parameters of deviation 1 / sqrt(fan_in), biases zero."""
-    blocks = draw(key, (depth + 1, WIDTH, WIDTH))  # one draw compiles faster than one for each layer
-    weights = [blocks[:2].reshape(2 * WIDTH, WIDTH), *blocks[2:-1], blocks[-1, :, :10]]
-    return [{"weight": w / jnp.sqrt(float(w.shape[0])), "bias": jnp.zeros(w.shape[1])} for w in weights]
+def weighted(problem, depth, draw, gain):
+    """Return the problem with weights of deviation gain / sqrt(fan_in), biases zero."""
+
+    def init(key):
+        blocks = draw(key, (depth + 1, WIDTH, WIDTH))  # one draw compiles faster than one for each layer
+        weights = [blocks[:2].reshape(2 * WIDTH, WIDTH), *blocks[2:-1], blocks[-1, :, :10]]
+        return [{"weight": gain * w / jnp.sqrt(float(w.shape[0])), "bias": jnp.zeros(w.shape[1])} for w in weights]
+
+    return dataclasses.replace(problem, init=init)
 
 
-def scaled(params, gain):
-    return [layer | {"weight": gain * layer["weight"]} for layer in params]
-
-
-def at_start(problem, model, gain, params):
+def at_start(problem, apply, depth, draw, point):
     """Return mean square of logits over that of inputs, and gradient norms of the first and last hidden weights."""
-    params, batch = scaled(params, gain), jax.tree.map(lambda x: x[:64], problem.train)
-    signal = jnp.mean(model.apply(params, batch[0]) ** 2) / jnp.mean(batch[0] ** 2)
+    problem = weighted(problem, depth, draw, point["gain"])
+    params, batch = problem.init(point["key"]), jax.tree.map(lambda x: x[:64], problem.train)
+    signal = jnp.mean(apply(params, batch[0]) ** 2) / jnp.mean(batch[0] ** 2)
     grad = gradients.mean(problem.loss)(params, batch).grad
     return signal, jnp.linalg.norm(grad[1]["weight"]), jnp.linalg.norm(grad[-2]["weight"])
 
 
-def train(problem, batches, params, gain, learning_rate):
+def train(problem, depth, draw, num_epochs, point):
     """Return the training loss at the end."""
-    method = descent.method(gradients.mean(problem.loss), optax.sgd(learning_rate))
-    state, _ = descent.run(method, method.init(scaled(params, gain)), problem.train, batches, every=len(batches))
-    return jax.vmap(problem.loss, (None, 0))(state.params, problem.train).mean()
-
-
-def best(losses, rates):
-    """Return losses [S] at the rate whose mean over seeds is least, that rate, and whether it is inside the grid."""
-    i = int(np.argmin(np.where(np.isfinite(losses), losses, np.inf).mean(0)))
-    return losses[:, i], float(rates[i]), 0 < i < len(rates) - 1
+    problem = weighted(problem, depth, draw, point["gain"])
+    optimizer, key = optax.sgd(point["rate"]), point["key"]
+    return descent.train(problem, optimizer, key=key, batch_size=BATCH_SIZE, num_epochs=num_epochs)[1]["loss"][-1]
 
 
 def measure(depth, num_draws, num_epochs, key):
     """Return a row for each gain, and one for uniform weights."""
     model = models.mlp((64, *[WIDTH] * (depth - 1), 10))
     problem = problems.classification(model, datasets.digits(), num_classes=10)
-    stream_key, draw_key = jax.random.split(key)
-    batches = batching.batches(batching.reshuffled(stream_key, problem.num_examples, num_epochs=num_epochs), BATCH_SIZE)
-    keys = jax.random.split(draw_key, num_draws)
-    start = jax.jit(lambda gain, params: jax.lax.map(partial(at_start, problem, model, gain), params, batch_size=50))
-    over_rates = jax.vmap(partial(train, problem, batches), (None, None, 0))
-    trained = jax.jit(jax.vmap(over_rates, (0, None, None)))
+    keys = jax.random.split(key, num_draws)
     for name, draw, gains in (("Gaussian", jax.random.normal, GAINS), ("uniform", uniform, (HE,))):
-        params = jax.jit(jax.vmap(partial(init, depth, draw)))(keys)
-        for gain in gains:
-            signal, first, last = (np.asarray(x, np.float64) for x in start(gain, params))
+        trained = partial(train, problem, depth, draw, num_epochs)
+        starts = sweep.map(partial(at_start, problem, model.apply, depth, draw), sweep.grid(gain=gains, key=keys))
+        for gain, signal, first, last in zip(gains, *starts, strict=True):
             expected = multiplier(gain, depth)
             rates = np.geomspace(LOWEST / max(1.0, expected), HIGHEST, NUM_RATES)
-            few = jax.tree.map(lambda leaf: leaf[:NUM_SEEDS], params)
-            losses, rate, inside = best(np.asarray(trained(few, gain, jnp.asarray(rates, jnp.float32))), rates)
+            losses = sweep.map(trained, sweep.grid(key=keys[:NUM_SEEDS], rate=rates, gain=[gain]))[..., 0]
+            best = experiment.best_rate(rates, losses)
+            mean, error = experiment.mean_and_error(signal)
             yield {
                 "shape": name,
                 "layers": depth,
                 "gain": gain,
-                "signal": float(signal.mean()),
-                "standard_error": float(signal.std(ddof=1) / np.sqrt(num_draws)),
+                "signal": mean,
+                "standard_error": error,
                 "signal_expected": expected,
                 "gradient_first": float(np.median(first)),
                 "gradient_last": float(np.median(last)),
-                "learning_rate": rate,
-                "inside_grid": inside,
-                "losses": losses.tolist(),
-                "loss": float(np.median(losses)),
+                "learning_rate": best.rate,
+                "inside_grid": best.inside,
+                "losses": best.values.tolist(),
+                "loss": float(np.median(best.values)),
             }
 
 
@@ -142,8 +134,7 @@ def main(options: experiment.Options) -> experiment.Result:
     num_draws, num_epochs, depths = (50, 1, DEPTHS[::3]) if options.smoke else (NUM_DRAWS, NUM_EPOCHS, DEPTHS)
     key = jax.random.key(options.seed)
     rows = [row for depth in depths for row in measure(depth, num_draws, num_epochs, jax.random.fold_in(key, depth))]
-    verdict = judge(rows)
-    return experiment.Result(rows, verdict, draw(rows))
+    return experiment.Result(rows, judge(rows), draw(rows))
 
 
 def draw(rows):
@@ -158,9 +149,8 @@ def draw(rows):
             middle.plot(depths, [row[name] for row in shown], line, color=plots.COLOURS[i])
         plots.band(right, depths, np.array([row["losses"] for row in shown]).T, label, i)
     shown = [row for row in rows if row["shape"] == "uniform"]
-    right.plot(
-        [row["layers"] for row in shown], [row["loss"] for row in shown], "ks", fillstyle="none", label="uniform"
-    )
+    layers, losses = ([row[name] for row in shown] for name in ("layers", "loss"))
+    right.plot(layers, losses, "ks", fillstyle="none", label="uniform")
     right.axhline(CHANCE, color="gray", linewidth=1)
     left.set(ylabel="signal: mean square of logits over inputs", yscale="log")
     middle.set(ylabel="gradient norm, first (o) and last (x)", yscale="log")
@@ -169,8 +159,8 @@ def draw(rows):
         axis.set(xlabel="layers", xscale="log")
         axis.set_xticks(DEPTHS, list(map(str, DEPTHS)))
         axis.minorticks_off()
-    left.legend(frameon=False, fontsize="small")
-    right.legend(frameon=False, fontsize="small")
+        if axis is not middle:
+            axis.legend(frameon=False, fontsize="small")
     return figure
 
 

@@ -317,7 +317,9 @@ def _check_finite(data: Batch, name: str) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(data):
         if isinstance(leaf, Tracer) or not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
             continue
-        if bad := int(jnp.sum(~jnp.isfinite(leaf))):
+        with jax.ensure_compile_time_eval():  # a problem may be changed within a traced function
+            bad = int(jnp.sum(~jnp.isfinite(leaf)))
+        if bad:
             raise ValueError(
                 f"{name}{jax.tree_util.keystr(path)} holds {bad} values that are NaN or infinite: clean the data, or "
                 "pass allow_nonfinite=True"

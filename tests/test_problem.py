@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -66,6 +67,15 @@ def test_a_problem_can_be_made_under_vmap():
     """Its data are then traced, so that their values cannot be checked."""
     count = jax.vmap(lambda x: jnp.asarray(Problem(**(VALID | {"train": (x, jnp.ones(5))})).num_examples))
     np.testing.assert_array_equal(count(jnp.ones((3, 5, 2))), [5, 5, 5])
+
+
+def test_a_problem_can_be_changed_within_a_traced_function():
+    quadratic = problems.noisy_quadratic()
+
+    def start(scale):
+        return dataclasses.replace(quadratic, init=lambda key: scale * quadratic.init(key)).init(jax.random.key(1))
+
+    np.testing.assert_allclose(jax.jit(start)(2.0), 2 * quadratic.init(jax.random.key(1)), rtol=1e-6)
 
 
 def test_merge_undoes_trainable():

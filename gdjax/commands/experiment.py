@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import numpy as np
 
 from gdjax.commands import _arguments as arguments
 from gdjax.commands import _session as command
@@ -55,6 +56,36 @@ def verdict(checks: Mapping[str, bool], numbers: str) -> str:
         return f"All {len(checks)} predictions held. {numbers}"
     held = len(checks) - len(failed)
     return f"{held or 'None'} of {len(checks)} predictions held. Failed: {'; '.join(failed)}. {numbers}"
+
+
+class Best(NamedTuple):
+    """The rate whose mean over seeds is least: its position, itself, its values [S], whether rates lie beyond it."""
+
+    index: int
+    rate: float
+    values: np.ndarray
+    inside: bool
+
+
+def best_rate(rates: Any, values: Any) -> Best:
+    """Return the best of the rates [R] by values [S, R], for instance losses; one that is not finite never is.
+
+    >>> best_rate([0.1, 0.3, 1.0], [[2.0, 1.0, 0.5], [2.0, 1.0, float("nan")]]).rate
+    0.3
+    """
+    rates, values = np.asarray(rates), np.asarray(values)
+    i = int(np.argmin(np.where(np.isfinite(values), values, np.inf).mean(0)))
+    return Best(i, float(rates[i]), values[:, i], 0 < i < len(rates) - 1)
+
+
+def mean_and_error(values: Any) -> tuple[float, float]:
+    """Return the mean over seeds of values [S] and its standard error.
+
+    >>> mean_and_error([1.0, 2.0, 3.0, 2.0])[0]
+    2.0
+    """
+    values = np.asarray(values, np.float64)
+    return float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values)))
 
 
 def run(main: Callable[[Any], Result], options_type: type[Options] = Options) -> None:

@@ -17,12 +17,24 @@ bandwidth of 2 TB/s and 40 Tflop/s and have not been measured.
 
 from typing import NamedTuple
 
+import jax
+
 NANOSECONDS = {"cpu": (0.016, 1.3, 0.35, 5000.0), "accelerator": (5e-5, 8e-3, 4e-3, 0.0)}
 """Of a multiplication and of an entry in the Gram form; of a gradient's entry and of a chunk, formed in chunks."""
 WORKING_SET = {"cpu": 2**21, "accelerator": 2**26}
 """Numbers that a chunk may hold: 8 and 256 MiB in float32. Between 4 and 16 MiB the time on a CPU hardly changes."""
 
-Shape = tuple[int, ...]
+
+class Sizes(NamedTuple):
+    """Of factors A [B, K, T, I] and G [B, K, T, O]; A is made of x numbers of an example, or holds one place in I."""
+
+    b: int
+    k: int
+    t: int
+    i: int
+    o: int
+    x: int
+    is_index: bool = False
 
 
 class Way(NamedTuple):
@@ -32,40 +44,62 @@ class Way(NamedTuple):
     chunk_size: int = 0
 
 
-def chunk_size(a_shape: Shape, g_shape: Shape, x_size: int, device: str) -> int:
+def fitting(batch_size: int, numbers: int, device: str) -> int:
     """Return B where the working set holds them all, else a power of two, which most batch sizes are a multiple of."""
-    b, k, t, i = a_shape
-    formed = k * i * g_shape[3] + max(k * t * i - x_size, 0)
-    fitting = max(WORKING_SET[device] // formed, 1)
-    return b if fitting >= b else 1 << fitting.bit_length() - 1
+    fits = max(WORKING_SET[device] // max(numbers, 1), 1)
+    return batch_size if fits >= batch_size else 1 << fits.bit_length() - 1
 
 
-def counts(a_shape: Shape, g_shape: Shape, x_size: int, device: str) -> dict[str, tuple[int, int]]:
+def chunk_size(sizes: Sizes, device: str) -> int:
+    """Return the number of examples whose gradients and patches the working set holds."""
+    _, k, t, i, o, x, is_index = sizes
+    return fitting(sizes.b, k * i * o + (0 if is_index else max(k * t * i - x, 0)), device)
+
+
+def counts(sizes: Sizes, device: str) -> dict[str, tuple[int, int]]:
     """Return what `gram` and `in chunks` cost beside the summed gradient, in the units of NANOSECONDS."""
-    b, k, t, i = a_shape
-    o = g_shape[3]
-    num_chunks = -(-b // chunk_size(a_shape, g_shape, x_size, device))
-    return {"gram": (b * k * t * t * (i + o), b * k * t * t), "in chunks": (b * k * i * o, num_chunks)}
+    b, k, t, i, o, _, is_index = sizes
+    num_chunks = -(-b // chunk_size(sizes, device))
+    return {
+        "gram": (b * k * t * t * (o if is_index else i + o), b * k * t * t),
+        "in chunks": (b * k * i * o, num_chunks),
+    }
 
 
-def nanoseconds(a_shape: Shape, g_shape: Shape, x_size: int, device: str) -> dict[str, float]:
+def nanoseconds(sizes: Sizes, device: str) -> dict[str, float]:
     """Return the predicted cost of each way beside the summed gradient."""
     cost = NANOSECONDS[device]
-    (products, entries), (formed, chunks) = counts(a_shape, g_shape, x_size, device).values()
+    (products, entries), (formed, chunks) = counts(sizes, device).values()
     return {
         "gram": products * cost[0] + entries * cost[1],
         "in chunks": formed * cost[2] + chunks * cost[3],
     }
 
 
-def cheapest(a_shape: Shape, g_shape: Shape, x_size: int, device: str) -> Way:
-    """Return the cheapest way on 'cpu' or 'accelerator' for factors of these shapes.
-
-    A is made of an activation x of `x_size` numbers per example.
-    """
-    if a_shape[2] == 1:
-        return Way("product")
-    cost = nanoseconds(a_shape, g_shape, x_size, device)
+def cheapest(sizes: Sizes, device: str) -> Way:
+    """Return the cheapest way on 'cpu' or 'accelerator' for factors of these sizes."""
+    if sizes.t == 1:
+        return Way("gram" if sizes.is_index else "product")
+    cost = nanoseconds(sizes, device)
     if cost["gram"] < cost["in chunks"]:
         return Way("gram")
-    return Way("in chunks", chunk_size(a_shape, g_shape, x_size, device))
+    return Way("in chunks", chunk_size(sizes, device))
+
+
+def ways(sizes: Sizes) -> tuple[Way, Way]:
+    """Return the cheapest way on a CPU and elsewhere."""
+    return cheapest(sizes, "cpu"), cheapest(sizes, "accelerator")
+
+
+def numbers(sizes: Sizes, device: str) -> int:
+    """Return how many numbers the cheapest way holds beside a plain gradient."""
+    b, k, t, i, o, x, is_index = sizes
+    way = cheapest(sizes, device)
+    if way.name == "in chunks":
+        return way.chunk_size * (k * i * o + (0 if is_index else max(k * t * i - x, 0)))
+    return b * k * t * t if way.name == "gram" else b
+
+
+def device() -> str:
+    """Return for which device a program is most likely traced."""
+    return "cpu" if jax.default_backend() == "cpu" else "accelerator"

@@ -1,184 +1,388 @@
-"""Where parameters go in a jaxpr: the static half of `ghost`. Everything that touches jax.extend.core is here."""
+"""Where parameters go in the jaxpr of a loss: a plan, made from the program alone.
 
+Every variable becomes a numbered slot. A value that depends on neither the example nor the state of a loop is a `Top`
+value: its equations, wherever they stand, are taken out into `steps`, which run once for the batch. All else is in
+`actions`, which run for one example under vmap: 'plain' equations, 'site's, where a parameter meets an example, and
+'scan', 'remat' and 'switch', which hold actions of their own. `ghost_eval` executes them.
+"""
+
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core
 
 from gdjax.ghost import _rules as ghost_rules
+from gdjax.ghost._jaxpr import (
+    INLINED,
+    Jaxpr,
+    custom_rules,
+    differentiable,
+    function_of,
+    is_literal,
+    is_real,
+    literal,
+    nonlinear_rules,
+    scan_sizes,
+    struct,
+    traced,
+)
 
-INLINED = ("jit", "pjit", "closed_call", "core_call")
 REMAT = ("remat2", "checkpoint", "remat")
-# Equations that move the entries of a parameter and neither change, repeat nor drop one: norms pass through them.
-ISOMETRIES = ("reshape", "transpose", "squeeze", "rev", "copy", "copy_p", "convert_element_type")
+SAME = ("copy", "copy_p", "convert_element_type", "sharding_constraint")
 
 
-class Chain(NamedTuple):
-    """A value that depends on parameters alone.
+class Top(NamedTuple):
+    """A value that depends on neither the example nor the state of a loop.
 
     Attributes:
-        leaves: the parameter leaves it depends on.
-        isometric: whether it is one leaf, or a slice of one in a scan, up to order of entries.
-        repeats: how often one and the same value is used by the loops around.
+        slot: its number.
+        leaves: the parameter leaves it depends on, differentiably.
+        loops: (length, whether each iteration sees a slice of its own) of every loop around, outermost first.
+        isometric: whether it is some entries of one leaf, each once, in any order, times a scalar.
+        view: which entries, as a view of an array like that leaf; None where no view can say so.
+        scales: (primitive, slot) of the scalars that it was multiplied with or divided by.
+        custom: whether a custom derivative rule is on the way, which need not be linear.
     """
 
-    leaves: frozenset[int]
+    slot: int
+    leaves: frozenset[int] = frozenset()
+    loops: tuple[tuple[int, bool], ...] = ()
     isometric: bool = False
-    repeats: int = 1
+    view: np.ndarray | None = None
+    scales: tuple[tuple[str, int], ...] = ()
+    custom: bool = False
 
 
-FIXED, BATCHED = "fixed", "batched"
-Kind = str | Chain
+Kind = Top | int
+"""A Top value, or the slot of a value that depends on the example or on a loop."""
 
 
-class Use(NamedTuple):
-    """A use of a chain: the leaves in it, the primitive, and why no rule can take it ('' where one can)."""
+class Step(NamedTuple):
+    """An equation between Top values. `move` does to an array of any dtype what it does to the entries of a leaf."""
 
     leaves: frozenset[int]
+    function: Callable
+    ins: tuple[int, ...]
+    outs: tuple[int, ...]
+    move: Any
+
+
+class Action(NamedTuple):
+    """What is done for one example: slots read and written, and what the name of the action needs beside."""
+
+    name: str
+    function: Any
+    ins: tuple[int, ...]
+    outs: tuple[int, ...]
+    inner: Any = None
+
+
+class Site(NamedTuple):
+    """An equation where parameters meet an example.
+
+    Attributes:
+        function: operands, each once and without literals -> outputs.
+        operands: their kinds.
+        weights: places of the parameters among them.
+        out: shapes of the outputs.
+        rules: for each parameter, the rule or None, and why there is none.
+        lengths: of the loops around.
+        primitive: its name.
+        inside: whether it stands in a loop or a rematerialised block, whose memory should stay small.
+        avals: shapes of the parameters there.
+        num_read: the numbers that the operands which are no parameters have, in all iterations.
+    """
+
+    function: Callable
+    operands: tuple[Kind, ...]
+    weights: tuple[int, ...]
+    out: tuple[jax.ShapeDtypeStruct, ...]
+    rules: tuple[tuple[Any, str], ...]
+    lengths: tuple[int, ...]
     primitive: str
-    obstacle: str
+    inside: bool
+    avals: tuple[jax.ShapeDtypeStruct, ...]
+    num_read: int
+
+
+class Scan(NamedTuple):
+    """The inner part of a scan: actions, slots of its carry and of its scanned inputs, what it returns, its options."""
+
+    actions: list[Action]
+    carry: list[int]
+    xs: list[int]
+    sliced: list[int]
+    outs: list[int]
+    sites: range
+    options: dict[str, Any]
 
 
 class Plan(NamedTuple):
-    """How a leaf is measured: the name of a rule, 'materialised' or 'unused'; and a description of its uses."""
+    """The plan of a loss: constants by slot, steps, sites, actions, slots of the example and of the loss."""
 
-    method: str
-    uses: str
-
-
-def plan(jaxpr: core.Jaxpr, num_leaves: int) -> list[Plan]:
-    """Return a plan for each of the first `num_leaves` inputs of the jaxpr of the loss of one example."""
-    kinds: list[Kind] = [Chain(frozenset([i]), isometric=True) for i in range(num_leaves)]
-    uses: list[Use] = []
-    kinds += [BATCHED] * (len(jaxpr.invars) - num_leaves)
-    [out] = flow(jaxpr, kinds, uses)
-    if isinstance(out, Chain):
-        uses.append(Use(out.leaves, "the loss", "depends on no example"))
-    return [_leaf_plan([use for use in uses if i in use.leaves]) for i in range(num_leaves)]
+    constants: dict[int, Any]
+    steps: list[Step]
+    sites: list[Site]
+    actions: list[Action]
+    example: list[int]
+    loss: int
+    jaxpr: Jaxpr
 
 
-def _leaf_plan(uses: list[Use]) -> Plan:
-    if not uses:
-        return Plan("unused", "")
-    texts = [f"{use.primitive}: {use.obstacle}" if use.obstacle else use.primitive for use in uses]
-    described = ", ".join(dict.fromkeys(texts))
-    if len(uses) > 1:
-        return Plan("materialised", f"{len(uses)} uses ({described})")
-    return Plan("materialised" if uses[0].obstacle else uses[0].primitive, described)
-
-
-def flow(jaxpr: core.Jaxpr, kinds: Sequence[Kind], uses: list[Use]) -> list[Kind]:
-    """Return the kinds of the outputs for these kinds of inputs, and append every use on the way to `uses`."""
-    env: dict[Any, Kind] = dict.fromkeys(jaxpr.constvars, FIXED)
-    env.update(zip(jaxpr.invars, kinds, strict=True))
-    for equation in jaxpr.eqns:
-        ins = [FIXED if isinstance(v, core.Literal) else env[v] for v in equation.invars]
-        env.update(zip(equation.outvars, _outputs(equation, ins, uses), strict=True))
-    return [FIXED if isinstance(v, core.Literal) else env[v] for v in jaxpr.outvars]
-
-
-def _outputs(equation, ins: list[Kind], uses: list[Use]) -> list[Kind]:
-    chains = [kind for kind in ins if isinstance(kind, Chain)]
-    name = equation.primitive.name
-    if not chains:
-        return [BATCHED if BATCHED in ins else FIXED] * len(equation.outvars)
-    if name in INLINED:
-        return flow(equation.params["jaxpr"].jaxpr, ins, uses)
-    if BATCHED not in ins:
-        isometric = len(chains) == 1 and chains[0].isometric and name in ISOMETRIES
-        leaves = frozenset().union(*(chain.leaves for chain in chains))
-        chain = Chain(leaves, isometric, max(chain.repeats for chain in chains))
-        return [chain if differentiable(v.aval) else FIXED for v in equation.outvars]
-    if name in REMAT:
-        return flow(equation.params["jaxpr"], ins, uses)
-    if name == "scan":
-        return scan_kinds(equation, ins, uses)[1]
-    for position, chain in enumerate(ins):
-        if isinstance(chain, Chain):
-            uses.append(Use(chain.leaves, name, _obstacle(equation, position, chain, len(chains))))
-    return [BATCHED] * len(equation.outvars)
-
-
-def _obstacle(equation, position: int, chain: Chain, num_chains: int) -> str:
-    name = equation.primitive.name
-    if ghost_rules.find(equation, position) is None:
-        return f"no rule for {'this ' if name in ghost_rules.RULES else ''}{name}"
-    if num_chains > 1:
-        return "two parameters in one equation"
-    if not chain.isometric:
-        return "computed from the parameter"
-    if chain.repeats > 1:
-        return f"used {chain.repeats} times in a loop"
-    return ""
-
-
-def scan_kinds(equation, ins: Sequence[Kind], uses: list[Use]) -> tuple[list[Kind], list[Kind]]:
-    """Return the kinds of the inputs of a scan's body and of the scan's outputs.
-
-    A weight that is carried from iteration to iteration becomes batched: what it is depends on the iteration. A fixed
-    value that is carried stays fixed unless the body makes it batched.
-    """
-    parameters = equation.params
-    num_consts, num_carry = scan_sizes(equation)
-    consts = [
-        kind._replace(repeats=kind.repeats * parameters["length"]) if isinstance(kind, Chain) else kind
-        for kind in ins[:num_consts]
+def plan(function: Callable, leaves: Sequence[Any], example: Any) -> Plan:
+    """Trace `function(leaves, example)`, remove what does not reach the loss, and plan it. Leaf i has slot i."""
+    jaxpr, consts = traced(function, leaves, example)
+    planner = _Planner()
+    inputs = [
+        planner.top(leaves=frozenset([i]), isometric=True, view=np.empty(np.shape(leaf), bool))
+        for i, leaf in enumerate(leaves)
     ]
-    initial, xs = ins[num_consts : num_consts + num_carry], ins[num_consts + num_carry :]
-    uses += [Use(kind.leaves, "scan", "initial state of a loop") for kind in initial if isinstance(kind, Chain)]
-    carry = [FIXED if kind == FIXED else BATCHED for kind in initial]
-    while True:
-        inner: list[Use] = []
-        outs = flow(parameters["jaxpr"].jaxpr, [*consts, *carry, *xs], inner)
-        widened = [FIXED if old == out == FIXED else BATCHED for old, out in zip(carry, outs, strict=False)]
-        if widened == carry:
-            break
-        carry = widened
-    uses += inner
-    for kind in outs:
-        if isinstance(kind, Chain):
-            uses.append(Use(kind.leaves, "scan", "output of a loop"))
-    ys = [BATCHED if isinstance(kind, Chain) else kind for kind in outs[num_carry:]]
-    return [*consts, *carry, *xs], [*carry, *ys]
+    examples = [planner.local() for _ in jaxpr.invars[len(leaves) :]]
+    actions, outs = planner.flow(jaxpr, consts, [*inputs, *examples])
+    [loss] = planner.settled(outs, jaxpr.outvars, actions)
+    return Plan(planner.constants, planner.steps, planner.sites, actions, examples, loss, jaxpr)
 
 
-def scan_sizes(equation) -> tuple[int, int]:
-    """Return how many of a scan's operands are constants, and how many are carried; the rest are scanned."""
-    if "num_consts" in equation.params:
-        return equation.params["num_consts"], equation.params["num_carry"]
-    consts, carry, _ = equation.params["ft_in"].unpack()  # jax 0.12
-    return len(list(consts.vals)), len(list(carry.vals))
+class _Planner:
+    def __init__(self):
+        self.constants, self.steps, self.sites = {}, [], []
+        self.slots = itertools.count()
+        self.lengths: list[int] = []
+        self.sliced: list[set[int]] = []
+        self.inside = 0
+
+    def local(self) -> int:
+        return next(self.slots)
+
+    def top(self, **attributes) -> Top:
+        loops = attributes.pop("loops", tuple((length, False) for length in self.lengths))
+        return Top(next(self.slots), loops=loops, **attributes)
+
+    def constant(self, value) -> Top:
+        top = self.top()
+        self.constants[top.slot] = value
+        return top
+
+    def slot(self, kind: Kind) -> int:
+        """Return the slot of a value that an action reads, and tell the loops around that take slices of it."""
+        if isinstance(kind, int):
+            return kind
+        for depth, (_, is_sliced) in enumerate(kind.loops):
+            if is_sliced:
+                self.sliced[depth].add(kind.slot)
+        return kind.slot
+
+    def flow(self, jaxpr: Jaxpr, consts: Sequence[Any], inputs: Sequence[Kind]) -> tuple[list[Action], Sequence[Kind]]:
+        """Return the actions of a jaxpr and the kinds of its outputs."""
+        env: dict[Any, Kind] = dict(zip(jaxpr.constvars, map(self.constant, consts), strict=True))
+        env.update(zip(jaxpr.invars, inputs, strict=True))
+        actions: list[Action] = []
+        for equation in jaxpr.eqns:
+            ins = [None if is_literal(v) else env[v] for v in equation.invars]
+            outs = self.equation(jaxpr, equation, ins, actions)
+            env.update(zip(equation.outvars, outs, strict=True))
+        return actions, [self.constant(literal(v)) if is_literal(v) else env[v] for v in jaxpr.outvars]
+
+    def equation(self, jaxpr, equation, ins: list[Kind | None], actions: list[Action]) -> Sequence[Kind]:
+        """Decide what becomes of one equation; the only place that does."""
+        name, parameters = equation.primitive.name, equation.params
+        weights = any(isinstance(kind, Top) and kind.leaves for kind in ins)
+        if weights and name == "optimization_barrier":
+            return [kind for kind in ins if kind is not None]
+        if not (weights and name in INLINED) and not any(isinstance(kind, int) for kind in ins):
+            # A rule that is not linear has to see the cotangent of every iteration, not their sum.
+            stays = weights and self.lengths and nonlinear_rules(jaxpr, [equation])
+            return self.act(actions, "site", jaxpr, equation, ins) if stays else self.step(jaxpr, equation, ins)
+        if not weights:
+            return self.act(actions, "plain", jaxpr, equation, ins)
+        if name not in (*INLINED, *REMAT, "scan") and not (name == "cond" and isinstance(ins[0], int)):
+            return self.act(actions, "site", jaxpr, equation, ins)
+        literals = zip(equation.invars, ins, strict=True)
+        kinds = [self.constant(literal(v)) if kind is None else kind for v, kind in literals]
+        if name in INLINED:
+            inner, outs = self.flow(parameters["jaxpr"].jaxpr, parameters["jaxpr"].consts, kinds)
+            actions += inner
+            return outs
+        self.inside += name != "cond"
+        outs = {"scan": self.scan, "cond": self.switch}.get(name, self.remat)(equation, kinds, actions)
+        self.inside -= name != "cond"
+        return outs
+
+    def step(self, jaxpr, equation, ins) -> Sequence[Kind]:
+        """Take an equation between Top values out of all loops, for all their iterations at once."""
+        places, function = function_of(jaxpr, equation)
+        tops = [ins[i] for i in places]
+        loops = tuple((length, any(top.loops[depth][1] for top in tops)) for depth, length in enumerate(self.lengths))
+        for depth in reversed(range(len(loops))):
+            if loops[depth][1]:
+                function = jax.vmap(function, [0 if top.loops[depth][1] else None for top in tops])
+        leaves = frozenset().union(*(top.leaves for top in tops))
+        if equation.primitive.name == "stop_gradient":
+            leaves = frozenset()
+        custom = any(top.custom for top in tops if top.leaves) or any(custom_rules(jaxpr, [equation]))
+        views, scales, move = self.moved(equation, ins, function, tops)
+        outs: list[Top] = []
+        for v, view in zip(equation.outvars, views, strict=True):
+            of = leaves if differentiable(v.aval) else frozenset()
+            isometric = bool(of) and move is not None and is_real(v.aval)
+            outs.append(self.top(leaves=of, loops=loops, isometric=isometric, view=view, scales=scales, custom=custom))
+        self.steps.append(Step(leaves, function, tuple(t.slot for t in tops), tuple(out.slot for out in outs), move))
+        return outs
+
+    def moved(self, equation, ins, function, tops) -> tuple[Sequence[Any], tuple, Callable | None]:
+        """Return what an equation makes of the entries of one leaf: (views of the outputs, scalars, move or None)."""
+        name, parameters, shape = equation.primitive.name, equation.params, equation.outvars[0].aval.shape
+        nothing = [None] * len(equation.outvars), (), None
+        weights = [top for top in tops if top.leaves]
+        if len(weights) != 1 or not weights[0].isometric:
+            return nothing
+        view, scales = weights[0].view, weights[0].scales
+        if name in ("mul", "div"):
+            place = next(i for i, kind in enumerate(ins) if kind is weights[0])
+            variable, scalar = equation.invars[1 - place], ins[1 - place]
+            if scalar is None:
+                scalar = self.constant(literal(variable))
+            is_scalar = variable.aval.size == 1 and is_real(variable.aval) and not scalar.leaves
+            if (name == "div" and place == 1) or not is_scalar or shape != equation.invars[place].aval.shape:
+                return nothing
+            if any(is_sliced for _, is_sliced in scalar.loops):
+                return nothing
+            return [view], (*scales, (name, scalar.slot)), _identity
+        if name in SAME or name == "neg":
+            return [view], (*scales, (name, -1)) if name == "neg" else scales, _identity
+        if name not in MOVES:
+            return nothing
+        if name == "broadcast_in_dim" and equation.outvars[0].aval.size != equation.invars[0].aval.size:
+            return nothing
+        if view is None:
+            return nothing[0], scales, function
+        views = MOVES[name](view, parameters, shape)
+        return [v if v.size == 0 or np.may_share_memory(v, view) else None for v in views], scales, function
+
+    def act(self, actions, name: str, jaxpr, equation, ins) -> Sequence[Kind]:
+        """Add an equation as an action; a site also says how its parameters are measured."""
+        places, function = function_of(jaxpr, equation)
+        operands = tuple(ins[i] for i in places)
+        outs = [self.local() for _ in equation.outvars]
+        index = None
+        if name == "site":
+            index = len(self.sites)
+            weights = tuple(i for i, kind in enumerate(operands) if isinstance(kind, Top) and kind.leaves)
+            avals = tuple(struct(v.aval) for v in equation.outvars)
+            rules = tuple(_rule(equation, places[i], ins) for i in weights)
+            lengths, primitive = tuple(self.lengths), equation.primitive.name
+            of = tuple(struct(equation.invars[places[i]].aval) for i in weights)
+            read = sum(equation.invars[place].aval.size for i, place in enumerate(places) if i not in weights)
+            read *= int(np.prod(lengths, dtype=int))
+            inside = self.inside > 0
+            self.sites.append(Site(function, operands, weights, avals, rules, lengths, primitive, inside, of, read))
+        actions.append(Action(name, function, tuple(map(self.slot, operands)), tuple(outs), index))
+        return outs
+
+    def settled(self, kinds: Sequence[Kind], variables, actions) -> list[int]:
+        """Return slots for values that leave the Top; a parameter among them is used there, as it is."""
+        slots = []
+        for kind, v in zip(kinds, variables, strict=True):
+            if isinstance(kind, Top) and kind.leaves:
+                aval = struct(v.aval)
+                rule = (ghost_rules.Entries(lambda x, g: g), "")
+                lengths = tuple(self.lengths)
+                self.sites.append(
+                    Site(lambda x: [x], (kind,), (0,), (aval,), (rule,), lengths, "itself", self.inside > 0, (aval,), 0)
+                )
+                actions.append(Action("site", lambda x: [x], (self.slot(kind),), (self.local(),), len(self.sites) - 1))
+                slots.append(actions[-1].outs[0])
+            else:
+                slots.append(self.slot(kind))
+        return slots
+
+    def remat(self, equation, kinds, actions) -> Sequence[Kind]:
+        first_site = len(self.sites)
+        inner, outs = self.flow(equation.params["jaxpr"], [], kinds)
+        ins = tuple(kind for kind in kinds if isinstance(kind, int))
+        locals_ = tuple(kind for kind in outs if isinstance(kind, int))
+        options = {name: equation.params[name] for name in ("policy", "prevent_cse")}
+        actions.append(Action("remat", options, ins, locals_, (inner, range(first_site, len(self.sites)))))
+        return outs
+
+    def switch(self, equation, kinds, actions) -> Sequence[Kind]:
+        """Both branches and a selection, which is what vmap makes of a choice that depends on the example."""
+        branches, returned = [], []
+        for closed in equation.params["branches"]:
+            inner, outs = self.flow(closed.jaxpr, closed.consts, kinds[1:])
+            returned.append(self.settled(outs, closed.jaxpr.outvars, inner))
+            branches += inner
+        outs = [self.local() for _ in equation.outvars]
+        actions += [*branches, Action("switch", None, (kinds[0],), tuple(outs), returned)]
+        return outs
+
+    def scan(self, equation, kinds, actions) -> Sequence[Kind]:
+        parameters, body = equation.params, equation.params["jaxpr"]
+        first, num_carry = scan_sizes(equation)
+        last = first + num_carry
+        initial = self.settled(kinds[first:last], equation.invars[first:last], actions)
+        length, first_site = parameters["length"], len(self.sites)
+        scanned = tuple(self.slot(kind) for kind in kinds[last:] if isinstance(kind, int))
+        consts = [_entered(kind, length, False) for kind in kinds[:first]]
+        self.lengths.append(length)
+        self.sliced.append(set())
+        carry = [self.local() for _ in initial]
+        xs = [self.local() if isinstance(kind, int) else _entered(kind, length, True) for kind in kinds[last:]]
+        inner, outs = self.flow(body.jaxpr, body.consts, [*consts, *carry, *xs])
+        returned = self.settled(outs, body.jaxpr.outvars, inner)
+        self.lengths.pop()
+        sliced = sorted(self.sliced.pop())
+        options = {name: parameters[name] for name in ("length", "reverse", "unroll")}
+        sites = range(first_site, len(self.sites))
+        new_xs = [x for x in xs if isinstance(x, int)]
+        result = [self.local() for _ in equation.outvars]
+        details = Scan(inner, carry, new_xs, sliced, returned, sites, options)
+        actions.append(Action("scan", num_carry, (*initial, *scanned), tuple(result), details))
+        return result
 
 
-def differentiable(aval) -> bool:
-    """Whether a value has gradients: floating-point or complex."""
-    return jnp.issubdtype(aval.dtype, jnp.inexact)
+def _entered(kind: Kind, length: int, is_sliced: bool) -> Kind:
+    """Return what a loop's body sees of a value; of slices, the view is that of the first."""
+    if isinstance(kind, int):
+        return kind
+    view = kind.view[0] if is_sliced and length and kind.view is not None else kind.view
+    return kind._replace(loops=(*kind.loops, (length, is_sliced)), view=view)
 
 
-def shape_of(x) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x))
+def _rule(equation, position: int, ins) -> tuple[Any, str]:
+    """Return (the rule for the parameter at this operand, ''), or (None, why there is none)."""
+    name = equation.primitive.name
+    values = [equation.invars[i].aval for i in range(len(ins))] + [v.aval for v in equation.outvars]
+    if any(jnp.issubdtype(aval.dtype, jnp.complexfloating) for aval in values):
+        return None, f"{name} of complex values"
+    if sum(isinstance(kind, Top) and bool(kind.leaves) for kind in ins) > 1:
+        return None, f"two parameters in one {name}"
+    if equation.invars[position].aval.size == 0 or (rule := ghost_rules.find(equation, position)) is None:
+        return None, f"no rule for {'this ' if name in ghost_rules.RULES else ''}{name}"
+    return rule, ""
 
 
-def read(env: dict[Any, Any], variable) -> Any:
-    """Return the value of a variable or literal."""
-    return variable.val if isinstance(variable, core.Literal) else env[variable]
+def _identity(x):
+    return [x]
 
 
-def function_of(jaxpr: core.Jaxpr, equation, ins: Sequence[Any]) -> tuple[list[Any], Callable]:
-    """Return the operands of an equation, each once and without literals, and its outputs as a function of them.
+def _reshaped(view, parameters, shape):
+    return [view.reshape(shape)]
 
-    The function keeps whatever derivative rule the equation has.
-    """
-    operands = {v: x for v, x in zip(equation.invars, ins, strict=True) if not isinstance(v, core.Literal)}
-    part = jaxpr.replace(
-        constvars=[],
-        invars=list(operands),
-        outvars=equation.outvars,
-        eqns=[equation],
-        effects=equation.effects,
-        debug_info=jaxpr.debug_info.with_unknown_names(),
-    )
-    return list(operands.values()), core.jaxpr_as_fun(core.ClosedJaxpr(part, []))
+
+def _slice(view, parameters, shape):
+    bounds = parameters["start_indices"], parameters["limit_indices"], parameters["strides"] or [1] * view.ndim
+    return [view[tuple(map(slice, *bounds))]]
+
+
+MOVES: dict[str, Callable] = {
+    **dict.fromkeys(("reshape", "squeeze", "expand_dims", "broadcast_in_dim"), _reshaped),
+    "transpose": lambda view, parameters, shape: [view.transpose(parameters["permutation"])],
+    "rev": lambda view, parameters, shape: [np.flip(view, parameters["dimensions"])],
+    "slice": _slice,
+    "split": lambda view, parameters, shape: np.split(view, np.cumsum(parameters["sizes"])[:-1], parameters["axis"]),
+}
+"""Primitives that move the entries of a parameter and neither change nor repeat one, as done to a view of them."""

@@ -1,164 +1,265 @@
-"""Norms of the gradient of every example, for any JAX function, from one backward pass.
+"""The measure of the gradients of a leaf, from what its sites left behind: their operands and their cotangents."""
 
-`vmap(grad)` forms the gradient of every example: B times the parameters, written and read again. Here the loss of one
-example is traced and evaluated on the whole batch, and where a parameter meets an activation, the backward pass also
-returns what is wanted of each example's gradient.
-
-Values are of three kinds. *Fixed* values depend on neither parameters nor example. A `Weight` depends on parameters
-alone and is computed once for the batch. A `Batched` value depends on the example and has axis 0 of length B. A *use*
-is an equation where a weight meets a batched value. A parameter with one use, reached by reshapes and transposes
-alone, is measured there by a rule: `ghost_rules` holds them, and is where a new one goes. Any other parameter has a
-*twin*, a zero of shape [B, *w.shape] that follows it to first order through every equation, so that the gradient with
-respect to the twin is the gradient of every example, whatever happens on the way: exact, at the price of holding it.
-`ghost_flow` decides which, from the traced program alone; `ghost_eval` runs it; `ghost_cost` chooses among ways.
-
->>> import jax.numpy as jnp
->>> def loss(params, example):
-...     x, y = example
-...     return (x @ params["weight"] + params["bias"] - y) ** 2
->>> params = {"weight": jnp.asarray([1.0, 2.0]), "bias": jnp.asarray(0.5)}
->>> batch = jnp.asarray([[1.0, 0.0], [3.0, 4.0]]), jnp.asarray([1.0, 11.0])
->>> losses, grad, norms = sq_norms(loss)(params, batch)
->>> losses, norms["weight"], norms["bias"]
-(Array([0.25, 0.25], dtype=float32), Array([ 1., 25.], dtype=float32), Array([1., 1.], dtype=float32))
->>> print(coverage(loss, params, (batch[0][0], batch[1][0])))
-parameter   shape  method        uses
-['bias']    []     materialised  add: no rule for add
-['weight']  [2]    dot_general   dot_general
-"""
-
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from gdjax import problem
 from gdjax._trees import wide
-from gdjax.ghost import _flow as ghost_flow
+from gdjax.ghost import _cost as ghost_cost
 from gdjax.ghost import _rules as ghost_rules
-from gdjax.ghost._evaluate import Batched, Evaluator, Weight
-from gdjax.ghost._rules import GRAM, MOMENTS, NORMS, Measure
-from gdjax.problem import Batch, Example, Loss, Params
+from gdjax.ghost._evaluate import Env, run_steps
+from gdjax.ghost._flow import Plan, Step, Top
+from gdjax.ghost._jaxpr import differentiable
+from gdjax.ghost._leaves import Group, LeafPlan, Use, factor_sizes, formed_numbers
+from gdjax.ghost._rules import NORMS, Entries, Factors, Measure, Measured
 
 
-def sq_norms(loss: Loss) -> Callable[[Params, Batch], tuple[jax.Array, Params, Params]]:
-    """Return `(params, batch) -> (losses [B], mean gradient, squared norms)`.
+def tap(plan: Plan, how: LeafPlan) -> Callable:
+    """Return (operands [B, ...], cotangents [B, ...]) of the one site of a leaf -> squared norms [B]."""
+    [group] = how.groups or []
+    [use] = group.uses
+    inner = use._replace(top=use.top._replace(loops=(), scales=()))
 
-    The squared norms are shaped like the trainable parameters, each leaf [B]: the squared Euclidean norm of the
-    gradient of the loss of one example (not of loss / B) with respect to that leaf, in float32 at least. They are exact
-    up to rounding: what no rule covers is materialised, see `coverage`.
+    def norms(x, g):
+        sizes = factor_sizes(inner, plan.sites[use.site], len(g))
+        of = partial(factors, {}, group._replace(uses=(inner,), sizes=sizes))
+        return NORMS.of_factors(of, sizes, {use.site: x}, {use.site: [g]}, False)[1]
 
-    Raises:
-        ValueError: as `gradients.mean`; and where the result is differentiated.
-    """
-    return _measured(loss, NORMS)
-
-
-def second_moments(loss: Loss) -> Callable[[Params, Batch], tuple[jax.Array, Params, Params]]:
-    """Return `(params, batch) -> (losses [B], mean gradient, mean over examples of the squared gradient, elementwise)`.
-
-    The variance of every gradient component is the third minus the square of the second. Dense layers that see one
-    position per example take no memory beyond the parameters' own (Dangel et al. 2020, arXiv 1912.10985).
-    """
-
-    def moments(params: Params, batch: Batch):
-        losses, grad, sums = _measured(loss, MOMENTS)(params, batch)
-        return losses, grad, jax.tree.map(lambda x: x / len(losses), sums)
-
-    return moments
+    return norms
 
 
-def gram(loss: Loss) -> Callable[[Params, Batch], tuple[jax.Array, Params, Params]]:
-    """Return `(params, batch) -> (losses [B], mean gradient, Gram matrices)`, each leaf [B, B].
-
-    Entry [i, j] of a leaf is the inner product of the gradients of examples i and j with respect to that leaf.
-    """
-    return _measured(loss, GRAM)
-
-
-class Coverage(NamedTuple):
-    """How every parameter leaf is measured; printed as a table.
-
-    Attributes:
-        rows: (path, shape, method, uses) of every trainable leaf; method is the name of a rule, 'materialised', or
-            'unused', and uses says where the leaf is used and why no rule applies.
-    """
-
-    rows: list[tuple[str, tuple[int, ...], str, str]]
-
-    def __str__(self) -> str:
-        cells = [("parameter", "shape", "method", "uses")]
-        cells += [(path, str(list(shape)), method, uses) for path, shape, method, uses in self.rows]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
-        return "\n".join(line.rstrip() for line in lines)
+def _merged(factor: jax.Array, loops) -> jax.Array:
+    """Loops in which the weight is sliced come to K, the others to T: [loops, K, T, ...] -> [K, T, ...]."""
+    if not loops:
+        return factor
+    sliced = [i for i, (_, is_sliced) in enumerate(loops) if is_sliced]
+    shared = [i for i, (_, is_sliced) in enumerate(loops) if not is_sliced]
+    depth = len(loops)
+    moved = factor.transpose(*sliced, depth, *shared, depth + 1, *range(depth + 2, factor.ndim))
+    k = int(np.prod(moved.shape[: len(sliced) + 1], dtype=int))
+    t = int(np.prod(moved.shape[len(sliced) + 1 : depth + 2], dtype=int))
+    return moved.reshape(k, t, *moved.shape[depth + 2 :])
 
 
-def coverage(loss: Loss, params: Params, example: Example) -> Coverage:
-    """Return which rule takes every use of every parameter leaf, and which leaves are materialised and why."""
-    train, frozen = problem.trainable(params)
-    _, plans = _plan(loss, train, frozen, jax.tree.map(ghost_flow.shape_of, example))
-    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(train)]
-    leaves = jax.tree.leaves(train)
-    triples = zip(paths, leaves, plans, strict=True)
-    return Coverage([(path, jnp.shape(leaf), plan.method, plan.uses) for path, leaf, plan in triples])
+def _reordered(factor: jax.Array, shape, order) -> jax.Array:
+    split = factor.reshape(*factor.shape[:2], *shape)
+    return split.transpose(0, 1, *(2 + i for i in order)).reshape(factor.shape)
 
 
-def _plan(loss: Loss, train: Params, frozen: Params, example: Any):
-    """Trace the loss of one example; return (its jaxpr, the plan of every trainable leaf)."""
-
-    def flat_loss(leaves, example):
-        value = loss(problem.merge(jax.tree.unflatten(jax.tree.structure(train), leaves), frozen), example)
-        problem.check_loss(value)
-        return value
-
-    closed = jax.make_jaxpr(flat_loss)(jax.tree.leaves(train), example)
-    return closed, ghost_flow.plan(closed.jaxpr, num_leaves=len(jax.tree.leaves(train)))
+def _arranged(use: Use, array: jax.Array) -> jax.Array:
+    """Bring an array like the parameter at a use, slices in front, to [K, I, O]."""
+    lead = [length for length, is_sliced in use.top.loops if is_sliced]
+    k, i, o = ([axis + len(lead) for axis in axes] for axes in use.rule.axes)
+    split = array.reshape(*lead, *use.rule.shape).transpose(*range(len(lead)), *k, *i, *o)
+    sizes = [int(np.prod([use.rule.shape[axis] for axis in axes], dtype=int)) for axes in use.rule.axes]
+    return split.reshape(-1, *sizes[1:])
 
 
-def _measured(loss: Loss, measure: Measure):
-    def measured(params: Params, batch: Batch):
-        train, frozen = problem.trainable(params)
-        batch = jax.tree.map(jnp.asarray, batch)
-        batch_size = problem.num_examples(batch, "batch")
-        example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
-        closed, plans = _plan(loss, train, frozen, example)
-        leaves, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, train))
-        ruled = [plan.method in ghost_rules.RULES for plan in plans]
+def _back(use: Use, product: jax.Array) -> jax.Array:
+    """Undo `_arranged`."""
+    lead = [length for length, is_sliced in use.top.loops if is_sliced]
+    order = [axis for axes in use.rule.axes for axis in axes]
+    split = product.reshape(*lead, *(use.rule.shape[axis] for axis in order))
+    places = [len(lead) + int(i) for i in np.argsort(order)]
+    return split.transpose(*range(len(lead)), *places).reshape(*lead, *use.aval.shape)
 
-        def total(values, hooks):
-            evaluator = Evaluator(batch_size, measure)
-            weights = [Weight(*parts) for parts in zip(values, hooks, ruled, strict=True)]
-            examples = [Batched(x) for x in jax.tree.leaves(batch)]
-            [out] = evaluator.run(closed.jaxpr, closed.consts, [*weights, *examples])
-            losses = evaluator.batched(out)
-            return losses.sum(), losses
 
-        hooks = [
-            _hook(leaf, batch_size, measure) if is_ruled else jnp.zeros((batch_size, *leaf.shape), leaf.dtype)
-            for leaf, is_ruled in zip(leaves, ruled, strict=True)
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a plan has left when it was executed on a batch: values by slot; operands and cotangents by site."""
+
+    plan: Plan
+    env: Env
+    records: dict[int, list[jax.Array]]
+    cotangents: dict[int, list[jax.Array]]
+
+    @functools.cached_property
+    def writers(self) -> dict[int, int]:
+        """Return by slot the number of the step that writes it."""
+        return {slot: number for number, step in enumerate(self.plan.steps) for slot in step.outs}
+
+    def data(self, uses: Sequence[Use]) -> tuple[dict, dict]:
+        """Return the operands and cotangents of the sites of these uses."""
+        sites = dict.fromkeys(use.site for use in uses)
+        return {site: self.records[site] for site in sites}, {site: self.cotangents[site] for site in sites}
+
+    def before(self, slots: Sequence[int], leaves: Sequence[int]) -> list[Step]:
+        """Return the steps between these leaves and these slots, in order."""
+        found, waiting = set(), list(slots)
+        while waiting:
+            number = self.writers.get(waiting.pop())
+            if number is not None and number not in found and not self.plan.steps[number].leaves.isdisjoint(leaves):
+                found.add(number)
+                waiting += self.plan.steps[number].ins
+        return [self.plan.steps[number] for number in sorted(found)]
+
+    def move(self, leaf: int, use: Use, array: jax.Array) -> jax.Array:
+        """Move an array like the leaf, of any dtype, to where its entries are at a use, without the scales."""
+        env = {leaf: array}
+        for step in self.before([use.top.slot], [leaf]):
+            [source] = [i for i in step.ins if i in env]
+            env.update(zip(step.outs, step.move(env[source]), strict=True))
+        return env[use.top.slot]
+
+    def move_back(self, leaf: int, use: Use, product: jax.Array) -> jax.Array:
+        """Move [K, I, O] of the first use of a group to where its entries are in the leaf, in float32 at least."""
+        array = _back(use, product)
+        if use.top.slot == leaf:
+            return array
+        like = jax.ShapeDtypeStruct(self.env[leaf].shape, array.dtype)
+        return jax.linear_transpose(partial(self.move, leaf, use), like)(array)[0]
+
+    def pull(self, leaves: Sequence[int], slots: Sequence[int]) -> Callable[[list], list]:
+        """Return the function from cotangents of slots to cotangents of leaves."""
+        steps = self.before(slots, leaves)
+        if not steps:
+            return lambda bars: bars
+
+        def values(arrays):
+            env = run_steps(steps, self.env | dict(zip(leaves, arrays, strict=True)))
+            return [env[slot] for slot in slots]
+
+        pulled = jax.vjp(values, [self.env[leaf] for leaf in leaves])[1]
+        return lambda bars: pulled(bars)[0]
+
+    def factors(self, group: Group) -> Callable:
+        """Return ({site: operands}, {site: cotangents}) of one example -> (A, G) of a group."""
+        return partial(factors, self.env, group)
+
+    def bar(self, use: Use, records, cotangents) -> jax.Array:
+        """Return the gradient of one example for the parameter at a use; slices of a loop stand in front."""
+        site, (x, g) = self.plan.sites[use.site], (records[use.site], cotangents[use.site])
+        if isinstance(use.rule, Factors):
+            sizes = factor_sizes(use, site, 1)
+            unscaled = use._replace(top=use.top._replace(scales=()))
+            a, g = factors(self.env, Group((unscaled,), (False,), (None,), sizes), records, cotangents)
+            return _back(use, ghost_rules.gradient(sizes, a, g)).astype(use.aval.dtype)
+        weights = [i for i in site.weights if i != use.place]
+        tops: Any = [site.operands[i] for i in weights]
+
+        def one(weight, x, others, g):
+            if isinstance(use.rule, Entries):
+                return use.rule.of(x[0] if len(x) == 1 else x, g[0]).astype(weight.dtype)
+            rest, values = iter(x), dict(zip(weights, others, strict=True))
+
+            def outs(weight):
+                known = {use.place: weight} | values
+                operands = [known[i] if i in known else next(rest) for i in range(len(site.operands))]
+                return [out for out in site.function(*operands) if differentiable(out)]
+
+            [gradient] = jax.vjp(outs, weight)[1](g)
+            return gradient
+
+        function = one
+        for depth in reversed(range(len(use.top.loops))):
+            is_sliced = use.top.loops[depth][1]
+            axes = 0 if is_sliced else None, 0, [0 if top.loops[depth][1] else None for top in tops], 0
+            function = _over_loop(jax.vmap(function, axes), is_sliced)
+        return function(self.env[use.top.slot], x, [self.env[top.slot] for top in tops], g)
+
+    @functools.cached_property
+    def directions(self) -> dict[int, dict[int, jax.Array]]:
+        """Return by slot of a value of size one its gradient with respect to every leaf: see `measure_factors`."""
+        return {}
+
+    def direction(self, top: Top, leaf: int) -> jax.Array:
+        if top.slot not in self.directions:
+            leaves = sorted(top.leaves)
+            [*gradients] = self.pull(leaves, [top.slot])([jnp.ones_like(self.env[top.slot])])
+            self.directions[top.slot] = dict(zip(leaves, gradients, strict=True))
+        return wide(self.directions[top.slot][leaf])
+
+    def measure_factors(self, leaf: int, how: LeafPlan, measure: Measure) -> Measured:
+        """Return (sum of the gradients of a leaf or None, measure), from its factors."""
+        totals, measures = [], []
+        for group in how.groups or []:
+            added, found = measure.of_factors(self.factors(group), group.sizes, *self.data(group.uses), how.is_given)
+            first = group.uses[0]
+            totals += [self.move_back(leaf, first, added)] if how.is_given else []
+            measures.append(self.move_back(leaf, first, found) if measure is ghost_rules.MOMENTS else found)
+        if how.commons:
+            added, found = self.add_common(leaf, how)
+            totals.append(added)
+            measures.append(found)
+        dtype = wide(self.env[leaf]).dtype
+        total = sum(total.astype(dtype) for total in totals) if how.is_given else None
+        return total, sum(measured.astype(dtype) for measured in measures)
+
+    def add_common(self, leaf: int, how: LeafPlan) -> Measured:
+        """Return what directions c that all examples share add to the sum, and to |a|^2: 2 k <a, c> + k^2 |c|^2."""
+        dtype = wide(self.env[leaf]).dtype
+        coefficients = [
+            jax.vmap(partial(self.bar, use))(*self.data([use])).reshape(-1).astype(dtype) for use in how.commons
         ]
-        (sums, measures), losses = jax.grad(total, argnums=(0, 1), has_aux=True)(leaves, hooks)
-        grads = [s if is_ruled else ghost_rules.summed(m) for s, m, is_ruled in zip(sums, measures, ruled, strict=True)]
-        measures = [m if is_ruled else measure.of_gradients(m) for m, is_ruled in zip(measures, ruled, strict=True)]
-        grads = [(grad / batch_size).astype(leaf.dtype) for grad, leaf in zip(grads, leaves, strict=True)]
-        return _final((losses, jax.tree.unflatten(structure, grads), jax.tree.unflatten(structure, measures)))
+        directions = [self.direction(use.top, leaf).astype(dtype) for use in how.commons]
+        norms = sum(
+            k * m * jnp.vdot(c, d)
+            for k, c in zip(coefficients, directions, strict=True)
+            for m, d in zip(coefficients, directions, strict=True)
+        )
+        for group in how.groups or []:
+            a, g = jax.vmap(self.factors(group))(*self.data(group.uses))
+            a, g = a if group.sizes.is_index else a.astype(dtype), g.astype(dtype)
+            for k, c in zip(coefficients, directions, strict=True):
+                c = _arranged(group.uses[0], self.move(leaf, group.uses[0], c))
+                rows = (
+                    jax.vmap(lambda c, a: c[a], (0, 1), 1)(c, a)
+                    if group.sizes.is_index
+                    else jnp.einsum("bkti,kio->bkto", a, c)
+                )
+                norms += 2 * k * jnp.sum(rows * g, (1, 2, 3))
+        return sum(k.sum() * c for k, c in zip(coefficients, directions, strict=True)), norms
 
-    return measured
+    def measure_formed(self, leaves: Sequence[int], how: LeafPlan, measure: Measure) -> tuple[list, list]:
+        """Return (sums of the gradients or None, measures) of leaves with these uses, from their gradients."""
+        uses = how.uses
+        slots = list(dict.fromkeys(use.top.slot for use in uses))
+        pull = self.pull(leaves, slots)
+
+        def form(data):
+            bars: dict[int, Any] = dict.fromkeys(slots, 0.0)
+            for use in uses:
+                bars[use.top.slot] = bars[use.top.slot] + self.bar(use, *data)
+            return pull([bars[slot] for slot in slots])
+
+        data = self.data(uses)
+        size = len(jax.tree.leaves(data)[0])
+        numbers = formed_numbers(self.plan, uses) + sum(self.env[leaf].size for leaf in leaves)
+        chunk = ghost_cost.fitting(size, numbers, ghost_cost.device())
+        return ghost_rules.in_chunks(form, data, size, chunk, measure, want_total=how.is_given)
 
 
-@jax.custom_jvp
-def _final(outputs):
-    return outputs
+def _over_loop(mapped: Callable, is_sliced: bool) -> Callable:
+    return mapped if is_sliced else lambda *arguments: mapped(*arguments).sum(0)
 
 
-@_final.defjvp
-def _refuse(primals, tangents):
-    # Twins are constants to an outer derivative, which would silently come out wrong.
-    raise ValueError("the results of ghost cannot be differentiated: use jax.vmap(jax.grad(loss), (None, 0)) for that")
-
-
-def _hook(leaf: jax.Array, batch_size: int, measure: Measure) -> jax.Array:
-    """Return the zero whose cotangent will be the measure of a parameter that a rule takes."""
-    return jnp.zeros(measure.shape(batch_size, leaf.shape), wide(leaf).dtype)
+def factors(env: Env, group: Group, records, cotangents) -> tuple[jax.Array, jax.Array]:
+    """Return (A, G) of a group, of operands and cotangents of one example by site."""
+    parts = []
+    for use, is_swapped, order in zip(group.uses, group.swapped, group.orders, strict=True):
+        x, [g] = records[use.site], cotangents[use.site]
+        function = use.rule.of
+        for _ in use.top.loops:
+            function = jax.vmap(function)
+        a, g = (_merged(factor, use.top.loops) for factor in function(x[0] if len(x) == 1 else x, g))
+        for name, slot in use.top.scales:
+            scale = jnp.asarray(-1.0 if name == "neg" else env[slot]).astype(g.dtype).reshape(())
+            g = g / scale if name == "div" else g * scale
+        if use.rule.is_index and not group.sizes.is_index:
+            a = jax.nn.one_hot(a, group.sizes.i, dtype=g.dtype)
+        a, g = (g, a) if is_swapped else (a, g)
+        if order is not None:
+            a, g = (_reordered(*factor) for factor in zip((a, g), *order, strict=True))
+        parts.append((a, g))
+    if len(parts) == 1:
+        return parts[0]
+    widest = max((g for _, g in parts), key=lambda g: g.dtype.itemsize)
+    dtype = wide(widest).dtype if len({g.dtype for _, g in parts}) > 1 else widest.dtype
+    a = jnp.concatenate([a if group.sizes.is_index else a.astype(dtype) for a, _ in parts], 1)
+    return a, jnp.concatenate([g.astype(dtype) for _, g in parts], 1)

@@ -1,15 +1,13 @@
 """Rules: how the gradients of the examples are measured at one use of a parameter, without keeping them.
 
-A rule speaks for one primitive in which a parameter w meets an activation x. Most uses have *factors*: the gradient
-of one example is A'G with A [K, T, I], made of x, and G [K, T, O], made of the cotangent of the result; T runs over
-the positions that share the weight (tokens, pixels), K over axes that w, x and the result share (heads, groups).
-
-To add a rule: write `(equation, position of w) -> Backward or None`, None where the equation is not of the kind that
-the rule can do, and add it to `RULES` under the name of its primitive; with factors, `from_factors` does the rest.
-Uses without a rule are materialised.
+A rule speaks for one primitive in which a parameter w meets an activation x. It says what the gradient of one example
+is, of x and of the cotangent g of the result: `Factors` of it, A'G with A [K, T, I], made of x, and G [K, T, O], made
+of g, where T runs over the positions that share the weight (tokens, pixels) and K over axes that w, x and the result
+share (heads, groups); or its `Entries`, where they are no more than those of x. Uses without a rule are materialised.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,32 +17,50 @@ from jax import lax
 
 from gdjax._trees import wide
 from gdjax.ghost import _cost as ghost_cost
+from gdjax.ghost._cost import Sizes
 
 Equation = Any
-Factors = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
-"""(x, cotangent g) of one example -> (A [K, T, I], G [K, T, O])."""
-Measured = tuple[jax.Array | None, jax.Array]
-"""(gradient of w summed over examples, or None where it was not formed on the way; the measure)."""
+
+
+class Factors(NamedTuple):
+    """A rule for gradients that are A'G.
+
+    Attributes:
+        of: (x, g) of one example -> (A [K, T, I], G [K, T, O]); x is a list where w meets more than one operand.
+        shape: w is reshaped to this,
+        axes: of which these (in three groups) are K, I and O.
+        is_index: whether A is integers [K, T] instead, the places in I of rows that are 0 but for a 1.
+    """
+
+    of: Callable[..., tuple[jax.Array, jax.Array]]
+    shape: tuple[int, ...]
+    axes: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+    is_index: bool = False
+
+
+class Entries(NamedTuple):
+    """A rule for gradients that take no more than x does: `of` is (x, g) of one example -> gradient like w."""
+
+    of: Callable[[Any, Any], jax.Array]
+
+
+Rule = Factors | Entries
+Measured = tuple[Any, Any]
+"""(gradients summed over examples, or None where they were not formed on the way; the measure)."""
 
 
 class Measure(NamedTuple):
-    """What is wanted of the gradients of the examples at a use.
+    """What is wanted of the gradients of the examples.
 
     Attributes:
-        of_factors: (factors, back, x [B, ...], g [B, ...]) -> Measured; `back` takes [K, I, O] to the shape of w.
+        of_factors: (factors of one example, sizes, x [B, ...], g [B, ...], chunk for a device) -> Measured, [K, I, O].
         of_gradients: gradients [B, ...] -> measure.
-        shape: (B, shape of w) -> shape of the measure.
-        like_weight: whether that is the shape of w, so that the measure follows the reshapes of w.
+        of_chunks: measures of chunks -> measure, or None where all gradients have to be there at once.
     """
 
-    of_factors: Callable[[Factors, Callable, jax.Array, jax.Array], Measured]
+    of_factors: Callable[..., Measured]
     of_gradients: Callable[[jax.Array], jax.Array]
-    shape: Callable[[int, tuple[int, ...]], tuple[int, ...]]
-    like_weight: bool
-
-
-Backward = Callable[[Measure, jax.Array, jax.Array, jax.Array], Measured]
-"""(measure, w, x [B, ...], g [B, ...]) -> Measured."""
+    of_chunks: Callable[[jax.Array, jax.Array], jax.Array] | None
 
 
 def squared_norms(gradients: jax.Array) -> jax.Array:
@@ -68,113 +84,137 @@ def summed(gradients: jax.Array) -> jax.Array:
     return jnp.tensordot(jnp.ones(len(gradients), gradients.dtype), gradients, 1, precision=lax.Precision.HIGHEST)
 
 
-def _norms_of_factors(factors: Factors, back: Callable, x: jax.Array, g: jax.Array) -> Measured:
+def in_chunks(
+    form: Callable, data: Any, size: int, chunk_size: int, measure: Measure, *, want_total: bool = True
+) -> Measured:
+    """Form the gradients of one chunk of examples after the other; return (their sums or None, their measures).
+
+    Args:
+        form: data of one example -> list of gradients.
+        data: pytree of arrays [B, ...].
+    """
+
+    def formed(data):
+        gradients = jax.vmap(form)(data)
+        return [summed(g) if want_total else None for g in gradients], [measure.of_gradients(g) for g in gradients]
+
+    if chunk_size >= size or measure.of_chunks is None:
+        return formed(data)
+    even = size - size % chunk_size
+
+    def step(total, chunk):
+        added, measures = formed(chunk)
+        total = jax.tree.map(jnp.add, total, added)
+        return total, measures
+
+    total, last = formed(jax.tree.map(lambda x: x[even:], data))  # of no example where the chunks come out even
+    chunks = jax.tree.map(lambda x: x[:even].reshape(-1, chunk_size, *x.shape[1:]), data)
+    total, measures = lax.scan(step, total, chunks)
+    return total, [measure.of_chunks(chunked, rest) for chunked, rest in zip(measures, last, strict=True)]
+
+
+def gradient(sizes: Sizes, a: jax.Array, g: jax.Array) -> jax.Array:
+    """Return A'G [K, I, O] of one example."""
+    if sizes.is_index:
+        empty = jnp.zeros((sizes.i, sizes.o), g.dtype)
+        return jax.vmap(lambda rows, g: empty.at[rows].add(g))(a, g)
+    return jnp.einsum("kti,kto->kio", *_alike(a, g))
+
+
+def _alike(a, g):
+    return (a, g) if a.dtype == g.dtype else (wide(a), wide(g))
+
+
+def _total(a: jax.Array, g: jax.Array, sizes: Sizes) -> jax.Array:
+    """Return the sum over examples of A'G, in float32 at least."""
+    if sizes.is_index:
+        by_group = (x.swapaxes(0, 1).reshape(sizes.k, -1, *x.shape[3:]) for x in (a, wide(g)))
+        empty = jnp.zeros((sizes.i, sizes.o), wide(g).dtype)
+        return jax.vmap(lambda rows, g: empty.at[rows].add(g))(*by_group)
+    return jnp.einsum("bkti,bkto->kio", wide(a), wide(g))
+
+
+def _norms_of_factors(of, sizes: Sizes, x, g, want_total: bool) -> Measured:
     """For T = 1, |a|^2 |g|^2 (Goodfellow 2015, arXiv 1510.01799); else the cheaper of the Gram form and A'G itself."""
-    a_shape, g_shape = (f.shape for f in jax.eval_shape(jax.vmap(factors), x, g))
-    size = x[0].size
-    on_cpu, elsewhere = (ghost_cost.cheapest(a_shape, g_shape, size, device) for device in ("cpu", "accelerator"))
-    if on_cpu == elsewhere:
-        total, norms = norms_by(on_cpu, factors, x, g)
-        return None if total is None else back(total), norms
-
-    def with_total(way):
-        def run(x, g):
-            total, norms = norms_by(way, factors, x, g)
-            if total is None:
-                a, g = jax.vmap(factors)(x, g)
-                total = wide(_gradient(a, g, "bkti,bkto->kio"))
-            return total, norms
-
-        return run
-
-    total, norms = lax.platform_dependent(x, g, cpu=with_total(on_cpu), default=with_total(elsewhere))
-    return back(total), norms
+    on_cpu, elsewhere = (partial(norms_by, way, of, sizes, want_total=want_total) for way in ghost_cost.ways(sizes))
+    if on_cpu.args[0] == elsewhere.args[0]:
+        return on_cpu(x, g)
+    return lax.platform_dependent(x, g, cpu=on_cpu, default=elsewhere)
 
 
-def norms_by(way: ghost_cost.Way, factors: Factors, x: jax.Array, g: jax.Array) -> Measured:
+def norms_by(way: ghost_cost.Way, of, sizes: Sizes, x, g, *, want_total: bool) -> Measured:
     """Return (summed gradient [K, I, O] or None, squared norms [B]), taken in this way."""
     if way.name == "in chunks":
-        return _in_chunks(factors, x, g, way.chunk_size)
-    return {"product": _product, "gram": _gram_norms}[way.name](factors, x, g)
+        [total], [norms] = in_chunks(
+            lambda both: [gradient(sizes, *of(*both))], (x, g), sizes.b, way.chunk_size, NORMS, want_total=want_total
+        )
+        return total, norms
+    a, g_factor = jax.vmap(of)(x, g)
+    total = _total(a, g_factor, sizes) if want_total else None
+    if sizes.is_index:
+        return total, _row_norms(a, wide(g_factor))
+    if way.name == "product":
+        return total, _product(wide(a), wide(g_factor))
+    norms, is_bad = _gram_norms(wide(a), wide(g_factor))
+    other = partial(norms_by, ghost_cost.Way("in chunks", 1), of, sizes, want_total=False)
+    return total, lax.cond(is_bad, lambda x, g: other(x, g)[1], lambda x, g: norms, x, g)
 
 
-def _product(factors, x, g):
-    a, g = map(wide, jax.vmap(factors)(x, g))
-    return None, jnp.sum(jnp.sum(a**2, (2, 3)) * jnp.sum(g**2, (2, 3)), 1)
+def _row_norms(rows, g):
+    """Add up what goes to the same row, at each of its positions; such a row is counted as often as it is read."""
+    same = (rows[..., :, None] == rows[..., None, :]).astype(g.dtype)
+    return jnp.sum(jnp.sum(jnp.einsum("bkts,bkso->bkto", same, g) ** 2, 3) / jnp.sum(same, 3), (1, 2))
 
 
-def _gram_norms(factors, x, g):
-    """Sum AA' * GG' (Li et al. 2022, arXiv 2110.05679)."""
-    a, g = map(wide, jax.vmap(factors)(x, g))
+def _product(a, g):
+    """Multiply before squaring: an activation beyond 1e19 is no harm where the cotangent is small."""
+    norms = jnp.sqrt(jnp.sum(g**2, (2, 3), keepdims=True))
+    return jnp.sum((a * norms) ** 2, (1, 2, 3))
+
+
+def _gram_norms(a, g):
+    """Return the sums of AA' * GG' (Li et al. 2022, arXiv 2110.05679), and whether rounding has spoilt one.
+
+    With S = (sum over positions of |a_t| |g_t|)^2, the norm that nothing cancelled in, rounding is about eps S at most.
+    Where a norm is below 2^10 eps S, so that it may be wrong by a thousandth, A'G itself should be formed.
+    """
+    scale = jnp.sqrt(jnp.sum(g**2, (1, 2, 3), keepdims=True))
+    scale = jnp.where(scale > 0, scale, 1)  # from g to a, so that no square overflows
+    a, g = a * scale, g / scale
     inner = jnp.einsum("bkti,bksi->bkts", a, a) * jnp.einsum("bkto,bkso->bkts", g, g)
-    # Rounding can leave a small negative number where the true norm is zero.
-    return None, jnp.maximum(jnp.sum(inner, (1, 2, 3)), 0)
+    norms = jnp.sum(inner, (1, 2, 3))
+    straight = jnp.sum(jnp.sum(jnp.sqrt(jnp.diagonal(inner, axis1=2, axis2=3)), 2) ** 2, 1)
+    return jnp.maximum(norms, 0), jnp.any(norms < 2**10 * jnp.finfo(norms.dtype).eps * straight)
 
 
-def _in_chunks(factors, x, g, chunk_size):
-    """Form A'G of one chunk of examples after the other, of which the summed gradient is the sum."""
-
-    def formed(x, g):
-        gradients = _gradients(factors, x, g)
-        return summed(gradients), squared_norms(gradients)
-
-    def chunk(total, both):
-        added, norms = formed(*both)
-        return total + added, norms
-
-    even = len(x) - len(x) % chunk_size
-    total, last = formed(x[even:], g[even:])  # of no example where the chunks come out even
-    chunks = tuple(v[:even].reshape(-1, chunk_size, *v.shape[1:]) for v in (x, g))
-    total, norms = lax.scan(chunk, total, chunks)
-    return total, jnp.concatenate([norms.reshape(-1), last])
-
-
-def _moments_of_factors(factors: Factors, back: Callable, x: jax.Array, g: jax.Array) -> Measured:
+def _moments_of_factors(of, sizes: Sizes, x, g, want_total: bool) -> Measured:
     """Sum the squares of every element; for T = 1 that is (a * a)'(g * g) (Dangel et al. 2020, arXiv 1912.10985)."""
-    if jax.eval_shape(factors, x[0], g[0])[0].shape[1] == 1:
-        a, g = map(wide, jax.vmap(factors)(x, g))
-        return None, back(jnp.einsum("bkti,bkto->kio", a**2, g**2))
-
-    def one(sums, both):
-        gradient = _gradient(*factors(*both))
-        return (sums[0] + gradient, sums[1] + wide(gradient) ** 2), None
-
-    zero = jnp.zeros_like(_gradient(*factors(x[0], g[0])))
-    (total, squares), _ = lax.scan(one, (zero, wide(zero)), (x, g))
-    return back(total), back(squares)
+    if sizes.t == 1:
+        a, g = jax.vmap(of)(x, g)
+        square = a if sizes.is_index else wide(a) ** 2
+        return _total(a, g, sizes) if want_total else None, _total(square, wide(g) ** 2, sizes)
+    chunk = ghost_cost.chunk_size(sizes, "cpu")
+    [total], [moments] = in_chunks(lambda both: [gradient(sizes, *of(*both))], (x, g), sizes.b, chunk, MOMENTS)
+    return total, moments
 
 
-def _gram_of_factors(factors: Factors, back: Callable, x: jax.Array, g: jax.Array) -> Measured:
+def _gram_of_factors(of, sizes: Sizes, x, g, want_total: bool) -> Measured:
     """Return inner products of all pairs of gradients; for T = 1 without forming the gradients."""
-    if jax.eval_shape(factors, x[0], g[0])[0].shape[1] == 1:
-        a, g = (wide(f)[:, :, 0] for f in jax.vmap(factors)(x, g))
-        return None, jnp.sum(jnp.einsum("bki,cki->kbc", a, a) * jnp.einsum("bko,cko->kbc", g, g), 0)
-    gradients = _gradients(factors, x, g)
-    return back(summed(gradients)), inner_products(gradients)
+    a, g = jax.vmap(of)(x, g)
+    total = _total(a, g, sizes) if want_total else None
+    if sizes.t > 1:
+        return total, inner_products(jax.vmap(lambda a, g: gradient(sizes, a, g))(a, g))
+    a, g = a[:, :, 0], wide(g)[:, :, 0]
+    alike = a.T[:, :, None] == a.T[:, None, :] if sizes.is_index else jnp.einsum("bki,cki->kbc", wide(a), wide(a))
+    return total, jnp.sum(alike * jnp.einsum("bko,cko->kbc", g, g), 0)
 
 
-def _gradient(a: jax.Array, g: jax.Array, product: str = "kti,kto->kio") -> jax.Array:
-    if a.dtype != g.dtype:
-        a, g = wide(a), wide(g)
-    return jnp.einsum(product, a, g)
+NORMS = Measure(_norms_of_factors, squared_norms, lambda chunked, rest: jnp.append(chunked.reshape(-1), rest))
+MOMENTS = Measure(_moments_of_factors, lambda g: jnp.sum(wide(g) ** 2, 0), lambda chunked, rest: chunked.sum(0) + rest)
+GRAM = Measure(_gram_of_factors, inner_products, None)
 
 
-def _gradients(factors, x, g):
-    a, g = jax.vmap(factors)(x, g)
-    return _gradient(a, g, "bkti,bkto->bkio")
-
-
-NORMS = Measure(_norms_of_factors, squared_norms, lambda b, w: (b,), like_weight=False)
-MOMENTS = Measure(_moments_of_factors, lambda g: jnp.sum(wide(g) ** 2, 0), lambda b, w: w, like_weight=True)
-GRAM = Measure(_gram_of_factors, inner_products, lambda b, w: (b, b), like_weight=False)
-
-
-def from_factors(factors: Factors, back: Callable[[tuple[int, ...]], Callable]) -> Backward:
-    """Return the backward pass of a use with factors; `back(shape of w)` takes [K, I, O] to that shape."""
-    return lambda measure, w, x, g: measure.of_factors(factors, back(w.shape), x, g)
-
-
-def dot_general(equation: Equation, position: int) -> Backward | None:
+def dot_general(equation: Equation, position: int) -> Rule | None:
     """Products w @ x and x @ w, with any contracted, shared and free axes."""
     contracting, shared = equation.params["dimension_numbers"]
     w_contract, w_shared = contracting[position], shared[position]
@@ -187,16 +227,10 @@ def dot_general(equation: Equation, position: int) -> Backward | None:
     first_x, first_w = (first + len(w_free), first) if position == 0 else (first, first + len(x_free))
 
     def factors(x, g):
-        a = _grouped(x, x_shared, x_free, x_contract)
-        return a, _grouped(
-            g, range(first), range(first_x, first_x + len(x_free)), range(first_w, first_w + len(w_free))
-        )
+        g_groups = range(first), range(first_x, first_x + len(x_free)), range(first_w, first_w + len(w_free))
+        return _grouped(x, x_shared, x_free, x_contract), _grouped(g, *g_groups)
 
-    def back(shape):
-        order = [*w_shared, *w_contract, *w_free]
-        return lambda product: product.reshape([shape[i] for i in order]).transpose(np.argsort(order))
-
-    return from_factors(factors, back)
+    return Factors(factors, w.shape, (tuple(w_shared), tuple(w_contract), tuple(w_free)))
 
 
 def _grouped(x: jax.Array, *groups) -> jax.Array:
@@ -205,7 +239,7 @@ def _grouped(x: jax.Array, *groups) -> jax.Array:
     return x.transpose([i for group in groups for i in group]).reshape(sizes)
 
 
-def conv_general_dilated(equation: Equation, position: int) -> Backward | None:
+def conv_general_dilated(equation: Equation, position: int) -> Rule | None:
     """Convolution by a kernel w: a product with the patches of x, K being the groups."""
     parameters = equation.params
     if position != 1 or parameters["batch_group_count"] != 1:
@@ -230,55 +264,87 @@ def conv_general_dilated(equation: Equation, position: int) -> Backward | None:
         a = jnp.stack(patches, -2).reshape(-1, len(patches), groups, num_in).transpose(2, 0, 1, 3)
         return a.reshape(groups, -1, len(patches) * num_in), g.reshape(-1, groups, num_out // groups).swapaxes(0, 1)
 
-    def back(shape):
-        def to_kernel(product):
-            by_axis = product.reshape(groups, *window, num_in, num_out // groups)
-            by_axis = jnp.moveaxis(by_axis, (-1, -2), (1, 2)).reshape(num_out, num_in, *window)
-            return by_axis.transpose(np.argsort(rhs))
-
-        return to_kernel
-
-    return from_factors(factors, back)
+    shape = (*kernel[: rhs[0]], groups, num_out // groups, *kernel[rhs[0] + 1 :])
+    inside = tuple(i + (i > rhs[0]) for i in (*rhs[2:], rhs[1]))
+    return Factors(factors, shape, ((rhs[0],), inside, (rhs[0] + 1,)))
 
 
-def gather(equation: Equation, position: int) -> Backward | None:
-    """Rows of a table w: positions that read the same row add up before they are squared."""
+def gather(equation: Equation, position: int) -> Rule | None:
+    """Rows of a table w, found by some of its axes: positions that read the same row add up before they are squared."""
     numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
-    table = equation.invars[0].aval
-    whole_rows = tuple(sizes) == (1, *table.shape[1:]) and tuple(numbers.start_index_map) == (0,)
-    plain = tuple(numbers.collapsed_slice_dims) == (0,) and not numbers.operand_batching_dims
-    if position != 0 or not (whole_rows and plain):
+    table, mode = equation.invars[0].aval.shape, equation.params["mode"]
+    if position != 0 or numbers.operand_batching_dims or not (axes := _row_axes(table, sizes)):
         return None
 
-    def rows_of(index, g):
-        """Return (row numbers [T], their cotangents [T, D]) of one example; a row outside the table counts zero."""
+    def factors(index, g):
         places = [i for i in range(g.ndim) if i not in numbers.offset_dims]
-        rows, index = _grouped(g, places, numbers.offset_dims), index.reshape(-1)
-        if equation.params["mode"] == lax.GatherScatterMode.CLIP:
-            return jnp.clip(index, 0, table.shape[0] - 1), rows
-        return index, rows * ((index >= 0) & (index < table.shape[0]))[:, None].astype(rows.dtype)
+        rows, index = _grouped(g, places, numbers.offset_dims), index.reshape(-1, index.shape[-1])
+        starts = dict(zip(numbers.start_index_map, index.T, strict=True))
+        limits = {axis: table[axis] - sizes[axis] for axis in starts}
+        if mode != lax.GatherScatterMode.CLIP:
+            inside = [(starts[axis] >= 0) & (starts[axis] <= limit) for axis, limit in limits.items()]
+            rows = jnp.where(jnp.all(jnp.stack(inside), 0)[:, None], rows, 0)  # outside, what it reads is a constant
+        return _row_numbers(starts, table, axes[0])[None], rows[None]
 
-    def backward(measure, w, x, g):
-        index, rows = jax.vmap(rows_of)(x, g)
-        if measure is NORMS:
-            same = (index[:, :, None] == index[:, None, :]).astype(wide(rows).dtype)
-            inner = jnp.einsum("btd,bsd->bts", wide(rows), wide(rows))
-            return None, jnp.maximum(jnp.sum(inner * same, (1, 2)), 0)
-        empty = jnp.zeros((table.shape[0], rows.shape[-1]), rows.dtype)
-        gradients = jax.vmap(lambda index, rows: empty.at[index].add(rows))(index, rows)
-        return None, measure.of_gradients(gradients.reshape(len(x), *w.shape))
-
-    return backward
+    return Factors(factors, table, ((), *axes), is_index=True)
 
 
-RULES: dict[str, Callable[[Equation, int], Backward | None]] = {
+def dynamic_slice(equation: Equation, position: int) -> Rule | None:
+    """One row of a table w, found by some of its axes."""
+    table, sizes = equation.invars[0].aval.shape, equation.params["slice_sizes"]
+    if position != 0 or not (axes := _row_axes(table, sizes)):
+        return None
+    variables = list(dict.fromkeys(v for v in equation.invars[1:] if not hasattr(v, "val")))
+
+    def factors(x, g):
+        values = dict(zip(variables, x if isinstance(x, list) else [x], strict=True))
+        starts = {i: jnp.reshape(values[v] if v in variables else v.val, 1) for i, v in enumerate(equation.invars[1:])}
+        return _row_numbers(starts, table, axes[0])[None], g.reshape(1, 1, -1)
+
+    return Factors(factors, table, ((), *axes), is_index=True)
+
+
+def _row_axes(table, sizes) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Return the axes of which one entry is read, and those that are read whole; None where some are neither."""
+    found = tuple(i for i, n in enumerate(sizes) if n != table[i])
+    return (found, tuple(set(range(len(table))) - set(found))) if all(sizes[i] == 1 for i in found) else None
+
+
+def _row_numbers(starts, table, axes) -> jax.Array:
+    index = [jnp.clip(starts[axis].astype(jnp.int32), 0, table[axis] - 1) for axis in axes]
+    places = jnp.ravel_multi_index(index, [table[axis] for axis in axes], mode="clip") if axes else None
+    return jnp.zeros_like(next(iter(starts.values())), jnp.int32) if places is None else places
+
+
+def add(equation: Equation, position: int) -> Rule | None:
+    """Biases: the gradient is the cotangent, summed over the axes along which w is repeated."""
+    shape = equation.invars[position].aval.shape
+    sign = -1 if equation.primitive.name == "sub" and position == 1 else 1
+    return Entries(lambda x, g: sign * _collapsed(g, shape))
+
+
+def mul(equation: Equation, position: int) -> Rule | None:
+    """Scales, as of LayerNorm."""
+    shape = equation.invars[position].aval.shape
+    return Entries(lambda x, g: _collapsed(g * x, shape))
+
+
+def _collapsed(g: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    axes = [i for i in range(g.ndim) if not shape or shape[i] != g.shape[i]]
+    return jnp.sum(wide(g), axes).reshape(shape)
+
+
+RULES: dict[str, Callable[[Equation, int], Rule | None]] = {
     "dot_general": dot_general,
     "conv_general_dilated": conv_general_dilated,
     "gather": gather,
+    "dynamic_slice": dynamic_slice,
+    **dict.fromkeys(("add", "sub", "add_any"), add),
+    "mul": mul,
 }
 
 
-def find(equation: Equation, position: int) -> Backward | None:
+def find(equation: Equation, position: int) -> Rule | None:
     """Return the rule for the parameter at this operand of an equation, or None."""
     rule = RULES.get(equation.primitive.name)
     return rule(equation, position) if rule else None

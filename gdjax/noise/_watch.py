@@ -3,6 +3,7 @@
 The step passes what it has. Norms of the gradients of single examples, or of equal parts of the batch:
 
 >>> import jax, jax.numpy as jnp, optax
+>>> from gdjax.noise._running import reading
 >>> x = 0.5 + jax.random.normal(jax.random.key(0), (100, 8))  # updates of eight examples; the gradient is -x at 0
 >>> optimizer = optax.chain(watch(half_life=1e4), optax.sgd(0.0))
 >>> def step(state, x):
@@ -24,13 +25,11 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from gdjax import ghost, problem
+from gdjax import ghost, gradients, problem
 from gdjax._trees import wide
-from gdjax.noise._running import Running, push, reading, start
+from gdjax.noise._running import Running, push, start
 from gdjax.noise._scale import solve, sq_norm, variance_factor
 from gdjax.problem import Batch, Loss, Params
-
-__all__ = ["Parts", "parts", "probe", "reading", "watch"]
 
 ULPS = 64  # of the dtype: nearer numbers are the same, but for the order of a sum
 
@@ -62,19 +61,25 @@ def parts(*, batch_size: int, sq_norms: Any = None, grads: Params | None = None,
     Args:
         batch_size: B, examples behind the gradient that the optimiser is given.
         sq_norms: [M], squared norms of the mean gradients of M equal parts of the batch, as an array or a pytree of
-            arrays that are added up. M = B: of single examples, as from `ghost.sq_norms` or `gradients.with_sq_norms`.
-            A scalar is one part.
+            arrays that are added up. M = B: of single examples, as from `ghost.sq_norms`; `gradients.SquaredNorms` can
+            be passed as it is. A scalar is one part.
         grads: the mean gradients themselves, every leaf [M, ...], of microbatches or examples. Their mean is then held
             against the updates.
         part_size: b, examples of a part; default B / M. Say it where only some parts are known: in
             `optax.MultiSteps(optimizer, k)` the last microbatch, of B / k examples.
 
     Raises:
-        ValueError: for both or neither of the two, for parts that do not divide the batch, and for a single part that
-            is the whole batch: one gradient shows no noise.
+        ValueError: for both or neither of the two, for what `gradients.clipped` measured, for parts that do not divide
+            the batch, and for a single part that is the whole batch: one gradient shows no noise.
     """
     if (sq_norms is None) == (grads is None):
         raise ValueError("give either sq_norms, the squared norms of the parts' gradients, or grads, these gradients")
+    if isinstance(sq_norms, gradients.Clipped):
+        raise ValueError(
+            "sq_norms is what gradients.clipped measured: the update is clipped, and says nothing of the noise of raw "
+            "gradients. Measure apart, with probe or noise.measure"
+        )
+    sq_norms = getattr(sq_norms, "sq_norms", sq_norms)
     if grads is not None:
         num_known = problem.num_examples(grads, "grads")
         norms, mean = _sq_norms(grads), jax.tree.map(lambda leaf: wide(leaf).mean(0), grads)

@@ -12,9 +12,9 @@ recursion of `schedules`.
 >>> for name, shape, num_phases in (("constant", constant, 1), ("decay", linear, 1), ("ramp", constant, None)):
 ...     best = plan(quadratic, **costs, shape=shape, num_phases=num_phases)
 ...     print(f"{name:8} {best.num_updates:4} updates, {best.num_examples:6.0f} examples, cost {best.cost:.0f}")
-constant   77 updates,  13346 examples, cost 21046
-decay      56 updates,   3450 examples, cost 9050
-ramp       48 updates,   3778 examples, cost 8578
+constant   72 updates,  17114 examples, cost 24314
+decay      48 updates,   4420 examples, cost 9220
+ramp       44 updates,   4442 examples, cost 8842
 """
 
 import math
@@ -113,20 +113,20 @@ def plan(
             f"cost_per_update={cost_per_update} and cost_per_example={cost_per_example} must be >= 0, one of them above"
         )
     highest = 1.95 / float(jnp.max(quadratic.eigenvalues)) if max_learning_rate is None else max_learning_rate
-    found: dict[int, tuple[float, float]] = {}
+    found: dict[int, tuple[float, float, ramps.Ramp]] = {}
 
     def cost(num_updates: int) -> float:
-        """Return the cost of the best rate for so many updates; note both in `found`."""
+        """Return the cost of the best rate for so many updates; note it in `found` with the rate and the ramp."""
         if num_updates not in found:
             active = np.arange(_padded(num_updates)) < num_updates
             shares = np.where(active, _shares(shape, num_updates, len(active)), 0)
-            rate, examples = _best_rate(quadratic, shares, active, target, highest, min_batch_size, num_phases)
-            total = cost_per_update * num_updates + cost_per_example * float(examples)
-            found[num_updates] = (total if math.isfinite(total) else math.inf), float(rate)
+            rate, ramp = _best_rate(quadratic, shares, active, target, highest, min_batch_size, num_phases)
+            total = cost_per_update * num_updates + cost_per_example * float(ramp.num_examples)
+            found[num_updates] = (total if math.isfinite(total) else math.inf), float(rate), ramp
         return found[num_updates][0]
 
     best = _least(cost, cost_per_update + cost_per_example * min_batch_size, max_updates)
-    lowest, rate = found[best]
+    lowest, rate, ramp = found[best]
     rates = rate * jnp.asarray(_shares(shape, best, best))
     if math.isinf(lowest):
         bias = min(float(schedules.noise_costs(quadratic, share * rates)[0]) for share in np.geomspace(1e-3, 1, 16))
@@ -134,8 +134,7 @@ def plan(
             f"target={target} is not above {bias:.3g}, the loss after {best} updates without noise: "
             f"ask for less or raise max_updates={max_updates}"
         )
-    ramp = ramps.batch_ramp(quadratic, rates, target=target, min_batch_size=min_batch_size, num_phases=num_phases)
-    return Plan(best, rate, rates, ramp.batch_sizes, float(ramp.loss), float(ramp.num_examples), lowest)
+    return Plan(best, rate, rates, ramp.batch_sizes[:best], float(ramp.loss), float(ramp.num_examples), lowest)
 
 
 def _least(cost: Callable[[int], float], cheapest: float, max_updates: int) -> int:
@@ -168,22 +167,22 @@ def _padded(num_updates: int) -> int:
 
 @partial(jax.jit, static_argnames="num_phases")
 def _best_rate(quadratic, shares, active, target, highest, min_batch_size, num_phases):
-    """Return the rate of the fewest examples for the `active` updates, and those; infinity where none gets there."""
+    """Return the rate of the fewest examples for the `active` updates, and its ramp; of infinity where none arrives."""
 
-    def examples(rate):
+    def solved(rate):
         ramp = ramps.solve(quadratic, rate * shares, active, target, True, min_batch_size, num_phases)
-        return jnp.where(ramp.loss <= target * (1 + 1e-6), ramp.num_examples, jnp.inf)
+        return ramp._replace(num_examples=jnp.where(ramp.loss <= target * (1 + 1e-6), ramp.num_examples, jnp.inf))
 
     def refine(carry, _):
-        low, high, best_rate, fewest = carry
+        low, high, best = carry
         rates = jnp.exp(jnp.linspace(jnp.log(low), jnp.log(high), NUM_RATES))
-        found = lax.map(examples, rates, batch_size=LANES)
-        at = jnp.argmin(found)
-        better = found[at] < fewest
-        best = jnp.where(better, rates[at], best_rate), jnp.where(better, found[at], fewest)
-        return (rates[jnp.maximum(at - 1, 0)], rates[jnp.minimum(at + 1, NUM_RATES - 1)], *best), None
+        found = lax.map(solved, rates, batch_size=LANES)
+        at = jnp.argmin(found.num_examples)
+        better = found.num_examples[at] < best[1].num_examples
+        best = jax.tree.map(lambda new, old: jnp.where(better, new[at], old), (rates, found), best)
+        return (rates[jnp.maximum(at - 1, 0)], rates[jnp.minimum(at + 1, NUM_RATES - 1)], best), None
 
     highest = jnp.asarray(highest, shares.dtype)
-    start = highest / 1000, highest, highest, jnp.full((), jnp.inf, shares.dtype)
-    _, _, rate, fewest = lax.scan(refine, start, length=NUM_GRIDS)[0]
-    return rate, fewest
+    nothing = jnp.full((), jnp.inf, shares.dtype)
+    none = highest, ramps.Ramp(jnp.ones_like(shares), nothing, nothing)
+    return lax.scan(refine, (highest / 1000, highest, none), length=NUM_GRIDS)[0][2]

@@ -533,7 +533,17 @@ def equinox():
     return params, normal(1, B, 4), lambda p, x: square(jnp.tanh(eqx.combine(p, static)(x)))
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+# These compile for long, or differ in little from others.
+SLOW = {"transformer", "scan_over_stacked_layers", "scan_over_stacked_layers_with_checkpoints", "flax_linen", "equinox"}
+SLOW |= {
+    name for name in PROGRAMS if name.startswith("convolution") and "strided" not in name and "depthwise" not in name
+}
+SLOW |= {"mlp_with_weights_on_the_left", "dense_over_tokens", "gru_run_backwards", "normalisations"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in PROGRAMS]
+)
 def test_every_statistic_equals_that_of_the_gradients_of_all_examples(name):
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         params, batch, loss = PROGRAMS[name]()

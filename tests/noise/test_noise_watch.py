@@ -222,11 +222,23 @@ def test_a_sum_of_the_gradients_of_bfloat16_is_not_taken_for_something_else():
         ),
         ({"batch_size": 4, "sq_norms": jnp.ones((2, 2))}, r"sq_norms must be \[M\]"),
         ({"batch_size": 4, "grads": jnp.ones((1, 3))}, "one gradient, of the whole"),
+        (
+            {"batch_size": 4, "sq_norms": gradients.Clipped(jnp.ones(4), jnp.ones(4))},
+            r"what gradients\.clipped measured",
+        ),
     ],
 )
 def test_parts_that_show_no_noise_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         noise.parts(**options)
+
+
+def test_what_an_estimator_leaves_can_be_passed_as_it_is():
+    data = population(4)
+    aux = gradients.with_sq_norms(linear_loss)(PARAMS, data).aux
+    chex.assert_trees_all_equal(
+        noise.parts(sq_norms=aux, batch_size=4), noise.parts(sq_norms=aux.sq_norms, batch_size=4)
+    )
 
 
 def test_what_is_missing_is_named():

@@ -47,7 +47,7 @@ def test_the_batch_size_that_keeps_a_fraction_is_the_inverse_and_agrees_with_the
         rates = [theory.best_learning_rate(b, 100, full_batch=1.0) / b for b in (size, 4)]
         precision.assert_close(rates[0] / rates[1], fraction, rtol=1e-12)
     precision.assert_close(critical.fraction_of(0.01, 0.1), 0.9, rtol=1e-12)
-    with pytest.raises(ValueError, match="progress=0.01 must be above tolerance=0.02"):
+    with pytest.raises(ValueError, match=r"progress=0\.01 must be above tolerance=0\.02"):
         critical.fraction_of(0.02, 0.01)
 
 
@@ -58,8 +58,8 @@ def test_at_the_floor_branches_measure_curvature(rate, exact, small, scale):
     np.testing.assert_allclose(found, exact, rtol=1e-3)
     limit = 4 * (1 + 2 * 0.01 * H.sum() / (rate * (H @ H)))
     np.testing.assert_allclose(limit, small, rtol=1e-3)
-    floor = rate * H / (4 * H * (2 - rate * H))
-    np.testing.assert_allclose(critical.b_simple(QUADRATIC, floor), scale, rtol=2e-3)
+    second, _ = jax.jit(schedules.run)(QUADRATIC, jnp.full(4096, rate), jnp.full(4096, 4.0))
+    np.testing.assert_allclose(critical.b_simple(QUADRATIC, second), scale, rtol=2e-3)
     noisier = critical.batch_size_at_floor(0.01, 4, H, noise=9 * H, learning_rate=rate)
     precision.assert_close(noisier, found, rtol=1e-12)  # nine times the noise makes no difference
 

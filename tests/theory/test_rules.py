@@ -1,4 +1,4 @@
-"""Rules for hyperparameters: their numbers, their invariants in the exact recursions, and what Adam does in the loop."""
+"""Rules for hyperparameters: their numbers, their invariants in exact recursions, and what Adam does in the loop."""
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,11 @@ from gdjax.theory import adaptive, decay, rules
 
 ADAM = rules.Hyperparameters(0.002, weight_decay=0.1, b1=0.99, b2=0.999, eps=1e-8)
 SGD = rules.Hyperparameters(0.1, weight_decay=0.2)
+
+
+def assert_same(found, expected):
+    assert [number is None for number in found] == [number is None for number in expected]
+    precision.assert_close([x for x in found if x is not None], [x for x in expected if x is not None], rtol=1e-12)
 
 
 def test_what_every_rule_does():
@@ -29,15 +34,14 @@ def test_what_every_rule_does():
     }
     assert expected.keys() == rules.RULES.keys()
     for name, rule in rules.RULES.items():
-        precision.assert_close(rule.apply(ADAM, 4), expected[name], rtol=1e-12)
-        precision.assert_close(rule.apply(ADAM, 1), ADAM, rtol=1e-12)
+        assert_same(rule.apply(ADAM, 4), expected[name])
+        assert_same(rule.apply(ADAM, 1), ADAM)
         twice = rule.apply(rule.apply(ADAM, 2), 3)
-        precision.assert_close(rule.apply(ADAM, 6), twice, rtol=1e-12)
+        assert_same(rule.apply(ADAM, 6), twice)
         grown = rule.apply(ADAM, 4).learning_rate / ADAM.learning_rate
         precision.assert_close(grown, 4**rule.rate_power, rtol=1e-12)
-        changed = {
-            f for f in ADAM._fields[1:] if not np.isclose(getattr(expected[name], f), getattr(ADAM, f), rtol=1e-9)
-        }
+        fields = [f for f in ADAM._fields[1:] if f != "momentum"]
+        changed = {f for f in fields if not np.isclose(getattr(expected[name], f), getattr(ADAM, f), rtol=1e-9)}
         assert changed - {"eps"} <= set(rule.needs)
 
 
@@ -59,9 +63,9 @@ def test_the_timescale_is_kept_whatever_the_rate_does():
         ]
         precision.assert_close(*kept, rtol=1e-12)
     by_decay = rules.constant_timescale(rules.none)(ADAM, 16)
-    precision.assert_close(by_decay, rules.decay_linear(ADAM, 16), rtol=1e-12)
+    assert_same(by_decay, rules.decay_linear(ADAM, 16))
     by_roots = rules.composed(rules.square_root, rules.decay_square_root)(ADAM, 16)
-    precision.assert_close(rules.constant_timescale(rules.square_root)(ADAM, 16), by_roots, rtol=1e-12)
+    assert_same(rules.constant_timescale(rules.square_root)(ADAM, 16), by_roots)
 
 
 def test_the_best_rates_of_the_exact_step_follow_the_law():

@@ -1,0 +1,129 @@
+"""What `ghost` reads in jaxprs. Everything that touches jax's core is in this file."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+from jax.interpreters import partial_eval
+
+INLINED = ("jit", "pjit", "closed_call", "core_call")
+# Derivative rules that are linear say nothing of these primitives applied to a cotangent.
+NONLINEAR = {"max", "min", "clamp", "sign", "abs", "round", "floor", "ceil", "is_finite", "eq", "ne", "lt", "le", "gt"}
+NONLINEAR |= {"ge", "exp", "log", "tanh", "logistic", "sqrt", "rsqrt", "integer_pow", "pow", "sin", "cos", "square"}
+
+Jaxpr = core.Jaxpr
+
+
+def traced(function: Callable, *arguments: Any) -> tuple[Jaxpr, list[Any]]:
+    """Return (jaxpr of a function of one result, without what does not reach it, its constants)."""
+    closed = jax.make_jaxpr(function)(*arguments)
+    return partial_eval.dce_jaxpr(closed.jaxpr, [True], instantiate=True)[0], closed.consts
+
+
+def is_literal(variable) -> bool:
+    return isinstance(variable, core.Literal)
+
+
+def struct(aval) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+
+
+def scan_sizes(equation) -> tuple[int, int]:
+    """Return how many of a scan's operands are constants, and how many are carried; the rest are scanned."""
+    if "num_consts" in equation.params:
+        return equation.params["num_consts"], equation.params["num_carry"]
+    consts, carry, _ = equation.params["ft_in"].unpack()  # jax 0.12
+    return len(list(consts.vals)), len(list(carry.vals))
+
+
+def differentiable(aval) -> bool:
+    """Whether a value has gradients: floating-point or complex."""
+    return jnp.issubdtype(aval.dtype, jnp.inexact)
+
+
+def is_real(aval) -> bool:
+    return jnp.issubdtype(aval.dtype, jnp.floating)
+
+
+def literal(variable) -> np.ndarray:
+    return np.asarray(variable.val, variable.aval.dtype)
+
+
+def function_of(jaxpr: Jaxpr, equation) -> tuple[list[int], Callable]:
+    """Return the places of an equation's operands, each once and without literals, and its outputs as a function.
+
+    The function keeps whatever derivative rule the equation has.
+    """
+    places: dict[Any, int] = {}
+    for i, v in enumerate(equation.invars):
+        if not is_literal(v):
+            places.setdefault(v, i)
+    part = jaxpr.replace(
+        constvars=[],
+        invars=list(places),
+        outvars=equation.outvars,
+        eqns=[equation],
+        effects=equation.effects,
+        debug_info=jaxpr.debug_info.with_unknown_names(),
+    )
+    return list(places.values()), core.jaxpr_as_fun(core.ClosedJaxpr(part, []))
+
+
+def custom_rules(jaxpr: Jaxpr, equations: Sequence[Any] | None = None) -> Iterator[tuple[Jaxpr, Any]]:
+    """Yield (jaxpr, equation) for every custom backward pass in a jaxpr, or in these of its equations."""
+    for equation in jaxpr.eqns if equations is None else equations:
+        if equation.primitive.name.startswith("custom_vjp"):
+            yield jaxpr, equation
+        else:
+            for inner in core.jaxprs_in_params(equation.params):
+                yield from custom_rules(inner)
+
+
+def nonlinear_rules(jaxpr: Jaxpr, equations: Sequence[Any] | None = None) -> list[str]:
+    """Return the names of the functions whose custom backward pass is seen not to be linear in the cotangent."""
+    found = []
+    for outer, equation in custom_rules(jaxpr, equations):
+        places, function = function_of(outer, equation)
+        ins, outs = [struct(equation.invars[i].aval) for i in places], [struct(v.aval) for v in equation.outvars]
+        try:
+            backward = jax.make_jaxpr(lambda outs, ins, f=function: jax.vjp(f, *ins)[1](list(outs)))(outs, ins).jaxpr
+        except TypeError:  # of an output without gradients
+            continue
+        if _bends(backward, [True] * len(outs) + [False] * len(ins))[0]:
+            found.append(equation.params["call_jaxpr"].jaxpr.debug_info.func_name)
+    return found
+
+
+def _bends(jaxpr: Jaxpr, inputs: Sequence[bool]) -> tuple[bool, list[bool]]:
+    """Return (whether something is not linear in the marked inputs, the marks of the outputs)."""
+    marked = {v for v, mark in zip(jaxpr.invars, inputs, strict=True) if mark}
+    for equation in jaxpr.eqns:
+        marks = [not is_literal(v) and v in marked for v in equation.invars]
+        if not any(marks):
+            continue
+        name, outs = equation.primitive.name, [True] * len(equation.outvars)
+        products = name in ("mul", "dot_general", "conv_general_dilated") and all(marks)
+        if name in NONLINEAR or products or (name == "div" and marks[1]) or (name == "select_n" and marks[0]):
+            return True, []
+        if name in INLINED or name == "custom_jvp_call":
+            inner = equation.params.get("jaxpr") or equation.params["call_jaxpr"]
+            bends, outs = _bends(inner.jaxpr, marks)
+            if bends:
+                return True, []
+        marked |= {v for v, mark in zip(equation.outvars, outs, strict=True) if mark}
+    return False, [not is_literal(v) and v in marked for v in jaxpr.outvars]
+
+
+def num_bytes(jaxpr: Jaxpr) -> int:
+    """Return the bytes of all that a jaxpr computes, which a backward pass keeps at most."""
+    avals: list[Any] = [v.aval for equation in jaxpr.eqns for v in equation.outvars]
+    own = sum(aval.size * aval.dtype.itemsize for aval in avals if hasattr(aval, "dtype"))
+    inner = (
+        equation.params.get("length", 1) * num_bytes(sub)
+        for equation in jaxpr.eqns
+        for sub in core.jaxprs_in_params(equation.params)
+    )
+    return own + sum(inner)

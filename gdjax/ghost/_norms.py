@@ -1,0 +1,339 @@
+"""Norms of the gradient of every example, for any JAX function, from one backward pass.
+
+`vmap(grad)` forms the gradient of every example: B times the parameters, written and read again. Here the loss of one
+example is traced and run on the batch so that, where a parameter meets an activation, both the activation and the
+cotangent of the result come back. From these the gradients of the examples are measured without being kept.
+
+What depends on parameters alone is computed once for the batch. A *site* is an equation where such a value meets an
+example. A parameter whose sites all have a rule (`ghost_rules` holds them, `add_rule` adds one) is measured from the
+factors of its gradients; several sites, as of a shared layer, a tied embedding or a loop, stand behind each other, as
+if they were positions. Of any other parameter the gradients are formed for a chunk of examples at a time and pulled
+back through whatever was computed from it: exact, at the price of forming them. `ghost_flow` plans this from the traced
+program alone, `ghost_eval` runs the plan, `ghost_leaves` decides for every parameter, `ghost_measure` does it, and
+`ghost_cost` chooses among ways.
+
+>>> import jax.numpy as jnp
+>>> def loss(params, example):
+...     x, y = example
+...     return (x @ params["weight"] + params["bias"] - y) ** 2
+>>> params = {"weight": jnp.asarray([1.0, 2.0]), "bias": jnp.asarray(0.5)}
+>>> batch = jnp.asarray([[1.0, 0.0], [3.0, 4.0]]), jnp.asarray([1.0, 11.0])
+>>> losses, grad, norms = sq_norms(loss)(params, batch)
+>>> losses, norms["weight"], norms["bias"]
+(Array([0.25, 0.25], dtype=float32), Array([ 1., 25.], dtype=float32), Array([1., 1.], dtype=float32))
+>>> print(coverage(loss, params, (batch[0][0], batch[1][0])))
+parameter   shape  method       bytes  uses
+['bias']    []     add          1024   add
+['weight']  [2]    dot_general  512    dot_general
+total                           1536   plain gradient: 2572
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from gdjax import problem
+from gdjax._trees import wide
+from gdjax.ghost import _evaluate as ghost_eval
+from gdjax.ghost import _flow as ghost_flow
+from gdjax.ghost import _jaxpr as ghost_jaxpr
+from gdjax.ghost import _leaves as ghost_leaves
+from gdjax.ghost import _measure as ghost_measure
+from gdjax.ghost import _rules as ghost_rules
+from gdjax.ghost._rules import GRAM, MOMENTS, NORMS, Measure
+from gdjax.ghost._rules import Entries as Entries
+from gdjax.ghost._rules import Factors as Factors
+from gdjax.problem import Batch, Example, Loss, Params
+
+
+class SquaredNorms(NamedTuple):
+    """What `sq_norms` says of a batch.
+
+    Attributes:
+        losses: of the examples, [B].
+        grad: their mean gradient, shaped like the trainable parameters.
+        sq_norms: squared norms of the gradients of the examples: shaped like the gradient, each leaf [B].
+    """
+
+    losses: jax.Array
+    grad: Params
+    sq_norms: Params
+
+    @property
+    def total(self) -> jax.Array:
+        """Squared norms over all parameters, [B]."""
+        # Leaves may differ in their dtypes.
+        return sum((jnp.asarray(leaf, float) for leaf in jax.tree.leaves(self.sq_norms)), jnp.zeros(()))
+
+    @property
+    def num_nonfinite(self) -> jax.Array:
+        """The number of examples whose loss or gradient is NaN or infinite: those that `drop_nonfinite` drops."""
+        return jnp.sum(~(jnp.isfinite(self.losses) & jnp.isfinite(self.total)))
+
+
+def sq_norms(loss: Loss, *, drop_nonfinite: bool = False) -> Callable[[Params, Batch], SquaredNorms]:
+    """Return `(params, batch) -> SquaredNorms(losses [B], mean gradient, squared norms)`.
+
+    The squared norms are the squared Euclidean norms of the gradient of the loss of one example (not of loss / B), in
+    float32 at least. They are exact up to rounding: what no rule covers is formed, a chunk of examples at a time, see
+    `coverage`. Where a norm is small because positions cancel, it is right to a thousandth.
+
+    Args:
+        loss: (params, example) -> scalar.
+        drop_nonfinite: take the mean gradient over the examples whose loss and gradient are finite. They are looked at
+            twice where one is not.
+
+    Raises:
+        ValueError: as `gradients.mean`; and where the result is differentiated.
+    """
+    measured = _measured(loss, NORMS)
+
+    def norms(params: Params, batch: Batch) -> SquaredNorms:
+        found = SquaredNorms(*measured(params, batch))
+        if not drop_nonfinite:
+            return found
+        is_good = jnp.isfinite(found.losses) & jnp.isfinite(found.total)
+        train, frozen = problem.trainable(params)
+
+        def again():
+            # A bad example is replaced by a good one of weight 0: an infinite gradient times 0 would be NaN.
+            rows = jnp.where(is_good, jnp.arange(len(is_good)), jnp.argmax(is_good))
+            good = jax.tree.map(lambda x: jnp.asarray(x)[rows], batch)
+
+            def mean(train):
+                losses = wide(jax.vmap(loss, (None, 0))(problem.merge(train, frozen), good))
+                return jnp.sum(losses, where=is_good) / jnp.maximum(is_good.sum(), 1).astype(losses.dtype)
+
+            return jax.tree.map(lambda g: jnp.where(is_good.any(), g, 0).astype(g.dtype), jax.grad(mean)(train))
+
+        return found._replace(grad=jax.lax.cond(is_good.all(), lambda: found.grad, again))
+
+    return norms
+
+
+def norms(loss: Loss) -> Callable[[Params, Batch], tuple[SquaredNorms, jax.Array]]:
+    """Return `(params, batch) -> (SquaredNorms, norms [B] over all parameters)`, also of norms whose squares overflow.
+
+    Where a squared norm is infinite, the norms of the losses times 2^-40 are taken as well.
+    """
+
+    def both(params: Params, batch: Batch) -> tuple[SquaredNorms, jax.Array]:
+        found = sq_norms(loss)(params, batch)
+        plain = jnp.sqrt(found.total)
+
+        def again():
+            small = sq_norms(lambda params, example: wide(loss(params, example)) * 2.0**-40)(params, batch)
+            scaled = jnp.sqrt(small.total)
+            return jnp.where(jnp.isinf(plain) & (scaled > 0), scaled * 2.0**40, plain)
+
+        return found, jax.lax.cond(jnp.isinf(plain).any(), again, lambda: plain)
+
+    return both
+
+
+def second_moments(loss: Loss) -> Callable[[Params, Batch], tuple[jax.Array, Params, Params]]:
+    """Return `(params, batch) -> (losses [B], mean gradient, mean over examples of the squared gradient, elementwise)`.
+
+    The variance of every gradient component is the third minus the square of the second. Dense layers that see one
+    position per example take no memory beyond the parameters' own (Dangel et al. 2020, arXiv 1912.10985).
+    """
+
+    def moments(params: Params, batch: Batch):
+        losses, grad, sums = _measured(loss, MOMENTS)(params, batch)
+        return losses, grad, jax.tree.map(lambda x: x / len(losses), sums)
+
+    return moments
+
+
+def gram(loss: Loss) -> Callable[[Params, Batch], tuple[jax.Array, Params, Params]]:
+    """Return `(params, batch) -> (losses [B], mean gradient, Gram matrices)`, each leaf [B, B].
+
+    Entry [i, j] of a leaf is the inner product of the gradients of examples i and j with respect to that leaf.
+    """
+    return _measured(loss, GRAM)
+
+
+class Coverage(NamedTuple):
+    """How every parameter leaf is measured; printed as a table.
+
+    Attributes:
+        rows: (path, shape, method, uses) of every trainable leaf; method names its rules, or is 'materialised' or
+            'unused', and uses says where the leaf is used and why no rule applies.
+        num_bytes: for every leaf, what its measure takes beside a plain gradient, predicted.
+        plain_bytes: what a plain gradient takes at most: the parameters, and all values computed for the batch.
+    """
+
+    rows: list[tuple[str, tuple[int, ...], str, str]]
+    num_bytes: list[int]
+    plain_bytes: int
+
+    def __str__(self) -> str:
+        cells = [("parameter", "shape", "method", "bytes", "uses")]
+        for (path, shape, method, uses), size in zip(self.rows, self.num_bytes, strict=True):
+            cells.append((path, str(list(shape)), method, str(size), uses))
+        cells.append(("total", "", "", str(sum(self.num_bytes)), f"plain gradient: {self.plain_bytes}"))
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
+        if sum(self.num_bytes) > 10 * self.plain_bytes:
+            size, (path, _, _, uses) = max(zip(self.num_bytes, self.rows, strict=True))
+            lines.append(
+                f"{path} takes {size} bytes ({uses}): write its use with a rule, see ghost.add_rule, or use less "
+                "examples at a time"
+            )
+        return "\n".join(lines)
+
+
+def coverage(loss: Loss, params: Params, example: Example, *, batch_size: int = 128) -> Coverage:
+    """Return which rules take the uses of every parameter leaf, which leaves are materialised why, and the bytes."""
+    train, frozen = problem.trainable(params)
+    plan = _plan(loss, train, frozen, jax.tree.map(_struct, example))
+    rows, sizes = [], []
+    leaves = jax.tree_util.tree_leaves_with_path(train)
+    for (path, leaf), uses in zip(leaves, ghost_leaves.uses_of(plan, len(leaves)), strict=True):
+        how = ghost_leaves.leaf_plan(plan, _struct(leaf), uses, NORMS, batch_size)
+        rows.append((jax.tree_util.keystr(path), jnp.shape(leaf), *ghost_leaves.described(plan, how)))
+        sizes.append(ghost_leaves.num_bytes(plan, _struct(leaf), how, batch_size))
+    parameters = sum(leaf.size * leaf.dtype.itemsize for leaf in map(_struct, jax.tree.leaves(train)))
+    return Coverage(rows, sizes, parameters + batch_size * ghost_jaxpr.num_bytes(plan.jaxpr))
+
+
+def nonlinear(loss: Loss, params: Params, example: Example) -> list[str]:
+    """Return the names of the custom backward passes in a loss that are seen not to be linear in the cotangent.
+
+    The derivative rules of JAX are linear, so that it does not matter whether cotangents are added up, or scaled by
+    1 / B or by a clipping factor, before or after them. A rule of `jax.custom_vjp` need not be: clipping of cotangents,
+    or their cleaning of NaN. What 'the gradient of a batch' means then depends on who asks: `gradients.mean` and
+    `microbatched` hand the rule cotangents of the mean loss (and for a function of a parameter alone, their sum);
+    `gradients.per_example` and this module hand it those of the loss of each example, and add up afterwards. A weighted
+    backward pass no longer weights gradients, so that clipping cannot keep its bound. Loops inside a backward pass
+    are taken to be linear.
+    """
+    train, frozen = problem.trainable(params)
+    return ghost_jaxpr.nonlinear_rules(_plan(loss, train, frozen, jax.tree.map(_struct, example)).jaxpr)
+
+
+def add_rule(primitive: str, rule: Callable[[Any, int], ghost_rules.Rule | None]) -> None:
+    """Measure the uses of a parameter in a primitive, for instance one of your own, by a rule.
+
+    >>> from jax.extend.core import Primitive
+    >>> from jax.interpreters import ad, batching
+    >>> double = Primitive("double_product")  # of w [I, O] and x [I]
+    >>> implementation = lambda w, x: 2 * x @ w
+    >>> _ = double.def_impl(implementation)
+    >>> _ = double.def_abstract_eval(lambda w, x: jax.core.ShapedArray(w.shape[1:], x.dtype))
+    >>> batching.primitive_batchers[double] = lambda args, axes: (jax.vmap(implementation, axes)(*args), 0)
+    >>> ad.primitive_jvps[double] = lambda primals, tangents: jax.jvp(implementation, primals, tangents)
+    >>> def rule(equation, position):
+    ...     factors = lambda x, g: (2 * x[None, None], g[None, None])  # A [K, T, I] and G [K, T, O], where K = T = 1
+    ...     return Factors(factors, equation.invars[0].aval.shape, axes=((), (0,), (1,))) if position == 0 else None
+    >>> add_rule("double_product", rule)
+    >>> found = sq_norms(lambda w, x: double.bind(w, x).sum())(jnp.ones((2, 3)), jnp.asarray([[1.0, 0.0], [3.0, 4.0]]))
+    >>> found.sq_norms
+    Array([ 12., 300.], dtype=float32)
+
+    Args:
+        primitive: its name.
+        rule: (equation, which operand the parameter is) -> `Factors` or `Entries`, or None where the rule cannot take
+            this equation. It sees equations whose operands and results are real.
+    """
+    ghost_rules.RULES[primitive] = rule
+
+
+def _struct(x) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
+
+
+def _plan(loss: Loss, train: Params, frozen: Params, example: Any) -> ghost_flow.Plan:
+    """Trace and plan the loss of one example as a function of the list of trainable leaves."""
+
+    def flat_loss(leaves, example):
+        value = loss(problem.merge(jax.tree.unflatten(jax.tree.structure(train), leaves), frozen), example)
+        problem.check_loss(value)
+        return value
+
+    return ghost_flow.plan(flat_loss, jax.tree.leaves(train), example)
+
+
+def _measured(loss: Loss, measure: Measure):
+    def measured(params: Params, batch: Batch):
+        train, frozen = problem.trainable(params)
+        batch = jax.tree.map(jnp.asarray, batch)
+        size = problem.num_examples(batch, "batch")
+        example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
+        leaves, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, train))
+        plan = _plan(loss, train, frozen, example)
+        uses = ghost_leaves.uses_of(plan, len(leaves))
+        hows = [ghost_leaves.leaf_plan(plan, *of, measure, size) for of in zip(leaves, uses, strict=True)]
+        env = ghost_eval.run_steps(plan.steps, ghost_eval.constants(plan) | dict(enumerate(leaves)))
+        losses, by_backward, taps, run = _backward(plan, hows, env, batch, size)
+        sums, measures = [jnp.zeros(())] * len(leaves), [jnp.zeros(())] * len(leaves)
+        formed: dict[Any, list[int]] = {}
+        for leaf, how in enumerate(hows):
+            if how.tap is not None:
+                sums[leaf], measures[leaf] = by_backward[leaf], taps[how.tap]
+            elif not how.uses:
+                like = jax.ShapeDtypeStruct((size, *leaves[leaf].shape), leaves[leaf].dtype)
+                sums[leaf], measures[leaf] = (
+                    jnp.zeros(x.shape, x.dtype) for x in (leaves[leaf], jax.eval_shape(measure.of_gradients, like))
+                )
+            elif how.groups is None:
+                formed.setdefault(tuple((use.site, use.place) for use in how.uses), []).append(leaf)
+            else:
+                given, measures[leaf] = run.measure_factors(leaf, how, measure)
+                sums[leaf] = by_backward[leaf] if given is None else given
+        for members in formed.values():
+            found = run.measure_formed(members, hows[members[0]], measure)
+            for leaf, total, measured in zip(members, *found, strict=True):
+                sums[leaf], measures[leaf] = by_backward[leaf] if total is None else total, measured
+        grads = [(total / size).astype(leaf.dtype) for total, leaf in zip(sums, leaves, strict=True)]
+        measures = [m.astype(wide(leaf).dtype) for m, leaf in zip(measures, leaves, strict=True)]
+        return _final((losses, *(jax.tree.unflatten(structure, x) for x in (grads, measures))))
+
+    return measured
+
+
+def _backward(plan, hows, env, batch, size):
+    """Return (losses [B], sums of gradients by leaf, squared norms by tapped site, what else the sites left)."""
+    ones = {leaf: env[leaf] for leaf, how in enumerate(hows) if not how.is_given}
+    tapped = {how.tap: leaf for leaf, how in enumerate(hows) if how.tap is not None}
+    measures = {site: ghost_measure.tap(plan, hows[leaf]) for site, leaf in tapped.items()}
+    hooks = {
+        number: [
+            lax.full((size, *site.lengths, *out.shape), 0, out.dtype)
+            for out in site.out
+            if ghost_jaxpr.differentiable(out)
+        ]
+        for number, site in enumerate(plan.sites)
+        if number not in tapped
+    }
+    taps = {site: jnp.zeros(size, wide(env[leaf]).dtype) for site, leaf in tapped.items()}
+    steps = [step for step in plan.steps if not step.leaves.isdisjoint(ones)]
+
+    def total(leaves, hooks, taps):
+        top = ghost_eval.run_steps(steps, env | leaves)
+
+        def one(example, hooks, taps):
+            inner = top | dict(zip(plan.example, jax.tree.leaves(example), strict=True))
+            both = {site: (measures[site], tap) for site, tap in taps.items()}
+            records = ghost_eval.run(plan, plan.actions, inner, hooks, both)
+            return inner[plan.loss], records
+
+        losses, records = jax.vmap(one, axis_size=size)(batch, hooks, taps)
+        return losses.sum(), (losses, records)
+
+    (sums, cotangents, norms), (losses, records) = jax.grad(total, (0, 1, 2), has_aux=True)(ones, hooks, taps)
+    return losses, sums, norms, ghost_measure.Run(plan, env, records, cotangents)
+
+
+@jax.custom_jvp
+def _final(outputs):
+    return outputs
+
+
+@_final.defjvp
+def _refuse(primals, tangents):
+    # Twins are constants to an outer derivative, which would silently come out wrong.
+    raise ValueError("the results of ghost cannot be differentiated: use jax.vmap(jax.grad(loss), (None, 0)) for that")

@@ -1,0 +1,193 @@
+"""Where numbers are large, small, cancel, or are none: each against a closed form or numbers in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from gdjax import ghost
+from gdjax.ghost import _cost as ghost_cost
+from gdjax.ghost import _rules as ghost_rules
+
+
+@pytest.fixture(autouse=True)
+def in_float32():
+    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("use", ["product", "table", "bias"])
+def test_sums_over_examples_are_taken_in_float32(use, dtype):
+    """4096 gradients of 40 add up to 163840: infinite in float16, and 10240 where bfloat16 stops counting."""
+    batch = jnp.full((4096, 2), 4, dtype)
+    losses = {
+        "product": lambda w, x: 10 * (x @ w.astype(dtype)).astype(jnp.float32),
+        "table": lambda w, x: 40 * jnp.sum(w.astype(dtype)[(x > 8).astype(int)]).astype(jnp.float32) / 2,
+        "bias": lambda w, x: 10 * jnp.sum(x * (x + w.astype(dtype))).astype(jnp.float32),
+    }
+    for parameter in (jnp.float32, dtype):
+        found = ghost.sq_norms(losses[use])(jnp.ones(2, parameter), batch)
+        expected = {"product": [40, 40], "table": [40, 0], "bias": [40, 40]}[use]
+        np.testing.assert_array_equal(found.grad.astype(float), expected)
+        np.testing.assert_array_equal(found.total, np.sum(np.square(expected, dtype=float)))
+        assert found.grad.dtype == parameter
+
+
+def cancelling(kind):
+    """Three nearly equal positions, whose cotangents add up to zero: (loss, w, batch, gradients in float64)."""
+    cotangents = np.array([1.0, 1.0, -2.0])[:, None] * np.asarray(normal(9, 64), float)
+    if kind == "table":
+        batch = jnp.asarray([[3, 3, 3], [3, 3, 3]])
+        gradients = np.zeros((2, 8, 64))
+        gradients[:, 3] = np.asarray(jnp.asarray(cotangents, jnp.float32), float).sum(0)
+        return lambda w, i: jnp.sum(w[i] * jnp.asarray(cotangents, jnp.float32)), normal(0, 8, 64), batch, gradients
+    batch = jnp.ones((4, 3, 64)) * normal(5, 64) + 1e-4 * normal(6, 4, 3, 64)
+    low = jnp.asarray(cotangents, jnp.float32)
+    gradients = np.einsum("bti,to->bio", np.asarray(batch, float), np.asarray(low, float))
+    return lambda w, x: jnp.sum((x @ w) * low), normal(0, 64, 64), batch, gradients
+
+
+@pytest.mark.parametrize("kind", ["dense", "table"])
+def test_a_norm_that_is_small_by_cancellation_is_right_to_a_thousandth(monkeypatch, kind):
+    monkeypatch.setattr(ghost_cost, "cheapest", lambda sizes, device: ghost_cost.Way("gram"))
+    loss, w, batch, gradients = cancelling(kind)
+    norms = (gradients**2).sum((1, 2))
+    size = np.sqrt((gradients**2).sum((1, 2)).max())
+    np.testing.assert_allclose(jax.jit(ghost.sq_norms(loss))(w, batch).sq_norms, norms, rtol=1e-3, atol=1e-9 * size)
+
+
+def test_the_error_of_the_gram_form_is_bounded_by_that_of_the_norm_without_cancellation():
+    """What `_gram_norms` relies on: |error| < 2 eps S, and S / norm decides whether the other way is taken."""
+    rng = np.random.default_rng(0)
+    for correlation in (0.0, 0.9, 0.999, 0.999999):
+        a, g = (rng.normal(size=(50, 1, 6, 16)) for _ in range(2))
+        a = (correlation * a[:, :, :1] + (1 - correlation) * a).astype(np.float32)
+        g = (g - correlation * g.mean(2, keepdims=True)).astype(np.float32)
+        exact = (np.einsum("bkti,bkto->bkio", a.astype(float), g.astype(float)) ** 2).sum((1, 2, 3))
+        lengths = (np.linalg.norm(a.astype(float), axis=-1) * np.linalg.norm(g.astype(float), axis=-1)).sum((1, 2))
+        found, is_bad = ghost_rules._gram_norms(jnp.asarray(a), jnp.asarray(g))
+        error = np.abs(np.asarray(found, float) - exact) / (np.finfo(np.float32).eps * lengths**2)
+        assert error.max() < 2
+        assert bool(is_bad) == (correlation > 0.99)
+
+
+def test_activations_whose_squares_overflow_do_no_harm_where_the_gradient_is_small():
+    """Examples: 1e20 times a cotangent of 0, of 1e-10, and plain ones."""
+
+    def loss(w, x):
+        return jnp.sum(jnp.where(jnp.abs(x).max() < 1e10, 1, x[0] * 0 + jnp.where(x[1] > 0, 1e-10, 0)) * (x @ w))
+
+    batch = jnp.stack([-jnp.full(4, 1e20), jnp.full(4, 1e20), jnp.ones(4)])
+    found = jax.jit(ghost.sq_norms(loss))(jnp.ones((4, 4)), batch)
+    np.testing.assert_allclose(found.sq_norms, [0, 16e20, 16], rtol=1e-5)
+
+
+def test_over_positions_too():
+    """In the Gram form: activations of 1e20 times cotangents of 1e-10."""
+
+    def loss(w, x):
+        return 1e-10 * jnp.sum(jnp.tanh(x @ w * 1e-20) * 1e20)
+
+    batch = 1e20 * normal(1, 3, 2, 32)
+    w = 0.01 * normal(0, 32, 32)
+    gradients = np.asarray(jax.vmap(jax.grad(loss), (None, 0))(w, batch), float)
+    found = jax.jit(ghost.sq_norms(loss))(w, batch)
+    np.testing.assert_allclose(found.sq_norms, (gradients**2).sum((1, 2)), rtol=1e-4)
+
+
+def test_norms_beyond_the_largest_square():
+    batch = jnp.asarray([[1e20, 0.0], [3.0, 4.0], [jnp.inf, 0.0]])
+    found, norms = jax.jit(ghost.norms(lambda w, x: x @ w))(jnp.ones(2), batch)
+    np.testing.assert_allclose(norms, [1e20, 5, np.inf], rtol=1e-6)
+    np.testing.assert_array_equal(found.total, [np.inf, 25, np.inf])
+    _, norms = jax.jit(ghost.norms(lambda w, x: x @ w))(jnp.ones(2), batch[1:2])
+    np.testing.assert_array_equal(norms, [5])
+
+
+@pytest.mark.parametrize("bad", [jnp.inf, jnp.nan])
+def test_an_example_that_is_not_finite_spoils_no_other_and_can_be_dropped(bad, nans):
+    """Dense over positions, a table, a bias and a penalty, so that every way of measuring sees it."""
+
+    def loss(p, x):
+        hidden = jnp.tanh(x @ p["w"]) + p["b"] + p["e"][jnp.asarray([0, 1, 0])]
+        return jnp.sum(hidden**2) * jnp.where(jnp.isfinite(x[0, 0]), 1, x[0, 0]) + 0.1 * jnp.sum(p["w"] ** 2)
+
+    params = {"w": normal(0, 4, 8), "b": normal(1, 8), "e": normal(2, 2, 8)}
+    good = normal(3, 4, 3, 4)
+    batch = good.at[1, 0, 0].set(bad)
+    clean = good[jnp.asarray([0, 2, 3])]
+    found = jax.jit(ghost.sq_norms(loss, drop_nonfinite=True))(params, batch)
+    expected = ghost.sq_norms(loss)(params, clean)
+    for key in params:
+        np.testing.assert_allclose(found.sq_norms[key][jnp.asarray([0, 2, 3])], expected.sq_norms[key], rtol=1e-5)
+        np.testing.assert_allclose(found.grad[key], expected.grad[key], rtol=1e-4, atol=1e-5)
+    assert int(found.num_nonfinite) == 1
+    assert int(expected.num_nonfinite) == 0
+    none = jax.jit(ghost.sq_norms(loss, drop_nonfinite=True))(params, batch[1:2])
+    assert int(none.num_nonfinite) == 1
+    np.testing.assert_array_equal(none.grad["w"], np.zeros((4, 8)))
+
+
+@pytest.mark.parametrize("shape", [(4, 0), (0, 3), (0, 0)])
+def test_layers_without_features_have_no_gradient(shape):
+    def loss(p, x):
+        return ((x[:, : shape[0]] @ p["none"]).sum() + (x @ p["w"]) ** 2).sum()
+
+    params = {"none": jnp.zeros(shape), "w": jnp.ones((4, 2))}
+    for measure in (ghost.sq_norms, ghost.gram):
+        found = measure(loss)(params, jnp.ones((5, 3, 4)))[2]
+        np.testing.assert_array_equal(found["none"], 0)
+        np.testing.assert_array_equal(found["w"], 4608)  # 4 x 2 entries of 3 x 8
+    assert ghost.second_moments(loss)(params, jnp.ones((5, 3, 4)))[2]["none"].shape == shape
+
+
+def backward(rule):
+    @jax.custom_vjp
+    def same(x):
+        return x
+
+    same.defvjp(lambda x: (x, x), rule)
+    return same
+
+
+@pytest.mark.parametrize(
+    ("rule", "is_linear"),
+    [
+        (lambda x, g: (jnp.clip(g, -0.1, 0.1),), False),
+        (lambda x, g: (jnp.where(jnp.isnan(g), 0, g),), False),
+        (lambda x, g: (g / jnp.maximum(1, jnp.linalg.norm(g)),), False),
+        (lambda x, g: (jax.jit(lambda g: g * g)(g),), False),
+        (lambda x, g: (1 / g,), False),
+        (lambda x, g: (jnp.where(jnp.abs(x) < 1, g, 0),), True),
+        (lambda x, g: (-2 * g / (1 + x**2),), True),
+        (lambda x, g: (lax.scan(lambda c, _: (0.5 * c, None), g, None, length=3)[0],), True),
+    ],
+)
+@pytest.mark.parametrize("place", ["weight", "activation", "loop"])
+def test_backward_passes_that_are_not_linear_are_seen(rule, is_linear, place):
+    def named(x, g):
+        return rule(x, g)
+
+    same = backward(named)
+    loss = {
+        "weight": lambda w, x: jnp.sum(x @ same(w)),
+        "activation": lambda w, x: jnp.sum(same(x @ w)),
+        "loop": lambda w, x: jnp.sum(lax.fori_loop(0, 2, lambda _, h: same(h @ w), x)),
+    }[place]
+    assert ghost.nonlinear(loss, jnp.ones((3, 3)), jnp.ones(3)) == ([] if is_linear else ["same"])
+
+
+def test_gradients_are_those_of_each_example_added_up_where_a_backward_pass_is_not_linear():
+    same = backward(lambda x, g: (jnp.clip(g, -0.1, 0.1),))
+    batch = jnp.tile(jnp.asarray([[1.0, 2.0, 2.0]]), (10, 1))
+    for loss in (lambda w, x: 100 * same(x @ w), lambda w, x: 100 * (x @ same(w))):
+        found = ghost.sq_norms(loss)(jnp.ones(3), batch)
+        grads = jax.vmap(jax.grad(loss), (None, 0))(jnp.ones(3), batch)
+        np.testing.assert_allclose(found.grad, grads.mean(0), rtol=1e-6)
+        np.testing.assert_allclose(found.sq_norms, (grads**2).sum(1), rtol=1e-6)
