@@ -117,8 +117,7 @@ def judge(rows, name):
 
     def change(first, second):
         """Return by how much the loss falls from the first run to the second, and its standard error over seeds."""
-        difference = losses[first] - losses[second]
-        return float(difference.mean()), float(difference.std(ddof=1) / np.sqrt(len(difference)))
+        return experiment.mean_and_error(losses[first] - losses[second])
 
     momentum = change(("SGD", 1), ("momentum", 1))
     half_life = change(("Adam, b2 fixed", 1), ("Adam, half-life fixed", 1))

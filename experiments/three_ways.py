@@ -35,10 +35,10 @@ def main(options: experiment.Options) -> experiment.Result:
     rows, curves = [], {}
     for batch_size in (1, 32, problem.num_examples):
         losses = losses_of(problem, batch_size, num_epochs, keys)
-        best = int(np.nanargmin(losses[:, :, -1].mean(0)))
-        last, curves[f"B = {batch_size}"] = losses[:, best, -1], losses[:, best]
-        row = {"batch_size": batch_size, "learning_rate": float(LEARNING_RATES[best])}
-        rows.append(row | {"train_loss": float(last.mean()), "train_loss_std": float(last.std(ddof=1))})
+        best = experiment.best_rate(LEARNING_RATES, losses[:, :, -1])
+        curves[f"B = {batch_size}"] = losses[:, best.index]
+        row = {"batch_size": batch_size, "learning_rate": best.rate, "train_loss": float(best.values.mean())}
+        rows.append(row | {"train_loss_std": float(best.values.std(ddof=1))})
     one, mini, full = (row["train_loss"] for row in rows)
     rates = [row["learning_rate"] for row in rows]
     checks = {

@@ -1,6 +1,7 @@
 import json
 import os
 import subprocess
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -217,7 +218,7 @@ def test_a_figure_leaves_out_what_is_not_finite_and_is_written_whole(tmp_path):
 
 
 def test_bars_reach_from_low_to_high_with_the_first_at_the_top():
-    _, [axis] = plots.panels(1, title="ratios")
+    axis: Any = plots.panels(1, title="ratios")[1][0]
     spreads = {"first": {"low": 1.0, "median": 2.0, "high": 4.0}, "second": {"low": 3.0, "median": 3.5, "high": 5.0}}
     plots.bars(axis, spreads, [plots.COLOURS[0], plots.COLOURS[1]])
     assert [bar.get_width() for bar in axis.patches] == [2.0, 3.5]
