@@ -73,7 +73,7 @@ def train(problem, setting, data, keys, batch_size, point):
 def chosen(setting, losses, errors, budget):
     """Yield (rule, position of the rate, errors [S]) at the one rate, and at that of least mean training loss."""
     one = int(np.argmin(abs(setting.rates - setting.fixed_rate)))
-    for name, i in (("one rate", one), ("tuned", experiment.best_rate(setting.rates, losses).index)):
+    for name, i in (("one rate", one), ("tuned", experiment.best_rate(setting.rates, losses).position)):
         yield f"fixed {budget}, {name}", i, errors[:, i]
 
 

@@ -61,7 +61,7 @@ def verdict(checks: Mapping[str, bool], numbers: str) -> str:
 class Best(NamedTuple):
     """The rate whose mean over seeds is least: its position, itself, its values [S], whether rates lie beyond it."""
 
-    index: int
+    position: int
     rate: float
     values: np.ndarray
     inside: bool
