@@ -162,14 +162,14 @@ def draw(full, full_every, mini, control, every, num_digits):
     title = f"Curvature through training: median and range of {NUM_SEEDS} seeds, up to the first that diverges"
     figure, (left, right) = plots.panels(2, title=title, height=4.6)
 
-    def curve(axis, values, every, label, i):
-        plots.band(axis, every * np.arange(1, values.shape[1] + 1) / 1000, values, label, i)
+    def curve(axis, values, every, label, i, line="-"):
+        plots.band(axis, every * np.arange(1, values.shape[1] + 1) / 1000, values, label, i, line=line)
 
     curve(left, full[0], full_every, "largest eigenvalue, B = N = 20", 0)
     runs = {f"B = {size}": curves for size, curves in mini.items()} | {f"true labels, B = {min(mini)}": control}
     for i, (name, (eigenvalue, sharpness, _)) in enumerate(runs.items()):
-        curve(right, sharpness, every, f"batch sharpness, {name}", i)
-        curve(right, eigenvalue, every, f"largest eigenvalue, {name}", i + len(plots.COLOURS))  # the same colour
+        curve(right, sharpness, every, f"batch sharpness, {name}", i + 1)
+        curve(right, eigenvalue, every, f"largest eigenvalue, {name}", i + 1, "--")
     for axis in (left, right):
         axis.axhline(2, color="gray", linewidth=1)
         axis.set(xlabel="updates (thousands)", ylim=(0, 3))
