@@ -13,6 +13,7 @@ Cost        45 s on two CPU cores: digits to a loss of 0.1, about 2000 examples.
             loss of 0.5, about 8000 examples.
 """
 
+import dataclasses
 from functools import partial
 from typing import NamedTuple
 
@@ -21,26 +22,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gdjax import batching, descent, gradients, noise, problems, theory, tuning
+from gdjax import descent, noise, problems, sweep, theory, tuning
 from gdjax import report as plots
 from gdjax.commands import experiment
 from gdjax.problems import datasets
 
 RATE_FACTORS = 2.0 ** np.arange(-1.5, 1.6, 0.5)  # around a guess; the grid grows where the best rate is at its edge
-BUDGET, RESOLUTION = 3, 50  # updates over those guessed, and evaluations in as many updates as guessed
 TOLERANCE = 1.1  # of branched training: loss over that of the smallest batch
 HESSIAN_BATCH = 360  # examples
 
 
 class Setting(NamedTuple):
-    """What is trained to which loss, and guesses that save time.
+    """What is trained to which loss.
 
     Attributes:
-        rates: B_crit and the rate at B = N of the law of best learning rates.
-        updates: B_crit and the updates at B = N of the hyperbola.
+        rates: B_crit and the rate at B = N of the law of best learning rates, a guess that saves time.
         checkpoints, window: of branched training, in examples.
-        num_judged: training examples that losses are judged on.
-        num_epochs: of the stream, more than any run sees.
+        num_measured: training examples that a noise scale is measured on.
     """
 
     name: str
@@ -48,94 +46,64 @@ class Setting(NamedTuple):
     num_seeds: int
     batch_sizes: tuple[int, ...]
     rates: tuple[float, float]
-    updates: tuple[float, float]
     branches: tuple[int, ...]
     checkpoints: tuple[int, ...]
     window: int
-    num_judged: int
-    num_epochs: int
+    num_measured: int
 
 
 SIZES = tuple(2**i for i in range(1, 11))
-DIGITS = Setting(
-    "digits", 0.1, 5, SIZES[:9], (64.0, 2.0), (200.0, 12.0), SIZES[1:8], (512, 768, 1024), 768, 1440, 20
-)  # fmt: skip
-FASHION = Setting(
-    "Fashion-MNIST", 0.5, 5, SIZES, (50.0, 0.25), (105.0, 75.0), SIZES[1:9], (2048, 3072, 4096), 3072, 2048, 6
-)  # fmt: skip
+DIGITS = Setting("digits", 0.1, 5, SIZES[:9], (64.0, 2.0), SIZES[1:8], (512, 768, 1024), 768, 1440)
+FASHION = Setting("Fashion-MNIST", 0.5, 5, SIZES, (50.0, 0.25), SIZES[1:9], (2048, 3072, 4096), 3072, 2048)
 
 
-def run(problem, batch_size, num_updates, every, record, params, stream, learning_rate):
-    """Return what `record` keeps of a run, at every `every`-th update."""
-    method = descent.method(gradients.mean(problem.loss), optax.sgd(learning_rate))
-    batches = batching.batches(stream[: batch_size * num_updates], batch_size)
-    return descent.run(method, method.init(params), problem.train, batches, record, every=every)[1]
-
-
-def mean_loss(problem, setting, params):
-    judged = jax.tree.map(lambda x: x[: setting.num_judged], problem.train)
-    return jax.vmap(problem.loss, (None, 0))(params, judged).mean()
-
-
-def tuned(problem, setting, batch_size, starts):
-    """Return (updates to the target of each seed at the best rate [S], that rate, whether it is inside the grid)."""
-    critical, least = setting.updates
-    guessed = float(theory.updates_to_target(batch_size, critical, min_updates=least))
-    every = max(1, int(guessed) // RESOLUTION)
+def tuned(problem, setting, batch_size, key):
+    """Return the search for the rate of the fewest updates to the target."""
     critical, full_batch = setting.rates
     guess = float(theory.best_learning_rate(batch_size, critical, full_batch=full_batch))
-
-    def record(state, info):
-        return mean_loss(problem, setting, state.params)
-
-    one = partial(run, problem, batch_size, int(BUDGET * guessed), every, record)
-    over_seeds = jax.jit(jax.vmap(jax.vmap(one, (None, None, 0)), (0, 0, None)))
-    found = {}
-
-    def updates_at(rates):
-        reached = np.asarray(over_seeds(*starts, jnp.asarray(rates))) < setting.target
-        updates = np.where(reached.any(-1), (reached.argmax(-1) + 1.0) * every, np.inf)  # [S, R]
-        found.update(zip(rates.tolist(), updates.T, strict=True))
-        return updates.mean(0)
-
-    best = tuning.minimise(updates_at, guess * RATE_FACTORS)
-    return found[best.rate], best.rate, not best.at_edge
+    target, rates = f"loss<={setting.target}", (guess * RATE_FACTORS).tolist()
+    return tuning.tune(
+        problem, batch_size=batch_size, key=key, target=target, learning_rates=rates, num_seeds=setting.num_seeds
+    )
 
 
-def noise_scales(problem, setting, num_updates, num_pairs, params, stream, learning_rate, key):
+def path(problem, **arguments):
+    """Return the parameters along a run, stacked."""
+    return descent.train(problem, record=lambda state, info: state.params, **arguments)[1]
+
+
+def noise_scales(problem, setting, num_updates, num_pairs, rate, point):
     """Return B_simple and B_noise at every update of a run with the largest batch, each [T]."""
-    size = setting.batch_sizes[-1]
-    params = run(problem, size, num_updates, 1, lambda state, info: state.params, params, stream, learning_rate)
+    run_key, key = jax.random.split(point["key"])
 
     def measure(params):
-        simple = noise.measure(problem.loss, params, problem.train, key, num_examples=setting.num_judged)
-        hessian = noise.measure_hessian(
-            problem.loss, params, problem.train, key, batch_size=HESSIAN_BATCH, num_pairs=num_pairs
-        )
+        arguments = problem.loss, params, problem.train, key
+        simple = noise.measure(*arguments, num_examples=setting.num_measured)
+        hessian = noise.measure_hessian(*arguments, batch_size=HESSIAN_BATCH, num_pairs=num_pairs)
         return simple.b_simple, hessian.b_noise
 
-    return jax.lax.map(measure, params)
+    size, sgd = setting.batch_sizes[-1], optax.sgd(rate)
+    along = path(problem, optimizer=sgd, key=run_key, batch_size=size, num_updates=num_updates, every=1)
+    return jax.lax.map(measure, along)
 
 
-def branched(problem, setting, reference_rate, params, stream):
-    """Return loss [C, K] of each branch over that of the smallest batch, for each checkpoint."""
-    sizes, every = setting.branches, setting.checkpoints[0] // 2
-    before = run(
-        problem, sizes[0], max(setting.checkpoints) // sizes[0], every // sizes[0],
-        lambda state, info: state.params, params, stream, reference_rate,
-    )  # fmt: skip
-    chosen = jnp.asarray([at // every - 1 for at in setting.checkpoints])
-    params = jax.tree.map(lambda leaf: leaf[chosen], before)
+def branched(problem, setting, rate, point):
+    """Return loss [K] of each branch over that of the smallest batch, the mean over checkpoints."""
+    run_key, branch_key = jax.random.split(point["key"])
+    first, every = setting.branches[0], setting.checkpoints[0] // 2
+    num_updates, sgd = max(setting.checkpoints) // first, optax.sgd(rate)
+    along = path(problem, optimizer=sgd, key=run_key, batch_size=first, num_updates=num_updates, every=every // first)
+    chosen = jnp.asarray(setting.checkpoints) // every - 1
 
-    def branch(batch_size, params):
-        optimizer = optax.sgd(reference_rate * batch_size / sizes[0])
-        method = descent.method(gradients.mean(problem.loss), optimizer)
-        batches = batching.batches(stream[-setting.window :], batch_size)
-        state, _ = descent.run(method, method.init(params), problem.train, batches)
-        return mean_loss(problem, setting, state.params)
+    def branch(size, params):
+        from_here = dataclasses.replace(problem, init=lambda key: params)
+        sgd, num_updates = optax.sgd(rate * size / first), setting.window // size
+        _, history = descent.train(from_here, sgd, key=branch_key, batch_size=size, num_updates=num_updates)
+        return history["loss"][-1]
 
-    losses = jnp.stack([jax.vmap(partial(branch, size))(params) for size in sizes], axis=1)
-    return losses / losses[:, :1]
+    starts = jax.tree.map(lambda leaf: leaf[chosen], along)
+    losses = jnp.stack([jax.vmap(partial(branch, size))(starts) for size in setting.branches], axis=1)
+    return (losses / losses[:, :1]).mean(0)
 
 
 def crossing(sizes, values, limit):
@@ -189,25 +157,22 @@ def main(options: experiment.Options) -> experiment.Result:
     problem = problems.digits_mlp((32,))
     if setting.name != DIGITS.name:
         problem = problems.mnist_mlp((32,), data=datasets.fashion_mnist())
-    sizes, branches, num_seeds = setting.batch_sizes, setting.branches, setting.num_seeds
-    init_key, stream_key, noise_key = jax.random.split(jax.random.key(options.seed), 3)
-    draw_stream = partial(batching.reshuffled, num_examples=problem.num_examples, num_epochs=setting.num_epochs)
-    params = jax.vmap(problem.init)(jax.random.split(init_key, num_seeds))
-    starts = params, jax.jit(jax.vmap(draw_stream))(jax.random.split(stream_key, num_seeds))
-    updates, rates, inside = zip(*(tuned(problem, setting, size, starts) for size in sizes), strict=True)
-    updates = np.stack(updates, axis=1)  # [S, B]
+    sizes, branches = setting.batch_sizes, setting.branches
+    tune_key, noise_key, branch_key = jax.random.split(jax.random.key(options.seed), 3)
+    searches = [tuned(problem, setting, size, tune_key) for size in sizes]
+    rates, inside = [found.rate for found in searches], [not found.at_edge for found in searches]
+    updates = np.stack([found.costs[found.best] for found in searches], axis=1)  # [S, B]
     examples = updates * np.asarray(sizes)
-    longest = int(updates[:, -1].max())
-    measured = jax.jit(jax.vmap(partial(noise_scales, problem, setting, longest, num_pairs), (0, 0, None, 0)))
-    noise_keys = jax.random.split(noise_key, num_seeds)
-    b_simple, b_noise = (np.asarray(x) for x in measured(*starts, rates[-1], noise_keys))
-    over_seeds = jax.jit(jax.vmap(partial(branched, problem, setting, rates[sizes.index(branches[0])])))
-    ratios = np.asarray(over_seeds(*starts)).mean(1)  # [S, K]
+    longest = int(np.ceil(updates[:, -1].max()))
+    measure = partial(noise_scales, problem, setting, longest, num_pairs, rates[-1])
+    b_simple, b_noise = sweep.map(measure, sweep.grid(key=jax.random.split(noise_key, setting.num_seeds)))
+    branch = partial(branched, problem, setting, rates[sizes.index(branches[0])])
+    ratios = sweep.map(branch, sweep.grid(key=jax.random.split(branch_key, setting.num_seeds)))  # [S, K]
     fits = [hyperbola(sizes, of_seed) for of_seed in updates]
     least = examples[:, :3].min(1)
     of_seeds = {
-        "B_simple": [np.median(x[: int(u)]) for x, u in zip(b_simple, updates[:, -1], strict=True)],
-        "B_noise": [np.median(x[: int(u)]) for x, u in zip(b_noise, updates[:, -1], strict=True)],
+        "B_simple": np.median(b_simple, axis=1).tolist(),
+        "B_noise": np.median(b_noise, axis=1).tolist(),
         "hyperbola": [fit for fit, _ in fits],
         "20 % overhead": [crossing(sizes, *pair) for pair in zip(examples, 1.2 * least, strict=True)],
         "branched": [crossing(branches, of_seed, TOLERANCE) for of_seed in ratios],
@@ -228,19 +193,16 @@ def draw(setting, examples, ratios, found):
     title = f"{setting.name}: examples to the target, branched training, and the critical batch size by each definition"
     figure, (left, middle, right) = plots.panels(3, title=title, width=4.6, height=4)
     plots.band(left, sizes, examples, "tuned", 0)
-    fit = found["hyperbola"][0]
+    fit, x = found["hyperbola"][0], np.geomspace(sizes[0], sizes[-1], 50)
     scale = np.exp(np.mean(np.log(examples / theory.examples_to_target(jnp.asarray(sizes), fit, min_examples=1.0))))
-    law = theory.examples_to_target(np.geomspace(sizes[0], sizes[-1], 50), fit, min_examples=scale)
-    plots.band(left, np.geomspace(sizes[0], sizes[-1], 50), law[None], "hyperbola", 1)
-    left.set(
-        xscale="log", yscale="log", xlabel="batch size (examples)", ylabel=f"examples to a loss of {setting.target}"
-    )
+    plots.band(left, x, theory.examples_to_target(x, fit, min_examples=scale)[None], "hyperbola", 1)
+    left.set(xlabel="batch size (examples)", ylabel=f"examples to a loss of {setting.target}")
     left.legend(frameon=False)
     plots.band(middle, branches, ratios, "branches", 2)
     middle.axhline(TOLERANCE, color="gray", linewidth=1)
-    middle.set(
-        xscale="log", yscale="log", xlabel="batch size of the branch (examples)", ylabel="loss over that at B = 4"
-    )
+    middle.set(xlabel="batch size of the branch (examples)", ylabel="loss over that at B = 4")
+    for axis in (left, middle):
+        plots.log_scales(axis, "xy")
     for i, (middle_value, low, high) in enumerate(found.values()):
         error = [[middle_value - low], [high - middle_value]]
         right.errorbar([middle_value], [i], xerr=error, fmt="o", capsize=4, color=plots.COLOURS[i])

@@ -22,9 +22,10 @@ import numpy as np
 import optax
 from jax import lax
 
-from gdjax import batching, curvature, descent, gradients, problem
+from gdjax import batching, curvature, descent, gradients, sweep
 from gdjax import report as plots
 from gdjax.commands import experiment
+from gdjax.problem import Problem
 from gdjax.problems import datasets, models
 
 NUM_SEEDS = 3
@@ -37,7 +38,7 @@ NUM_PROBES = 64  # batches, at least, that batch sharpness is measured on
 
 
 def chebyshev():
-    """Return init, loss and data: T_4 on 20 points, a net 1-100-1 with tanh (Cohen et al. 2021, appendix)."""
+    """Return the problem: T_4 on 20 points, a net 1-100-1 with tanh (Cohen et al. 2021, appendix)."""
     x, width, std = jnp.linspace(-1, 1, 20), 100, math.sqrt(2 / 101)
 
     def init(key):
@@ -49,11 +50,11 @@ def chebyshev():
         x, y = example
         return 0.5 * (params["out"] @ jnp.tanh(params["in"] * x + params["bias"]) - y) ** 2
 
-    return init, loss, (x, jnp.cos(4 * jnp.arccos(x)))
+    return Problem(init, loss, (x, jnp.cos(4 * jnp.arccos(x))))
 
 
 def digits(num_digits, key):
-    """Return init, loss, data with true and data with random labels: a ReLU net 64-64-64-10 and squared loss."""
+    """Return the problems with true and with random labels: a ReLU net 64-64-64-10 and squared loss."""
     model = models.mlp((64, 64, 64, 10), scale=0.7 / math.sqrt(64))
     features, labels = jax.tree.map(lambda x: x[:num_digits], datasets.digits().train)
 
@@ -61,32 +62,31 @@ def digits(num_digits, key):
         x, label = example
         return 0.5 * jnp.sum((model.apply(params, x) - jax.nn.one_hot(label, 10)) ** 2)
 
-    return model.init, loss, (features, labels), (features, jax.random.randint(key, labels.shape, 0, 10))
+    random = jax.random.randint(key, labels.shape, 0, 10)
+    return [Problem(model.init, loss, (features, of)) for of in (labels, random)]
 
 
-def train(init, loss, batch_size, learning_rate, num_records, every, data, key):
+def train(problem, batch_size, learning_rate, num_records, every, point):
     """Return learning rate times largest eigenvalue and times batch sharpness, and the loss, each [num_records]."""
-    init_key, stream_key, probe_key, start_key = jax.random.split(key, 4)
-    num_examples = problem.num_examples(data)
-    method = descent.method(gradients.mean(loss), optax.sgd(learning_rate))
-    top = curvature.top_eigenpairs(loss, num_iterations=4)
-    sharpness = curvature.batch_sharpness(loss)
-    num_epochs = num_records * every * batch_size // num_examples
-    batches = batching.batches(batching.reshuffled(stream_key, num_examples, num_epochs=num_epochs), batch_size)
+    init_key, stream_key, probe_key, start_key = jax.random.split(point["key"], 4)
+    method = descent.method(gradients.mean(problem.loss), optax.sgd(learning_rate))
+    top = curvature.top_eigenpairs(problem.loss, num_iterations=4)
+    sharpness = curvature.batch_sharpness(problem.loss)
+    data, num_examples = problem.train, problem.num_examples
+    length = num_records * every * batch_size
+    batches = batching.batches(batching.reshuffled(stream_key, num_examples, length=length), batch_size)
     # Not the batches of the next updates, but others, which the parameters know no better than these.
-    probe_epochs = -(-NUM_PROBES * batch_size // num_examples)
-    probes = batching.batches(batching.reshuffled(probe_key, num_examples, num_epochs=probe_epochs), batch_size)
+    num_epochs = -(-NUM_PROBES * batch_size // num_examples)
+    probes = batching.batches(batching.reshuffled(probe_key, num_examples, num_epochs=num_epochs), batch_size)
 
     def record(carry, batches):
         state, vectors = carry
         state, _ = descent.run(method, state, data, batches, every=every)
         largest = top(state.params, data, vectors)
-        of_batches = sharpness(state.params, data, probes).value
-        mean_loss = jax.vmap(loss, (None, 0))(state.params, data).mean()
-        found = learning_rate * largest.values[0], learning_rate * of_batches, mean_loss
-        return (state, largest.vectors), found
+        found = learning_rate * largest.values[0], learning_rate * sharpness(state.params, data, probes).value
+        return (state, largest.vectors), (*found, problem.evaluate(state.params)["loss"])
 
-    params = init(init_key)
+    params = problem.init(init_key)
     start = method.init(params), curvature.random_vectors(start_key, params, num_vectors=1)
     return lax.scan(record, start, batches.reshape(num_records, every, batch_size))[1]
 
@@ -139,55 +139,44 @@ def main(options: experiment.Options) -> experiment.Result:
     if options.smoke:
         num_records, every, batch_sizes = 4, 128, BATCH_SIZES[:1]
     run_key, label_key = jax.random.split(jax.random.key(options.seed))
-    keys = jax.random.split(run_key, NUM_SEEDS)
+    grid = sweep.grid(key=jax.random.split(run_key, NUM_SEEDS))
 
     # Rounding ends the balance at the edge early in float32.
     with jax.enable_x64(True):
-        init, loss, data = chebyshev()
-        run = partial(train, init, loss, 20, CHEBYSHEV_RATE, 10 * min(num_records, NUM_RECORDS), every // 10, data)
-        full = jax.tree.map(np.asarray, jax.jit(jax.vmap(run))(keys))
+        num_full = 10 * min(num_records, NUM_RECORDS)
+        full = sweep.map(partial(train, chebyshev(), 20, CHEBYSHEV_RATE, num_full, every // 10), grid)
+    true, random = digits(num_digits, label_key)
+    arguments = rate, num_records, every
+    mini = {size: sweep.map(partial(train, random, size, *arguments), grid) for size in batch_sizes}
+    control = sweep.map(partial(train, true, batch_sizes[0], *arguments), grid)
     rows = [summary("full batch", 20, full)]
-
-    init, loss, true_data, random_data = digits(num_digits, label_key)
-    mini, control = {}, ()
-    for batch_size in batch_sizes:
-        run = jax.jit(jax.vmap(partial(train, init, loss, batch_size, rate, num_records, every), (None, 0)))
-        mini[batch_size] = jax.tree.map(np.asarray, run(random_data, keys))
-        rows.append(summary("random labels", batch_size, mini[batch_size]))
-        if not control:
-            control = jax.tree.map(np.asarray, run(true_data, keys))
+    rows += [summary("random labels", size, curves) for size, curves in mini.items()]
     rows.append(summary("true labels", batch_sizes[0], control))
 
-    verdict = judge(rows[0], rows[1:-1], rows[-1])
-    return experiment.Result(rows, verdict, draw(full, every // 10, mini, control, every, num_digits))
+    figure = draw(full, every // 10, mini, control, every, num_digits)
+    return experiment.Result(rows, judge(rows[0], rows[1:-1], rows[-1]), figure)
 
 
 def draw(full, full_every, mini, control, every, num_digits):
     """Draw the rise to the edge, full batch left and mini-batches right: medians over seeds and their range."""
-    from matplotlib.figure import Figure
+    title = f"Curvature through training: median and range of {NUM_SEEDS} seeds, up to the first that diverges"
+    figure, (left, right) = plots.panels(2, title=title, height=4.6)
 
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
+    def curve(axis, values, every, label, i, line="-"):
+        plots.band(axis, every * np.arange(1, values.shape[1] + 1) / 1000, values, label, i, line=line)
 
-    def curve(axis, values, every, label, colour, line):
-        updates = every * np.arange(1, values.shape[1] + 1) / 1000
-        axis.plot(updates, np.median(values, axis=0), line, color=colour, label=label, linewidth=1.6)
-        axis.fill_between(updates, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
-
-    curve(left, full[0], full_every, "largest eigenvalue, B = N = 20", plots.COLOURS[0], "-")
+    curve(left, full[0], full_every, "largest eigenvalue, B = N = 20", 0)
     runs = {f"B = {size}": curves for size, curves in mini.items()} | {f"true labels, B = {min(mini)}": control}
-    for colour, (name, curves) in zip(plots.COLOURS[1:], runs.items(), strict=False):
-        curve(right, curves[1], every, f"batch sharpness, {name}", colour, "-")
-        curve(right, curves[0], every, f"largest eigenvalue, {name}", colour, "--")
+    for i, (name, (eigenvalue, sharpness, _)) in enumerate(runs.items()):
+        curve(right, sharpness, every, f"batch sharpness, {name}", i + 1)
+        curve(right, eigenvalue, every, f"largest eigenvalue, {name}", i + 1, "--")
     for axis in (left, right):
         axis.axhline(2, color="gray", linewidth=1)
         axis.set(xlabel="updates (thousands)", ylim=(0, 3))
-        axis.grid(alpha=0.3)
     left.set(ylabel="learning rate x curvature (the edge is 2)", title="Chebyshev polynomial, full batch")
     right.set(title=f"{num_digits} digits with random labels, mini-batches")
     left.legend(frameon=False, loc="lower right")
     figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
-    figure.suptitle(f"Curvature through training: median and range of {NUM_SEEDS} seeds, up to the first that diverges")
     return figure
 
 

@@ -10,6 +10,7 @@ Prediction  The two end at excess losses within 10 % of one another, at less tha
 Cost        90 s on two CPU cores. --full, 3 minutes: logistic regression on a9a, 32561 real examples.
 """
 
+import dataclasses
 import itertools
 from functools import partial
 
@@ -19,7 +20,7 @@ import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
-from gdjax import batching, descent, gradients, noise, problems
+from gdjax import batching, descent, noise, problems, sweep
 from gdjax import report as plots
 from gdjax.commands import experiment
 from gdjax.problems import datasets
@@ -39,7 +40,7 @@ SCHEDULES = {"constant": (1, 1), "decay": (1, 1 / FACTOR), "grow": (FACTOR, 1)} 
 def cases(key, full):
     """Yield (problem, its least mean loss)."""
     quadratic = problems.noisy_quadratic()
-    yield quadratic, mean_loss(quadratic, jnp.zeros(100))
+    yield quadratic, float(mean_loss(quadratic, jnp.zeros(100)))
     drawn = datasets.gaussian_classification(key, num_examples=16384)
     logistic = problems.logistic(datasets.a9a(), name="a9a-logistic") if full else problems.logistic(drawn)
     start, unravel = ravel_pytree(logistic.init(key))
@@ -52,7 +53,7 @@ def cases(key, full):
         return flat - jnp.linalg.solve(hessian, jax.grad(mean)(flat)), None
 
     end = jax.jit(lambda start: jax.lax.scan(newton, start, length=NUM_NEWTON)[0])(start)
-    yield logistic, mean(end)
+    yield logistic, float(mean(end))
 
 
 def mean_loss(problem, params):
@@ -61,26 +62,25 @@ def mean_loss(problem, params):
 
 def phase(problem, batch_size, num_updates, params, key, learning_rate):
     """Return the parameters after a phase, and the mean loss at POINTS times of it."""
-    method = descent.method(gradients.mean(problem.loss), optax.sgd(learning_rate))
-    stream = batching.with_replacement(key, problem.num_examples, length=batch_size * num_updates)
-    state, losses = descent.run(
-        method,
-        method.init(params),
-        problem.train,
-        batching.batches(stream, batch_size),
-        lambda state, info: mean_loss(problem, state.params),
+    state, losses = descent.train(
+        dataclasses.replace(problem, init=lambda key: params),
+        optax.sgd(learning_rate),
+        key=key,
+        batch_size=batch_size,
+        num_updates=num_updates,
+        record=lambda state, info: mean_loss(problem, state.params),
         every=max(1, num_updates // POINTS),
+        stream=batching.with_replacement,
     )
     return state.params, losses
 
 
-def scheduled(problem, growth, decay, examples, params, key, learning_rate):
+def scheduled(problem, growth, decay, examples, point):
     """Return the mean loss along three phases, [PHASES * POINTS]."""
-    curves = []
+    params, curves = problem.init(point["key"]), []
     for i in range(PHASES):
-        size = START * growth**i
-        rate = learning_rate * decay**i
-        params, losses = phase(problem, size, examples // size, params, jax.random.fold_in(key, i), rate)
+        size, rate, key = START * growth**i, point["rate"] * decay**i, jax.random.fold_in(point["key"], i)
+        params, losses = phase(problem, size, examples // size, params, key, rate)
         curves.append(losses)
     return jnp.concatenate(curves)
 
@@ -88,57 +88,54 @@ def scheduled(problem, growth, decay, examples, params, key, learning_rate):
 def following(run, measured, num_phases, examples, params, keys, learning_rate):
     """Return mean losses [S, num_phases], and the batch size of each phase: the noise scale, a power of two."""
     curves, sizes = [], []
-    each = PHASES * examples // num_phases
     for i in range(num_phases):
         scales = np.asarray(measured(params, jax.random.split(jax.random.key(i), len(keys))))
         size = 2 ** int(np.clip(np.round(np.log2(np.median(scales))), np.log2(SMALLEST), np.log2(LARGEST)))
         phase_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
-        params, losses = run(size, (each - SAMPLE) // size, params, phase_keys, learning_rate)
+        params, losses = run(
+            size, (PHASES * examples // num_phases - SAMPLE) // size, params, phase_keys, learning_rate
+        )
         curves.append(np.asarray(losses)[:, -1])
         sizes.append(size)
     return np.stack(curves, axis=1), sizes
 
 
-def measure(problem, params, key):
-    return noise.measure(problem.loss, params, problem.train, key, num_examples=SAMPLE).b_simple
-
-
-def best(curves):
-    """Return the position of the rate whose excess loss at the end is least, of curves [S, R, E]."""
-    ends = curves[:, :, -1].mean(0)
-    return int(np.argmin(np.where(np.isfinite(ends), ends, np.inf)))
-
-
 def compare(problem, least, rates, num_following, examples, keys):
     """Return a row for each schedule, with its curves [S, E] in thousands of examples and in updates."""
-    init = jax.vmap(problem.init)(keys)
-    ends = {}
+    ends, grid = {}, sweep.grid(key=keys, rate=rates)
     for name, (growth, decay) in SCHEDULES.items():
-        over_rates = jax.vmap(partial(scheduled, problem, growth, decay, examples), (None, None, 0))
-        losses = np.asarray(jax.jit(jax.vmap(over_rates, (0, 0, None)))(init, keys, jnp.asarray(rates))) - float(least)
+        losses = sweep.map(partial(scheduled, problem, growth, decay, examples), grid)
         sizes = np.repeat([START * growth**i for i in range(PHASES)], POINTS)
-        ends[name] = losses, sizes, np.full(len(sizes), examples / POINTS)
+        ends[name] = losses, sizes, np.full(len(sizes), examples / POINTS), 0
     run = jax.jit(jax.vmap(partial(phase, problem), (None, None, 0, 0, None)), static_argnums=(0, 1))
-    measured = jax.jit(jax.vmap(partial(measure, problem)))
-    found = [following(run, measured, num_following, examples, init, keys, rate) for rate in rates]
-    losses = np.stack([curves for curves, _ in found], axis=1) - float(least)
-    each = PHASES * examples / num_following
-    ends["follow"] = losses, np.array(found[best(losses)][1]), np.full(num_following, each)
-    for name, (losses, sizes, seen) in ends.items():
+    measured = jax.jit(
+        jax.vmap(
+            lambda params, key: noise.measure(problem.loss, params, problem.train, key, num_examples=SAMPLE).b_simple
+        )
+    )
+    init = jax.vmap(problem.init)(keys)
+    curves, sizes = zip(
+        *(following(run, measured, num_following, examples, init, keys, rate) for rate in rates), strict=True
+    )
+    losses, each = np.stack(curves, axis=1), PHASES * examples / num_following
+    best = experiment.best_rate(rates, losses[:, :, -1]).position
+    ends["follow"] = losses, np.array(sizes[best]), np.full(num_following, each), SAMPLE
+    for name, (losses, sizes, seen, measured_on) in ends.items():
         # Decay and growth are compared at one rate, the best for decay; the others have their own.
-        chosen = best(ends["decay" if name == "grow" else name][0])
-        trained = seen - SAMPLE if name == "follow" else seen
+        chosen = experiment.best_rate(rates, ends["decay" if name == "grow" else name][0][:, :, -1])
+        excess = losses[:, chosen.position] - least
+        end, error = experiment.mean_and_error(excess[:, -1])
         yield {
             "problem": problem.name,
             "schedule": name,
-            "learning_rate": float(rates[chosen]),
-            "inside_grid": 0 < chosen < len(rates) - 1,
+            "learning_rate": chosen.rate,
+            "inside_grid": chosen.inside,
             "batch_sizes": sizes.tolist(),
             "examples": np.cumsum(seen).tolist(),
-            "updates": np.cumsum(trained / sizes).tolist(),
-            "excess_losses": losses[:, chosen].tolist(),
-            "end": float(losses[:, chosen, -1].mean()),
-            "standard_error": float(losses[:, chosen, -1].std(ddof=1) / np.sqrt(len(keys))),
+            "updates": np.cumsum((seen - measured_on) / sizes).tolist(),
+            "excess_losses": excess.tolist(),
+            "end": end,
+            "standard_error": error,
         }
 
 
@@ -161,12 +158,9 @@ def judge(rows):
             f"{schedule} {row['end']:.2e} ({row['standard_error']:.0e}) in {updates[schedule]:.0f} updates"
             for schedule, row in of.items()
         )
-        parts.append(f"{name}: {numbers}; batches that follow the noise scale: {min_max(of['follow']['batch_sizes'])}")
+        sizes = of["follow"]["batch_sizes"]
+        parts.append(f"{name}: {numbers}; batches that follow the noise scale: {min(sizes)} to {max(sizes)}")
     return experiment.verdict(checks, f"Excess loss at the end, with its standard error. {'. '.join(parts)}.")
-
-
-def min_max(values):
-    return f"{min(values)} to {max(values)}"
 
 
 def main(options: experiment.Options) -> experiment.Result:

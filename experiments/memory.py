@@ -12,6 +12,7 @@ Prediction  Plain memory grows in proportion to B; vmap adds a gradient, four by
 Cost        100 s on two CPU cores. Bytes are counted by the compiler: they have no spread over seeds.
 """
 
+import itertools
 from functools import partial
 
 import jax
@@ -73,35 +74,27 @@ def measure(name, problem, estimator, batch_size):
     return row, partial(program, params, batch)
 
 
-def summary(rows):
-    """Return {(problem, estimator): bytes an example}, by the largest batch sizes."""
-    found = {}
-    for name, estimator in dict.fromkeys((row["problem"], row["estimator"]) for row in rows):
-        sizes, count = zip(
-            *(
-                (row["batch_size"], row["bytes"])
-                for row in rows
-                if (row["problem"], row["estimator"]) == (name, estimator) and row["batch_size"] >= FIT
-            ),
-            strict=True,
-        )
-        found[name, estimator] = float(np.polyfit(sizes, count, 1)[0])
-    return found
+def slope(bytes_of):
+    """Return the bytes an example, from {batch size: bytes}, by the largest batch sizes."""
+    sizes = [size for size in bytes_of if size >= FIT]
+    return float(np.polyfit(sizes, [bytes_of[size] for size in sizes], 1)[0])
 
 
 def judge(rows, times):
     """Return the verdict, from bytes and from seconds {problem: {estimator: s}} at B = TIMED."""
-    bytes_of = {(row["problem"], row["estimator"], row["batch_size"]): row["bytes"] for row in rows}
-    parameters = {row["problem"]: row["parameters"] for row in rows}
-    largest_layer = {row["problem"]: row["largest_layer"] for row in rows}
-    slopes, largest = summary(rows), max(row["batch_size"] for row in rows)
     parts, missed = [], {}
-    for name, count in parameters.items():
-        plain, example = bytes_of[name, "plain", largest], slopes[name, "plain"]
-        extra = (slopes[name, "vmap"] - example) / (4 * count)
-        ghost = slopes[name, "ghost"] / example
-        held = bytes_of[name, "microbatched", largest] / bytes_of[name, "plain", MICROBATCH]
-        slower = times[name]["microbatched"] / times[name]["plain"]
+    for name, seconds in times.items():
+        mine = [row for row in rows if row["problem"] == name]
+        count, largest_layer = mine[0]["parameters"], mine[0]["largest_layer"]
+        of = {
+            estimator: {row["batch_size"]: row["bytes"] for row in mine if row["estimator"] == estimator}
+            for estimator in ESTIMATORS
+        }
+        largest = max(of["plain"])
+        plain, example = of["plain"][largest], slope(of["plain"])
+        extra, ghost = (slope(of["vmap"]) - example) / (4 * count), slope(of["ghost"]) / example
+        small, slower = of["microbatched"][largest], seconds["microbatched"] / seconds["plain"]
+        held = small / of["plain"][MICROBATCH]
         even, dense = STATES * 4 * count / example, name.startswith("dense")
         checks = {
             "plain memory is in proportion to B": abs((plain - 4 * count) / (example * largest) - 1) < 0.2,
@@ -116,9 +109,9 @@ def judge(rows, times):
         parts.append(
             f"{name}: an example costs {example / 1024:.1f} KiB, as much as parameters and Adam's state "
             f"({STATES * 4 * count / 2**20:.1f} MiB) at B = {even:.0f}; vmap adds {extra:.2f} gradients an example "
-            f"({largest_layer[name]:.2f} being the largest layer's part), "
+            f"({largest_layer:.2f} being the largest layer's part), "
             f"ghost takes {ghost:.2f} times plain; microbatches of {MICROBATCH} at B = {largest} hold {held:.2f} "
-            f"times B = {MICROBATCH} ({bytes_of[name, 'microbatched', largest] / plain:.0%} of plain), and take "
+            f"times B = {MICROBATCH} ({small / plain:.0%} of plain), and take "
             f"{slower:.2f} times the time of plain at B = {TIMED}"
         )
     found = {f"{claim} ({', '.join(names)})" if names else claim: not names for claim, names in missed.items()}
@@ -126,25 +119,20 @@ def judge(rows, times):
 
 
 def main(options: experiment.Options) -> experiment.Result:
-    sizes = BATCH_SIZES[2::2] + BATCH_SIZES[-1:] if options.smoke else BATCH_SIZES
-    problems_ = dict(list(cases().items())[: 1 if options.smoke else None])
+    sizes, repeats = (BATCH_SIZES[2::2] + BATCH_SIZES[-1:], 3) if options.smoke else (BATCH_SIZES, 7)
     rows, times = [], {}
-    for name, problem in problems_.items():
+    for name, problem in list(cases().items())[: 1 if options.smoke else None]:
         runs = {}
-        for estimator in ESTIMATORS:
-            for size in sizes:
-                if estimator == "microbatched" and size % MICROBATCH:
-                    continue
-                row, run = measure(name, problem, estimator, size)
-                rows.append(row)
-                if size == TIMED:
-                    runs[estimator] = run
-        times[name] = dict(
-            zip(runs, timing.in_turn(list(runs.values()), repeats=3 if options.smoke else 7), strict=True)
-        )
-    rows += [{"problem": name, "seconds": of_name, "batch_size_timed": TIMED} for name, of_name in times.items()]
-    verdict = judge([row for row in rows if "bytes" in row], times)
-    return experiment.Result(rows, verdict, draw([row for row in rows if "bytes" in row]))
+        for estimator, size in itertools.product(ESTIMATORS, sizes):
+            if estimator == "microbatched" and size % MICROBATCH:
+                continue
+            row, run = measure(name, problem, estimator, size)
+            rows.append(row)
+            if size == TIMED:
+                runs[estimator] = run
+        times[name] = dict(zip(runs, timing.in_turn(list(runs.values()), repeats=repeats), strict=True))
+    timed = [{"problem": name, "seconds": of_name, "batch_size_timed": TIMED} for name, of_name in times.items()]
+    return experiment.Result(rows + timed, judge(rows, times), draw(rows))
 
 
 def draw(rows):
@@ -158,13 +146,8 @@ def draw(rows):
             plots.band(axis, sizes, np.array([[row["bytes"] / 2**20 for row in shown]]), estimator, i)
         state = STATES * 4 * next(row["parameters"] for row in rows if row["problem"] == name)
         axis.axhline(state / 2**20, color="gray", linewidth=1, label="parameters, gradient, Adam's moments")
-        axis.set(
-            xscale="log",
-            yscale="log",
-            xlabel="batch size (examples)",
-            ylabel="results and temporaries (MiB)",
-            title=name,
-        )
+        axis.set(xlabel="batch size (examples)", ylabel="results and temporaries (MiB)", title=name)
+        plots.log_scales(axis, "xy")
         axis.legend(frameon=False, fontsize="small")
     return figure
 

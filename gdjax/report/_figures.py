@@ -96,16 +96,16 @@ def blank(*, width: float, height: float) -> "Figure":
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def band(axis: "Axes", x: Any, values: Any, label: str, i: int) -> None:
+def band(axis: "Axes", x: Any, values: Any, label: str, i: int, *, line: str | None = None) -> None:
     """Draw the median of values [S, E] over seeds and the range between them, where all seeds are finite.
 
-    Colour and line are the i-th.
+    Colour and line are the i-th; `line`, one of LINES, is for a figure whose lines tell another thing than colours.
     """
     x, values = np.asarray(x), np.asarray(values)
     finite = np.isfinite(values).all(0)
     x, values = x[finite], values[:, finite]
-    colour, line = COLOURS[i % len(COLOURS)], LINES[i % len(LINES)]
-    axis.plot(x, np.median(values, axis=0), line, color=colour, label=label, linewidth=1.6)
+    colour = COLOURS[i % len(COLOURS)]
+    axis.plot(x, np.median(values, axis=0), line or LINES[i % len(LINES)], color=colour, label=label, linewidth=1.6)
     if len(x):
         axis.fill_between(x, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
 

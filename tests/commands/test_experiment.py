@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
@@ -129,3 +130,17 @@ def test_no_module_starts_jax_when_it_is_imported():
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=root)
     assert done.stderr == ""
     assert int(done.stdout) > 80
+
+
+def test_the_best_rate_is_of_the_mean_over_seeds_and_never_where_one_diverged():
+    rates = [0.1, 0.2, 0.4, 0.8]
+    best = experiment.best_rate(rates, [[4.0, 1.0, 2.0, 0.0], [4.0, 3.0, 1.0, float("inf")]])
+    assert (best.position, best.rate, best.inside) == (2, 0.4, True)
+    np.testing.assert_array_equal(best.values, [2.0, 1.0])
+    assert not experiment.best_rate(rates[:3], [[4.0, 3.0, 2.0]]).inside
+
+
+def test_the_standard_error_is_that_of_the_mean():
+    mean, error = experiment.mean_and_error([1.0, 5.0])
+    assert mean == 3.0
+    assert error == pytest.approx(2.0)  # deviation sqrt(8) of one, over sqrt(2)
