@@ -202,7 +202,7 @@ def draw(setting, examples, ratios, found):
     middle.axhline(TOLERANCE, color="gray", linewidth=1)
     middle.set(xlabel="batch size of the branch (examples)", ylabel="loss over that at B = 4")
     for axis in (left, middle):
-        plots.log_scales(axis, "xy")
+        axis.set(xscale="log", yscale="log")
     for i, (middle_value, low, high) in enumerate(found.values()):
         error = [[middle_value - low], [high - middle_value]]
         right.errorbar([middle_value], [i], xerr=error, fmt="o", capsize=4, color=plots.COLOURS[i])

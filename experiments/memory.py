@@ -147,7 +147,7 @@ def draw(rows):
         state = STATES * 4 * next(row["parameters"] for row in rows if row["problem"] == name)
         axis.axhline(state / 2**20, color="gray", linewidth=1, label="parameters, gradient, Adam's moments")
         axis.set(xlabel="batch size (examples)", ylabel="results and temporaries (MiB)", title=name)
-        plots.log_scales(axis, "xy")
+        axis.set(xscale="log", yscale="log")
         axis.legend(frameon=False, fontsize="small")
     return figure
 
