@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 
 from gdjax import batching, curvature, descent, ghost, gradients, noise, problem, sweep, training
 
+pytestmark = pytest.mark.slow  # hundreds of programs are compiled
+
 WIDE = jax.dtypes.canonicalize_dtype(float)
 FLOATS = (WIDE, jnp.float32, jnp.bfloat16, jnp.float16)
 SHAPES = ((), (3,), (3, 2), (0, 3), (1, 1))

@@ -8,6 +8,8 @@ import pytest
 from gdjax import batching, gradients
 from gdjax.batching import _poisson
 
+pytestmark = pytest.mark.slow  # hundreds of programs are compiled
+
 
 def membership(batches, num_examples):
     """Return whether each example is in each batch, bool[T, N]."""

@@ -10,6 +10,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from gdjax import ghost
 
+pytestmark = pytest.mark.slow  # hundreds of programs are compiled
+
 B, T, D, V = 4, 3, 4, 5
 
 

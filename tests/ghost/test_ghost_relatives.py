@@ -10,6 +10,8 @@ from test_ghost_family import host_norm, normal, quantise
 
 from gdjax import ghost
 
+pytestmark = pytest.mark.slow  # hundreds of programs are compiled
+
 W, STACK, X = (4, 4), (3, 4, 4), (5, 3, 4)
 
 

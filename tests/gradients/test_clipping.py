@@ -10,6 +10,8 @@ from jax import lax
 
 from gdjax import batching, descent, gradients
 
+pytestmark = pytest.mark.slow  # hundreds of programs are compiled
+
 
 def loss(params, example):
     x, y = example

@@ -5,11 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import precision
+import pytest
 from flax import nnx
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from gdjax import ghost
+
+pytestmark = pytest.mark.slow  # hundreds of programs are compiled
 
 
 def model(key):

@@ -15,6 +15,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from gdjax import batching, descent, gradients, problem
 from gdjax.problem import Problem
 
+pytestmark = pytest.mark.slow  # hundreds of programs are compiled
+
 ESTIMATORS = {
     "mean": gradients.mean,
     "microbatched": lambda loss, **options: gradients.microbatched(loss, microbatch_size=2, **options),

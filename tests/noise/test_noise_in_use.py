@@ -17,6 +17,8 @@ from jax.sharding import AxisType, PartitionSpec
 
 from gdjax import ghost, gradients, noise
 
+pytestmark = pytest.mark.slow  # hundreds of programs are compiled
+
 BATCH_SIZE, NUM_MICROBATCHES = 32, 4
 DEVICES = 4
 

@@ -16,6 +16,8 @@ from gdjax import batching, descent, gradients, noise
 from gdjax.noise import _intervals as intervals
 from gdjax.noise._running import push, start
 
+pytestmark = pytest.mark.slow  # hundreds of programs are compiled
+
 
 def tracked(loss=linear_loss, rate=0.1, num_examples=None, **options):
     method = descent.method(gradients.with_sq_norms(loss), optax.sgd(rate))

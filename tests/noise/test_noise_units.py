@@ -14,6 +14,8 @@ from gdjax import batching, noise
 from gdjax.noise import _geometry as noise_geometry
 from gdjax.noise import _intervals as intervals
 
+pytestmark = pytest.mark.slow  # hundreds of programs are compiled
+
 
 @pytest.fixture
 def single():

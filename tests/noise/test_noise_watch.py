@@ -223,7 +223,10 @@ def test_a_sum_of_the_gradients_of_bfloat16_is_not_taken_for_something_else():
         ({"batch_size": 4, "sq_norms": jnp.ones((2, 2))}, r"sq_norms must be \[M\]"),
         ({"batch_size": 4, "grads": jnp.ones((1, 3))}, "one gradient, of the whole"),
         (
-            {"batch_size": 4, "sq_norms": gradients.Clipped(jnp.ones(4), jnp.ones(4))},
+            {
+                "batch_size": 4,
+                "sq_norms": gradients.Clipped(jnp.ones(4), jnp.ones(4), jnp.ones(4), jnp.zeros((), jnp.int32)),
+            },
             r"what gradients\.clipped measured",
         ),
     ],

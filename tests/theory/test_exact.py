@@ -17,6 +17,8 @@ import pytest
 from gdjax import descent, gradients, theory
 from gdjax.theory import least_squares
 
+pytestmark = pytest.mark.slow  # hundreds of programs are compiled
+
 LEARNING_RATE = 0.3
 HESSIAN = np.array([[1.0, 0.3], [0.3, 0.5]])
 EIGENVALUES = np.linalg.eigvalsh(HESSIAN)
