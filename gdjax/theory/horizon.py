@@ -11,9 +11,9 @@ larger r, the easier. After E examples, as E grows,
 >>> for num_examples in (2**10, 2**12):
 ...     best = best_batch_size(quadratic, learning_rate=1.0, num_examples=num_examples)
 ...     critical = critical_batch_size(quadratic, num_examples=num_examples)
-...     print(f"{best:.0f} {critical:.0f}")
+...     print(f"{best:.2g} {critical:.2g}")
 76 65
-149 125
+1.5e+02 1.3e+02
 >>> exponent(capacity=2.0, source=1.0, rate="constant"), round(exponent(capacity=2.0, source=1.0, rate="decayed"), 3)
 (0.5, 0.333)
 """
