@@ -7,13 +7,13 @@ larger r, the easier. After E examples, as E grows,
     at a tuned constant rate no batch is too small, and the one of 20 % more loss grows with the same exponent,
     at a rate tuned and decayed as (1 - u)^2 it grows as E^(1 - a / (a r + 1)) if r > 1 - 1 / a, and not at all if not.
 
->>> quadratic = power_law(2000, capacity=2.0, source=1.0)
->>> for num_examples in (2**10, 2**12):
-...     best = best_batch_size(quadratic, learning_rate=1.0, num_examples=num_examples)
-...     critical = critical_batch_size(quadratic, num_examples=num_examples)
-...     print(f"{best:.0f} {critical:.0f}")
-76 65
-149 125
+>>> quadratic, horizons = power_law(2000, capacity=2.0, source=1.0), (2**10, 2**16)
+>>> best = [best_batch_size(quadratic, learning_rate=1.0, num_examples=horizon) for horizon in horizons]
+>>> critical = [critical_batch_size(quadratic, num_examples=horizon) for horizon in horizons]
+>>> for sizes in (best, critical):  # the power between the two horizons
+...     print(f"{jnp.log(sizes[1] / sizes[0]) / jnp.log(2**6):.2f}")
+0.49
+0.49
 >>> exponent(capacity=2.0, source=1.0, rate="constant"), round(exponent(capacity=2.0, source=1.0, rate="decayed"), 3)
 (0.5, 0.333)
 """
