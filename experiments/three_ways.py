@@ -36,7 +36,7 @@ def main(options: experiment.Options) -> experiment.Result:
     for batch_size in (1, 32, problem.num_examples):
         losses = losses_of(problem, batch_size, num_epochs, keys)
         best = experiment.best_rate(LEARNING_RATES, losses[:, :, -1])
-        curves[f"B = {batch_size}"] = losses[:, best.index]
+        curves[f"B = {batch_size}"] = losses[:, best.position]
         row = {"batch_size": batch_size, "learning_rate": best.rate, "train_loss": float(best.values.mean())}
         rows.append(row | {"train_loss_std": float(best.values.std(ddof=1))})
     one, mini, full = (row["train_loss"] for row in rows)
