@@ -61,7 +61,10 @@ TABLE = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "cost", "expected"), TABLE)
+@pytest.mark.parametrize(
+    ("name", "cost", "expected"),
+    [TABLE[0], *(pytest.param(*row, marks=pytest.mark.nightly) for row in TABLE[1:])],
+)
 def test_what_ramps_and_decay_save(name, cost, expected):
     source, target = TASKS[name]
     quadratic = task(source, 500 if name == "easy" else 2000)  # what the other modes of the easy task hold is nothing
@@ -74,6 +77,7 @@ def test_what_ramps_and_decay_save(name, cost, expected):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_hard_task_where_updates_cost_nothing_grows_its_batch_at_the_end_only():
     found = plans.plan(task(0.25, 2000), target=0.2, cost_per_update=0.0, cost_per_example=1.0)
     sizes = np.asarray(found.batch_sizes)
