@@ -185,7 +185,7 @@ def duration(seconds: float) -> str:
     for unit, name in ((3600, "h"), (60, "min")):
         if seconds >= 2 * unit:
             return f"{seconds / unit:.2g} {name}"
-    return f"{seconds:.2g} s"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
 
 
 def _check(sizes, num_examples: int, learning_rate, num_epochs, num_seeds, budget: float, memory) -> None:

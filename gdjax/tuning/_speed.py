@@ -27,6 +27,7 @@ TIMED_EXAMPLES, TIMING_SECONDS = 1024, 0.1  # in one timed run of updates, and f
 LONGEST = 1.0  # seconds that one update may take to be timed; the time of a larger batch is taken in proportion
 PROBED = 32, 256  # batch sizes that memory is extrapolated from
 MEMORY_SHARE = 0.25  # of the free memory, what a gradient may need unless it is said
+ENOUGH = 2**30  # bytes: on a CPU larger pieces are no faster
 
 
 class Speed(NamedTuple):
@@ -124,12 +125,15 @@ def microbatch_sizes(problem: Problem, sizes: Sequence[int], *, memory: float | 
     Args:
         problem: what is to be trained.
         sizes: batch sizes.
-        memory: bytes that one gradient may need beside its arguments; default MEMORY_SHARE of what is free.
+        memory: bytes that one gradient may need beside its arguments; default MEMORY_SHARE of what
+            is free, and on a CPU no more than ENOUGH.
 
     Raises:
         ValueError: where not even one example fits.
     """
     limit = memory or MEMORY_SHARE * sweep.free_bytes()
+    if memory is None and jax.default_backend() == "cpu":
+        limit = min(limit, ENOUGH)
     whole: dict[int, int | None] = dict.fromkeys(sizes)
     probed = [size for size in PROBED if size <= problem.num_examples]
     if memory is None and max(sizes) <= 2 * PROBED[-1]:
