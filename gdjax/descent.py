@@ -412,12 +412,16 @@ def _first(stops: jax.Array) -> jax.Array:
 def _checked(data: Batch, batches: Any, fetch: Fetch) -> Any:
     """Return the batches as arrays."""
     num_examples(data)
-    batches = jax.tree.map(jnp.asarray, batches)
-    if fetch is batching.take and (
-        not isinstance(batches, jax.Array) or batches.ndim != 2 or not jnp.issubdtype(batches.dtype, jnp.integer)
-    ):
-        found = f"{batches.dtype} {batches.shape}" if isinstance(batches, jax.Array) else f"a {type(batches).__name__}"
-        raise ValueError(f"batches must be int[T, B], indices of examples from batching.batches, but is {found}")
+    if fetch is not batching.take:
+        batches = jax.tree.map(jnp.asarray, batches)
+    else:
+        try:
+            batches = jnp.asarray(batches)  # of a list too, which is an array of indices here, not a pytree
+            found = f"{batches.dtype} {batches.shape}"
+        except (TypeError, ValueError):
+            found = f"a {type(batches).__name__}"
+        if not isinstance(batches, jax.Array) or batches.ndim != 2 or not jnp.issubdtype(batches.dtype, jnp.integer):
+            raise ValueError(f"batches must be int[T, B], indices of examples from batching.batches, but is {found}")
     num_examples(batches, "batches")
     return batches
 

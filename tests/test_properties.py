@@ -330,7 +330,7 @@ def test_training_is_the_loop_written_by_hand_for_a_tree_of_every_kind():
 SGD = descent.method(gradients.mean(lambda w, x: w * x), optax.sgd(RATE))
 KEY = jax.random.key(0)
 BAD = {
-    r"expected_batch_size=0 must be at least 1": lambda: gradients.clipped(loss, 1.0, expected_batch_size=0),
+    r"expected_batch_size=0 must be positive": lambda: gradients.clipped(loss, 1.0, expected_batch_size=0),
     r"batches must be int\[T, B\].* but is int64 \(2,\)|int32 \(2,\)": lambda: descent.run(
         SGD, SGD.init(1.0), np.ones(3), [0, 1]
     ),
