@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from gdjax.commands import _specs
+from gdjax.commands._optimizer import Descent, half_life
 from gdjax.commands._session import Common, progress, saving
 
 if TYPE_CHECKING:
@@ -30,8 +31,10 @@ class Compare:
     with --data, mnist-mlp, fashion-mnist-cnn, cifar10-cnn, a9a-logistic, power-plant, tiny-shakespeare."""
     batch_sizes: tuple[int | Literal["full"], ...] = ()
     """Examples per update, 'full' for all of them. Default: 1 32 full."""
-    optimizer: str = "sgd"
-    """sgd, momentum, adam, or package.module:factory, a function learning_rate -> optax transformation."""
+    descent: Descent = Descent()
+    ema: str | None = None
+    """Half-life, in examples, of an average of the parameters along each run, or 'mean': it is evaluated beside the
+    last parameters. Default: none."""
     learning_rate: float | None = None
     """One learning rate for all batch sizes. Default: tuned for each on a logarithmic grid, by final training loss."""
     num_epochs: int | None = None
@@ -64,12 +67,13 @@ class Compare:
                 plan = compare.plan(
                     problem,
                     [problem.num_examples if size == "full" else size for size in sizes],
-                    optimizer=_specs.optimizer(self.optimizer),
+                    optimizer=self.descent.factory(),
                     learning_rate=self.learning_rate,
                     num_epochs=self.num_epochs,
                     num_seeds=self.num_seeds,
                     budget=self.budget,
                     memory=self.memory and 1e9 * self.memory,
+                    average=half_life(self.ema),
                     progress=lambda stage: show(stage, 0.0),
                 )
                 said = textwrap.fill(f"{problem.name}: {plan}.", max(60, shutil.get_terminal_size().columns))
