@@ -1,8 +1,8 @@
 """A target and a schedule: for how many updates the schedule is made is part of what is tuned.
 
 The updates to a target are the fewest after which some horizon reaches it: a run along a schedule made for T updates
-counts by where it crosses, at most T. Horizons are doubled until one arrives with every seed, and two more are tried
-between the last that did not and the crossing, so that the least is known to a fifth or so.
+counts by where it crosses, at most T. Horizons are doubled until one arrives with every seed and the next is no better;
+two more are tried between the last that did not arrive and the crossing, so that the least is known to a fifth or so.
 """
 
 import dataclasses
@@ -37,9 +37,12 @@ def over_horizons(run: Search, trainer: Trainer, goal: Target) -> Search:
             return time.perf_counter() > limits.get("deadline", math.inf)
 
         found = at(horizon)
-        while not found.found and horizon < most and not late():
-            failed, horizon = horizon, min(most, 2 * horizon)
+        while horizon < most and not late():
+            before, horizon = found.losses.min(), min(most, 2 * horizon)
+            failed = horizon // 2 if np.isinf(before) else failed
             found = at(horizon)
+            if found.found and found.losses.min() >= before:
+                break
         for _ in range(NUM_BISECTIONS):
             least = found.losses.min()
             between = round(math.sqrt(max(failed, least / 4) * least)) if found.found else 0

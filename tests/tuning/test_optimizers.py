@@ -1,5 +1,7 @@
 """Optimisers by name against optax's own, schedules by the share of the run, and what factories are refused."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,7 +33,7 @@ SHAPES = {  # of ten updates, two of them warm-up: the shares of the rate, by ha
 
 def moved(optimizer, num_updates=5):
     """Return the parameters after some updates of unlike gradients."""
-    params = {"weight": jnp.linspace(-1.0, 1.0, 6).reshape(2, 3), "bias": jnp.asarray([0.3, -0.2])}
+    params: Any = {"weight": jnp.linspace(-1.0, 1.0, 6).reshape(2, 3), "bias": jnp.asarray([0.3, -0.2])}
 
     @jax.jit
     def run(params):
@@ -78,15 +80,16 @@ def test_schedules_are_functions_of_the_share_of_the_run(name):
 
 
 def test_what_the_options_cannot_be_is_said():
-    for options, said in (
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"schedule": "step"}, "schedule='step' is not one of constant, linear, cosine, wsd"),
         ({"warmup": 1.0}, "warmup=1.0 is a share of the run"),
         ({"weight_decay": -0.1}, "weight_decay=-0.1 must be zero or positive"),
         ({"clip": 0.0}, "clip=0.0, the largest norm of a gradient, must be positive"),
-    ):
+    ]
+    for options, said in cases:
         with pytest.raises(ValueError, match=said):
             tuning.named("adamw", **options)
-    with pytest.raises(ValueError, match="clip=1.0 is of an optimiser by name"):
+    with pytest.raises(ValueError, match=r"clip=1.0 is of an optimiser by name"):
         tuning.named(optax.sgd, clip=1.0)
     with pytest.raises(ValueError, match="give num_updates"):
         tuning.named("sgd", schedule="linear")[0](0.1)
@@ -94,10 +97,10 @@ def test_what_the_options_cannot_be_is_said():
 
 def test_factories_that_cannot_be_used_are_refused_with_what_to_write():
     branching = lambda rate: optax.adamw(optax.warmup_cosine_decay_schedule(0.0, rate, 20, 500))  # noqa: E731
-    with pytest.raises(ValueError, match="branches on the learning rate, which is traced.*optax.scale"):
+    with pytest.raises(ValueError, match=r"branches on the learning rate, which is traced.*optax.scale"):
         tuning.named(branching)
     fixed = optax.linear_schedule(1.0, 0.0, 500)
-    with pytest.raises(ValueError, match="after 512 updates it makes none at all.*take .learning_rate, num_updates"):
+    with pytest.raises(ValueError, match=r"after 512 updates it makes none at all.*take .learning_rate, num_updates"):
         tuning.named(lambda rate: optax.sgd(lambda count: rate * fixed(count)))
 
     def workaround(rate, num_updates):
@@ -114,7 +117,7 @@ def quadratic():
 
 
 def test_a_factory_of_two_arguments_is_told_how_long_its_runs_are():
-    seen = []
+    seen: list[int] = []
 
     def factory(rate, num_updates):
         seen.append(num_updates)
@@ -128,19 +131,18 @@ def test_a_factory_of_two_arguments_is_told_how_long_its_runs_are():
 
 def test_the_updates_to_a_target_with_a_schedule_are_the_fewest_over_its_lengths():
     recipe, _ = tuning.named("sgd", schedule="linear")
-    target, rates = "loss<=0.001", np.asarray([0.2, 0.4])
+    target = tuning.Target("loss", "train", "<=", 0.001)
 
     def crossing(rate, horizon):
         thetas = np.cumprod(1 - rate * (1 - np.arange(horizon) / horizon))
         below = np.flatnonzero(0.5 * thetas**2 <= 0.001)
         return below[0] + 1 if len(below) else np.inf
 
-    found = tuning.tune(
-        quadratic(), recipe, batch_size=1, target=target, key=jax.random.key(0), learning_rates=rates, num_seeds=1
-    )
-    best = [min(crossing(rate, horizon) for horizon in range(1, 200)) for rate in rates]
-    assert found.rate == 0.4
-    assert best[1] - 1 <= found.costs[1, 0] <= 1.2 * best[1]
+    search = tuning.searching(quadratic(), recipe, target)
+    for rate, max_examples in ((0.4, 512), (0.05, 512), (0.05, 100)):
+        found = search(np.asarray([rate]), batch_size=2, num_seeds=1, key=jax.random.key(0), max_examples=max_examples)
+        best = min(crossing(rate, horizon) for horizon in range(1, max_examples // 2 + 1))
+        assert best - 1 <= found.costs[0, 0] <= 1.2 * best, rate
 
 
 def test_the_average_is_evaluated_beside_the_last_parameters_and_judged_in_their_place():
