@@ -157,7 +157,8 @@ def search(trainer: Trainer, goal: Goal, judged: Callable[[Any], Any]) -> Search
         began, shape = time.perf_counter(), (num_seeds, len(learning_rates))
         max_updates = goal.max_updates(batch_size, max_examples)
         # Every batch size and grid of rates has the same draws: the key is used again on purpose.
-        runs = trainer.start(learning_rates, num_seeds=num_seeds, key=jax.random.clone(key))
+        draws: dict[str, Any] = {"num_seeds": num_seeds, "key": jax.random.clone(key)}
+        runs = trainer.start(learning_rates, horizon=max_updates, **draws)
         unused = np.zeros(len(runs.seeds) - math.prod(shape), bool)
 
         def seen(runs: Runs) -> Any:

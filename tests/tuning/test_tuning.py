@@ -326,7 +326,7 @@ def test_tune_is_the_search_of_what_it_is_asked(key):
         ({"num_epochs": 1, "num_seeds": 0}, "num_seeds=0 must be at least 1"),
         ({"num_epochs": 1, "learning_rates": (0.1,)}, r"learning_rates=\[0.1\] must be at least two"),
         ({"num_epochs": 1, "learning_rates": (0.2, 0.1)}, "positive, finite and ascending"),
-        ({"num_epochs": 1, "optimizer": "rms"}, "optimizer='rms' is not one of sgd, momentum, adam"),
+        ({"num_epochs": 1, "optimizer": "rms"}, "optimizer='rms' is not one of sgd, momentum, nesterov, adam"),
     ],
 )
 def test_tune_refuses_by_name(key, options, message):
