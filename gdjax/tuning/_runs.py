@@ -18,6 +18,7 @@ from gdjax import batching, descent, gradients
 from gdjax._trees import kept
 from gdjax.gradients import Gradient
 from gdjax.problem import Batch, Params, Problem
+from gdjax.tuning import _faults
 
 Optimizer = Callable[[Any], optax.GradientTransformation]
 """learning_rate -> optax transformation; the rate is traced."""
@@ -60,12 +61,14 @@ class Trainer(NamedTuple):
             are not active are left where they are, or go on unevaluated. The runs given are used up.
         num_examples: N.
         num_evaluated: examples in an evaluation.
+        fault: params -> which example's loss, gradient or metric is not finite there, in words, or None.
     """
 
     start: Callable[..., Runs]
     advance: Callable[..., Runs]
     num_examples: int
     num_evaluated: int
+    fault: Callable[[Params], str | None] = lambda params: None
 
 
 def trainer(
@@ -131,7 +134,7 @@ def trainer(
         values = evaluate_runs(states.params, runs.values, active, examples)
         return runs._replace(states=states, streams=streams, values=values, num_updates=done)
 
-    return Trainer(start, advance, length, num_evaluated)
+    return Trainer(start, advance, length, num_evaluated, partial(_faults.fault, problem))
 
 
 def _training(problem: Problem, optimizer: Optimizer, gradient: Callable[[int], Gradient]) -> tuple[Callable, Callable]:
