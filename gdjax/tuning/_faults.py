@@ -31,7 +31,7 @@ def fault(problem: Problem, params: Params) -> str | None:
         values = np.asarray(kept(problem, ("fault", part, name), make)(params, data))
         bad = np.flatnonzero(~np.isfinite(values))
         if len(bad):
-            others = f", and so are those of {len(bad) - 1} others" if len(bad) > 1 else ""
+            others = f" (and so for {len(bad) - 1} others)" if len(bad) > 1 else ""
             return f"the {name} of {part} example {bad[0]} is {values[bad[0]]:.3g}{others}"
     return None
 

@@ -19,6 +19,8 @@ from gdjax.tuning._runs import Runs, Trainer
 
 LATE = 2.0  # a rate that needs this many times the updates of the best one is not waited for
 MAX_MOVES = 8  # beyond the first grid of rates
+ASTRAY = 3.0  # a seed that needs this many times the updates of the median counts as one that does not arrive
+HURT = 1.25  # a higher rate must be worse by this before the search ends below it
 FLAT = 0.01  # rates that bring all runs within this of one value are too low to tell
 
 
@@ -65,8 +67,12 @@ class Tuning:
 
     @property
     def losses(self) -> np.ndarray:
-        """The costs, the mean over seeds, [R]: infinite where a seed did not arrive."""
-        return self.costs.mean(1)
+        """The costs, the mean over seeds, [R]: infinite where a seed did not arrive, or at ASTRAY times the median."""
+        if isinstance(self.goal, Budget):
+            return self.costs.mean(1)
+        with np.errstate(invalid="ignore"):
+            astray = (self.costs > ASTRAY * np.median(self.costs, axis=1, keepdims=True)).any(1)
+        return np.where(astray, np.inf, self.costs.mean(1))
 
     @property
     def found(self) -> bool:
@@ -158,8 +164,12 @@ def search(trainer: Trainer, goal: Goal, judged: Callable[[Any], Any]) -> Search
         better = np.fmin if goal.relation == "<=" else np.fmax
         began, shape = time.perf_counter(), (num_seeds, len(learning_rates))
         max_updates = goal.max_updates(batch_size, max_examples)
+
         # Every batch size and grid of rates has the same draws: the key is used again on purpose.
-        runs = trainer.start(learning_rates, num_seeds=num_seeds, key=jax.random.clone(key))
+        def begin() -> Runs:
+            return trainer.start(learning_rates, num_seeds=num_seeds, key=jax.random.clone(key))
+
+        runs, fine = begin(), 0
         unused = np.zeros(len(runs.seeds) - math.prod(shape), bool)
 
         def seen(runs: Runs) -> Any:
@@ -180,13 +190,19 @@ def search(trainer: Trainer, goal: Goal, judged: Callable[[Any], Any]) -> Search
             if not active.any():
                 break
             sizes = {"num_examples": trainer.num_examples, "num_evaluated": trainer.num_evaluated}
-            count = min(every or goal.next_look(done, batch_size=batch_size, **sizes), max_updates - done)
+            count = every or goal.next_look(done, batch_size=batch_size, **sizes)
+            count = min(max(1, done) if done < fine else count, max_updates - done)
             runs = trainer.advance(runs, count, np.append(active.reshape(-1), unused), batch_size=batch_size)
             before, done = (done, values), runs.num_updates
             look = seen(runs)
             values = judged(look)
             looks = [*looks, (done, look)] if every else looks
             goal.note(costs, active, before, (done, values), ended=done == max_updates)
+            if not (every or before[0]) and count > 1 and np.isfinite(costs).any() and done < max_updates:
+                # Between the start and the first look a line says little: look after 1, 2, 4, ... updates instead.
+                runs, fine, done, values = begin(), done, 0, looks[0][1]
+                values, costs[:] = judged(values), np.inf
+                continue
             diverged |= ~np.isfinite(values)
             # Where a run begins says nothing of its rate.
             nearest = better(nearest if before[0] else np.nan, np.where(np.isfinite(values), values, np.nan))
@@ -237,13 +253,16 @@ def search_grid(run: Search, learning_rates: np.ndarray, **limits: Any) -> Tunin
 def widen(run: Search, found: Tuning, factor: float, **limits: Any) -> Tuning:
     """Search one rate after another beyond those found, a `factor` apart, until the best one has two neighbours.
 
-    Where nothing arrives, it goes on beyond the rate that came nearest, and ends where that one has two neighbours;
-    a whole grid below all of them where all diverge, and a whole grid above where none makes a difference.
+    On the way to a target it climbs until it hurts: until a rate above the best is HURT times as bad, for neighbours
+    may differ by noise alone. Where nothing arrives, it goes on beyond the rate that came nearest, and ends where that
+    one has two neighbours; a whole grid below all of them where all diverge, and a whole grid above where none makes a
+    difference.
     """
     num_rates = len(found.learning_rates)
     for _ in range(MAX_MOVES):
-        too_low = _too_low(found)
-        if not (found.at_edge or too_low) or time.perf_counter() > limits.get("deadline", math.inf):
+        too_low, above = _too_low(found), found.losses[found.best + 1 :]
+        climbs = found.found and not isinstance(found.goal, Budget) and not (above > HURT * found.losses.min()).any()
+        if not (found.at_edge or too_low or climbs) or time.perf_counter() > limits.get("deadline", math.inf):
             break
         up = found.best > 0 or too_low
         beyond = found.learning_rates[-1 if up else 0]
