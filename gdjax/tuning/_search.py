@@ -207,7 +207,7 @@ def search(trainer: Trainer, goal: Goal, judged: Callable[[Any], Any]) -> Search
             # Where a run begins says nothing of its rate.
             nearest = better(nearest if before[0] else np.nan, np.where(np.isfinite(values), values, np.nan))
             progress(done, goal.best(nearest))
-        if diverged.all():
+        if diverged.any(0).all():
             _check_finite(trainer, begun)
         return Tuning(
             goal,
