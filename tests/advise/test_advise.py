@@ -320,7 +320,7 @@ SMALL = ("--problem", "advised_module:problem", "--batch-sizes", "8", "16", "--b
         ((*SMALL, "--examples", "7"), "examples=7 must be at least 8"),
         ((*SMALL, "--examples", "15"), "examples=15 are fewer than one batch of 16"),
         ((*SMALL, "--examples", "200", "--budget", "1e-3"), "first tuning ended before the end of examples=200"),
-        (("--problem", "advised_module:steep", "--examples", "64"), "train example 0 is inf (and so for 7 others) before"),
+        (("--problem", "advised_module:steep", "--examples", "64"), "example 0 is inf (and so for 7 others) before"),
         (("--problem", "advised_module:small", "--target", "loss<=0.02"), "has 7 examples: advice on a batch size"),
         (("--problem", "advised_module:steep", "--target", "loss<=0.1"), "the gradient of train example 0 is inf"),
         (("--problem", "advised_module:wild", "--target", "loss<=0.1"), "the loss diverges at all learning rates"),
