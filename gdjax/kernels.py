@@ -51,6 +51,13 @@ MAX_REDUCED = 1024  # numbers; more are summed by a library
 MAX_WEIGHT = 2**20  # numbers in a matrix: a larger one comes from memory, where several cores read faster than one
 UNROLL, UNROLLED_FROM = 4, 2**16  # updates in an iteration, where the loop carries so many numbers: they are copied
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+LOOPS_IN_GRAPHS = {
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
+}
+"""Compiler options by which a whole loop is one launch of a CUDA graph, where XLA's default launches one for every
+iteration: `jax.jit(function, compiler_options=LOOPS_IN_GRAPHS)`, without effect elsewhere. For all programs of a
+process it is XLA_FLAGS=--xla_gpu_enable_command_buffer=... . XLA leaves WHILE out by default, and that the results are
+the same has not been confirmed on a device: hence it has to be asked for."""
 
 
 def one_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
