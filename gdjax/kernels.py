@@ -63,14 +63,15 @@ the same has not been confirmed on a device: hence it has to be asked for."""
 def one_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return `function` of arrays, to be compiled for a CPU as one kernel; elsewhere as it is.
 
-    It makes no use of more than one core. What it computes is what `function` does, but for the order of sums.
+    Which of the two is decided when the program is lowered, for the platform that it is lowered for. It makes no use of
+    more than one core. What it computes is what `function` does, but for the order of sums.
 
     Where something inside is left to a library, compilation ends in a `jax.errors.JaxRuntimeError`: "Fusion kind not
     implemented on CPU", or "Failed to materialize symbols".
 
     Source: the mark that XLA's own SmallWhileLoopHoistingPass puts on loops that touch little memory.
     """
-    return _marked(function) if jax.default_backend() == "cpu" else function
+    return lambda *args: lax.platform_dependent(*args, cpu=_marked(function), default=function)
 
 
 def _marked(function: Callable[..., Any]) -> Callable[..., Any]:

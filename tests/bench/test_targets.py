@@ -13,7 +13,7 @@ from gdjax.commands import _compiled as shown
 from gdjax.commands.bench import Bench
 from gdjax.problem import Problem
 
-# Two kernels and an inner loop of three that starts one kernel and the dearer of two branches (two and none), by a
+# Two kernels and an inner loop of three that starts one kernel and the dearer of two branches (two and one), by a
 # call: 2 + 3 (1 + 2) = 11 in each of 4 iterations. Outside of it a copy, and a loop that starts less.
 PROGRAM = """
 HloModule jit_run
@@ -25,7 +25,8 @@ HloModule jit_run
 }
 
 %branch_b (p.1: f32[2]) -> f32[2] {
-  ROOT %p.1 = f32[2]{0} parameter(0)
+  %p.1 = f32[2]{0} parameter(0)
+  ROOT %d = f32[2]{0} copy(%p.1)
 }
 
 %called (p.2: f32[2]) -> f32[2] {
