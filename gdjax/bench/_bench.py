@@ -88,13 +88,9 @@ def bench(
         ValueError: before anything is timed, for an unknown name, one given twice, none, or a batch size outside
             1 ... N.
     """
-    _check_distinct(models=models, variants=variants, batch_sizes=batch_sizes)
-    loaded = _found("models", models, MODELS)
-    loaded = {name: x if isinstance(x, Problem) else x() for name, x in loaded.items()}
-    chosen = _found("variants", variants, {**_variants.VARIANTS, "lanes": None})
+    loaded, chosen = asked(models, variants, batch_sizes)
     with_lanes = "lanes" in chosen
     chosen = {name: variant for name, variant in chosen.items() if variant is not None and name != "lanes"}
-    _check_sizes(batch_sizes, loaded)
     progress("ceilings of the device", 0.0)
     ceilings = ceilings or timing.ceilings()
     num_groups = len(loaded) * (len(batch_sizes) * bool(chosen) + with_lanes)
@@ -123,6 +119,20 @@ def bench(
                 min_examples=max(batch_sizes),
             )[1:]
     return rows, ceilings
+
+
+def asked(
+    models: Sequence[str] | Mapping[str, Problem],
+    variants: Sequence[str] | Mapping[str, _variants.Variant | None],
+    batch_sizes: Sequence[int],
+) -> tuple[dict[str, Problem], dict[str, _variants.Variant | None]]:
+    """Return ({name: problem}, {name: variant}), checked as `bench` says."""
+    _check_distinct(models=models, variants=variants, batch_sizes=batch_sizes)
+    loaded = _found("models", models, MODELS)
+    loaded = {name: x if isinstance(x, Problem) else x() for name, x in loaded.items()}
+    chosen = _found("variants", variants, {**_variants.VARIANTS, "lanes": None})
+    _check_sizes(batch_sizes, loaded)
+    return loaded, chosen
 
 
 def measure(
