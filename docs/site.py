@@ -17,7 +17,9 @@ import executed  # noqa: E402
 
 log = logging.getLogger("mkdocs.plugins.pages")  # below "mkdocs", so that --strict counts its warnings
 
-PAGES = {"Commands": "commands.md", "Your own model": "models.md", "Runs": "runs.md", "Speed": "speed.md"}
+PAGES = {"Commands": "commands.md", "Your own model": "models.md", "Runs": "runs.md", "Speed": "speed.md", "Other libraries": "others.md"}
+API = "::: {}\n    options:\n      heading_level: 1\n"
+FRONT = "---\nhide: [navigation, toc]\n---\n"  # the width is for code
 FROM_ROOT = ("CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff", "LICENSE")
 EXPERIMENTS = ("experiments/*.py", "experiments/*.md", "experiments/results/*/*")
 
@@ -68,16 +70,16 @@ def title_of(path: Path) -> str:
 
 def on_files(files, config):
     """Add the pages, and what they link to where they expect it."""
-    generated = {"index.md": for_the_site((ROOT / "README.md").read_text()), "gallery.md": gallery()}
+    generated = {"index.md": FRONT + for_the_site((ROOT / "README.md").read_text()), "gallery.md": gallery()}
     for guide in executed.guides():
         generated[f"guides/{guide.name}.md"] = guide.page
         generated[f"guides/{guide.name}.ipynb"] = guide.notebook
         generated |= {f"guides/{name}": figure for name, figure in guide.figures.items()}
     for names in rooms().values():
         for name in names:
-            generated[f"gdjax/{name}.md"] = f"::: gdjax.{name}\n"
+            generated[f"gdjax/{name}.md"] = API.format(f"gdjax.{name}")
             for part in parts(name):
-                generated[f"gdjax/{name}/{part}.md"] = f"::: gdjax.{name}.{part}\n"
+                generated[f"gdjax/{name}/{part}.md"] = API.format(f"gdjax.{name}.{part}")
     generated["names.md"] = all_names()
     for path, content in generated.items():
         files.append(File.generated(config, path, content=content))
@@ -152,8 +154,8 @@ def all_names() -> str:
                 for name in sorted((str(name) for name in members), key=str.lower):
                     member = module.members[name]
                     if name[0] != "_" and not member.is_module and member.docstring:
-                        said = re.split(r"(?<=[.:])\s|\n\n", member.docstring.value.strip())[0].replace("\n", " ")
-                        lines.append(f"- [`{name}`][{module.path}.{name}]: {said.rstrip(':')}")
+                        said = re.split(r"(?<=\.)\s|\n\n", member.docstring.value.strip())[0].replace("\n", " ")
+                        lines.append(f"- [`{name}`][{module.path}.{name}]: {said}")
     return "\n".join(lines) + "\n"
 
 
