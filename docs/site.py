@@ -17,7 +17,13 @@ import executed  # noqa: E402
 
 log = logging.getLogger("mkdocs.plugins.pages")  # below "mkdocs", so that --strict counts its warnings
 
-PAGES = {"Commands": "commands.md", "Your own model": "models.md", "Runs": "runs.md", "Speed": "speed.md", "Other libraries": "others.md"}
+PAGES = {
+    "Commands": "commands.md",
+    "Your own model": "models.md",
+    "Runs": "runs.md",
+    "Speed": "speed.md",
+    "Other libraries": "others.md",
+}
 API = "::: {}\n    options:\n      heading_level: 1\n"
 FRONT = "---\nhide: [navigation, toc]\n---\n"  # the width is for code
 FROM_ROOT = ("CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff", "LICENSE")
