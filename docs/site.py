@@ -1,7 +1,6 @@
 """The pages of the site: README, guides, pages of docs/, what the experiments found, and the API, room by room."""
 
 import html
-import json
 import logging
 import re
 import sys
@@ -96,7 +95,11 @@ def on_files(files, config):
 
 def for_the_site(markdown: str) -> str:
     """Turn links between files of the repository into links between pages."""
-    return re.sub(r"\]\(docs/(guides/\w+)\.py\)", r"](\1.md)", markdown).replace("](docs/", "](").replace("](../", "](")
+    return (
+        re.sub(r"\]\((?:docs/)?(guides/\w+)\.py\)", r"](\1.md)", markdown)
+        .replace("](docs/", "](")
+        .replace("](../", "](")
+    )
 
 
 def on_page_markdown(markdown, page, config, files):
@@ -163,11 +166,6 @@ def all_names() -> str:
                         said = re.split(r"(?<=\.)\s|\n\n", member.docstring.value.strip())[0].replace("\n", " ")
                         lines.append(f"- [`{name}`][{module.path}.{name}]: {said}")
     return "\n".join(lines) + "\n"
-
-
-def json_of(name: str) -> dict:
-    """Return the committed result of an experiment."""
-    return json.loads((ROOT / "experiments/results" / name / "result.json").read_text())
 
 
 class Docstrings(griffe.Extension):

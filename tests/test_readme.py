@@ -1,4 +1,4 @@
-"""What README quotes is what the committed results hold."""
+"""What README and the pages of docs/ quote is what the committed results hold."""
 
 import json
 from pathlib import Path
@@ -30,3 +30,10 @@ def test_the_answer_of_advise():
 
 def test_it_is_short():
     assert len(README.splitlines()) <= 150
+
+
+def test_the_table_of_ways_to_compute_the_noise_scale():
+    rows, page = result("noise_estimators")["rows"], (ROOT / "docs" / "noise_scale.md").read_text()
+    for name in {row["way"] for row in rows}:
+        cells = [f"{row['median']:.0f} ({row['low']:.0f} to {row['high']:.0f})" for row in rows if row["way"] == name]
+        assert f"| {' | '.join([name, *cells])} |\n" in page

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Train at any batch size
 #
-# A problem is the loss of **one example**. A stream is the order in which examples are visited, and a batch is a run of
-# consecutive entries of it. Stochastic, mini-batch and batch gradient descent are then one function, cut at different
-# places of one stream.
+# A problem is the loss of **one example**. A stream is the order in which examples are visited, and a batch is a run
+# of consecutive entries of it. Stochastic, mini-batch and batch gradient descent are then one function, cut at
+# different places of one stream.
 
 # %%
 import jax
@@ -29,8 +29,8 @@ for batch_size in (1, 3, 4):
 # %% [markdown]
 # ## One call
 #
-# `descent.train` draws parameters and a stream from a key, trains, and records the losses after every epoch. It is pure:
-# `jit` it once, and `vmap` it over seeds or learning rates.
+# `descent.train` draws parameters and a stream from a key, trains, and records the losses after every epoch. It is
+# pure: `jit` it once, and `vmap` it over seeds or learning rates.
 
 # %%
 RATES = {1: 0.03, 32: 1.0, problem.num_examples: 3.0}
@@ -60,9 +60,9 @@ plt.show()
 #
 # ## The parts of it
 #
-# What `train` does takes four lines, and each can be replaced: the estimator of the gradient, the optimiser, the stream,
-# and the loop. Here the gradient is added up in microbatches, for a batch that does not fit into memory; the update is
-# the same.
+# What `train` does takes four lines, and each can be replaced: the estimator of the gradient, the optimiser, the
+# stream, and the loop. Here the gradient is added up in microbatches, for a batch that does not fit into memory; the
+# update is the same.
 
 # %%
 gradient = gradients.microbatched(problem.loss, microbatch_size=16)
@@ -76,8 +76,8 @@ print({name: f"{value:.3f}" for name, value in problem.evaluate(state.params, on
 # %% [markdown]
 # ## At which learning rate?
 #
-# No comparison of batch sizes is fair at one rate. `tuning.tune` runs rates and seeds together, and its grid grows until
-# the best rate lies inside.
+# No comparison of batch sizes is fair at one rate. `tuning.tune` runs rates and seeds together, and its grid grows
+# until the best rate lies inside.
 
 # %%
 for batch_size in (8, 128):

@@ -4,16 +4,16 @@
 # There are four ways to find out, from the cheapest to the surest. Which one you need depends on what you know and on
 # what a run costs.
 #
-# | you have | do | it costs | what you get |
-# |---|---|---|---|
-# | a run that is under way, in any loop | **watch** the noise scale (`noise.watch`) | 0 to 2 % of it | up to which batch size examples are not wasted, now |
-# | parameters and data, no time | **measure** it (`noise.measure`) | two gradients of a few hundred examples | the same, with an interval, at one point |
-# | a model that trains in minutes | **advise** (`gdjax advise`) | as much as a few runs | the batch size that is first at a target on this device, verified |
-# | time for all of them | **compare** (`gdjax compare`) | all runs | what every batch size does |
+# | you have | do | what you get |
+# |---|---|---|
+# | a run under way, in any loop | **watch**: `noise.watch` | up to where larger batches save updates, now |
+# | parameters and data | **measure**: `noise.measure` | the same at one point, with an interval |
+# | a model that trains in minutes | **advise**: `gdjax advise` | what reaches a target first here, verified |
+# | time for all runs | **compare**: `gdjax compare` | what every batch size does |
 #
-# In words: *If a run of yours takes minutes, ask `advise` and believe what it verified. If it takes days, watch the noise
-# scale in it, and take a batch size of about a tenth of it to once of it, the largest that your device does not slow down
-# for. Where the verdict is not 'ok', the number is not to be trusted, whatever it is.*
+# In words: *If a run of yours takes minutes, ask `advise` and believe what it verified. If it takes days, watch the
+# noise scale in it, and take a batch size of about a tenth of it to once of it, the largest that your device does not
+# slow down for. Where the verdict is not 'ok', the number is not to be trusted, whatever it is.*
 
 # %%
 import jax
@@ -28,13 +28,13 @@ problem = problems.digits_mlp()
 # %% [markdown]
 # ## Measure
 #
-# The gradient of a batch of $B$ examples is the true gradient $G$ plus noise of variance $\mathrm{tr}(S)/B$. The two are
-# equal at
+# The gradient of a batch of $B$ examples is the true gradient $G$ plus noise of variance $\mathrm{tr}(S)/B$. The two
+# are equal at
 #
 # $$ B_\mathrm{simple} = \frac{\mathrm{tr}\, S}{|G|^2}, $$
 #
-# the gradient noise scale (McCandlish et al. 2018). Far below it, twice the batch allows nearly twice the step: examples
-# are not wasted. Far above it, twice the batch is twice the work for the same step.
+# the gradient noise scale (McCandlish et al. 2018). Far below it, twice the batch allows nearly twice the step:
+# examples are not wasted. Far above it, twice the batch is twice the work for the same step.
 
 # %%
 params = problem.init(jax.random.key(0))
@@ -65,9 +65,9 @@ plt.show()
 # %% [markdown]
 # ## From a noise scale to a batch size
 #
-# If a step of full length is what a full batch allows, a batch of $B$ examples makes $1/(1 + B_\mathrm{noise}/B)$ of its
-# progress: $S(B) = S_\mathrm{min}(1 + B_\mathrm{crit}/B)$ updates reach a target, $E(B) = E_\mathrm{min}(1 +
-# B/B_\mathrm{crit})$ examples. One number then prices all batch sizes.
+# If a step of full length is what a full batch allows, a batch of $B$ examples makes $1/(1 + B_\mathrm{noise}/B)$ of
+# its progress: $S(B) = S_\mathrm{min}(1 + B_\mathrm{crit}/B)$ updates reach a target,
+# $E(B) = E_\mathrm{min}(1 + B/B_\mathrm{crit})$ examples. One number then prices all batch sizes.
 
 # %%
 critical = 300.0
@@ -81,8 +81,8 @@ print("examples 20 % above the fewest at B =", round(float(theory.batch_size_at_
 
 # %% [markdown]
 # How far can it be trusted? [`critical_batch`](../experiments/README.md#critical_batch) holds four definitions of the
-# critical batch size against one another on two data sets: they agree to within a factor of four or so, and not better.
-# Treat a noise scale as an order of magnitude with an interval, not as a setting.
+# critical batch size against one another on two data sets: they agree to within a factor of four or so, and not
+# better. Treat a noise scale as an order of magnitude with an interval, not as a setting.
 #
 # ## Advise
 #
@@ -108,11 +108,11 @@ plt.show()
 # %% [markdown]
 # ## Which number to trust when
 #
-# - **A verdict other than 'ok'** comes first. 'not identified': the sample cannot tell the gradient from zero; take more
-#   examples. 'heavy tail': a few examples make up the noise, and an interval cannot be had from this sample.
+# - **A verdict other than 'ok'** comes first. 'not identified': the sample cannot tell the gradient from zero; take
+#   more examples. 'heavy tail': a few examples make up the noise, and an interval cannot be had from this sample.
 # - **What was run** goes before what was predicted, and a prediction before a rule of thumb.
-# - **Your optimiser's geometry**: Adam does not measure gradients by the Euclidean norm. `noise.measure(...,
-#   geometry=opt_state)` takes the preconditioner from its state.
+# - **Your optimiser's geometry**: Adam does not measure gradients by the Euclidean norm.
+#   `noise.measure(..., geometry=opt_state)` takes the preconditioner from its state.
 # - **The rate must be tuned** at each batch size, or the comparison is one of rates.
 #
 # ## What to try next

@@ -2,9 +2,9 @@
 # # Per-example gradients of your model
 #
 # Noise scales, clipping for privacy, importance sampling and influence all need the gradient of every example, or at
-# least its norm. `jax.vmap(jax.grad(loss))` gives it, and holds B gradients in memory. `ghost` gives the norms from *one*
-# backward pass: it walks through the program of your loss and finds, for every weight, the two factors whose outer
-# product its gradient is.
+# least its norm. `jax.vmap(jax.grad(loss))` gives it, and holds B gradients in memory. `ghost` gives the norms from
+# *one* backward pass: it walks through the program of your loss and finds, for every weight, the two factors whose
+# outer product its gradient is.
 
 # %%
 import equinox as eqx
@@ -61,7 +61,8 @@ print("largest relative difference:", float(jnp.max(jnp.abs(found.total / by_vma
 print(ghost.coverage(plain, params, (x[0], y[0])))
 
 # %% [markdown]
-# A weight that is used in a way that no rule knows is still exact, and costs more. Here a weight is squared before use:
+# A weight that is used in a way that no rule knows is still exact, and costs more. Here a weight is squared before
+# use:
 
 # %%
 odd = {"w": params["hidden"], "out": params["out"]}
@@ -70,8 +71,8 @@ print(ghost.coverage(lambda p, e: cross_entropy(jnp.tanh(e[0] @ jnp.sin(p["w"]))
 # %% [markdown]
 # ## Flax NNX
 #
-# Split the model once; its loss is then a function of parameters. Attention, embeddings, normalisation and convolutions
-# go through.
+# Split the model once; its loss is then a function of parameters. Attention, embeddings, normalisation and
+# convolutions go through.
 
 # %%
 
@@ -126,8 +127,8 @@ print(
 # %% [markdown]
 # ## What it costs
 #
-# Measured on two CPU cores in [`per_example_cost`](../experiments/README.md#per_example_cost): 0.94 to 1.07 times a plain
-# gradient, where `vmap(grad)` takes from as much (transformers) to 93 times as long (dense layers). Your own:
+# Measured on two CPU cores in [`per_example_cost`](../experiments/README.md#per_example_cost): 0.94 to 1.07 times a
+# plain gradient, where `vmap(grad)` takes from as much (transformers) to 93 times as long (dense layers). Your own:
 # `python -m experiments.per_example_cost`.
 #
 # ## What to try next

@@ -3,8 +3,8 @@
 #
 # You have a loop, and do not want another one. `noise.watch` is an optax transformation: it stands in front of your
 # optimiser, changes no update, and keeps the running noise scale in the optimiser's state, where checkpoints find it.
-# Your step passes what it has anyway: gradients of microbatches, norms of single examples, or the gradients of devices.
-# If it has nothing, `noise.probe` measures a few examples now and then.
+# Your step passes what it has anyway: gradients of microbatches, norms of single examples, or the gradients of
+# devices. If it has nothing, `noise.probe` measures a few examples now and then.
 
 # %%
 import jax
@@ -24,8 +24,8 @@ BATCH_SIZE = 32
 # %% [markdown]
 # ## Microbatches: a Flax NNX transformer with AdamW
 #
-# Gradients are accumulated over four microbatches. Each of them is a noisier estimate of the same gradient, and how much
-# noisier is the noise scale. The step keeps one number of each: its squared norm.
+# Gradients are accumulated over four microbatches. Each of them is a noisier estimate of the same gradient, and how
+# much noisier is the noise scale. The step keeps one number of each: its squared norm.
 
 # %%
 
@@ -156,8 +156,8 @@ print(noise.reading(probe_state))
 # %% [markdown]
 # ## Devices: a data-parallel step on two and on four
 #
-# In `shard_map` each device has the gradient of its share of the batch: those are parts too. With `axis_name=`, `watch`
-# takes them as they are, and averages the updates in the one all-reduce that the step needs anyway.
+# In `shard_map` each device has the gradient of its share of the batch: those are parts too. With `axis_name=`,
+# `watch` takes them as they are, and averages the updates in the one all-reduce that the step needs anyway.
 
 
 # %%
@@ -207,8 +207,8 @@ for norms in (jnp.asarray([2.0]), jnp.ones(5)):
         print(error)
 
 # %% [markdown]
-# Clipped, scaled or summed gradients that pass for raw are found by their lengths where that is possible, and the verdict
-# is then 'not raw'.
+# Clipped, scaled or summed gradients that pass for raw are found by their lengths where that is possible, and the
+# verdict is then 'not raw'.
 #
 # ## What to try next
 #

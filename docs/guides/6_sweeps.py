@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Sweeps: from a laptop to a cluster
 #
-# A sweep is a function of one grid point. `sweep.map` runs it at all of them, as lanes of one compiled program, in chunks
-# that fit into memory, on all devices of the machine; results have the grid's shape.
+# A sweep is a function of one grid point. `sweep.map` runs it at all of them, as lanes of one compiled program, in
+# chunks that fit into memory, on all devices of the machine; results have the grid's shape.
 
 # %%
 import jax
@@ -31,8 +31,8 @@ found = {size: sweep.map(lambda point, size=size: final_loss(size, point), grid)
 print({size: losses.shape for size, losses in found.items()})
 
 # %% [markdown]
-# A batch size changes shapes, so that it is a loop of Python; rates and seeds are lanes. A run that diverges is NaN or
-# huge, and leaves the others as they are.
+# A batch size changes shapes, so that it is a loop of Python; rates and seeds are lanes. A run that diverges is NaN
+# or huge, and leaves the others as they are.
 
 # %%
 plt.figure(figsize=(5.5, 3.4), layout="constrained")
@@ -71,8 +71,8 @@ except ValueError as error:
 # %% [markdown]
 # ## More cores, more machines
 #
-# - **Cores of a CPU.** One device uses one core for small batches. `jax.config.update("jax_num_cpu_devices", 8)` before
-#   anything else makes eight of them, and `sweep.map` spreads its points over all devices.
+# - **Cores of a CPU.** One device uses one core for small batches. `jax.config.update("jax_num_cpu_devices", 8)`
+#   before anything else makes eight of them, and `sweep.map` spreads its points over all devices.
 # - **GPUs and TPUs of one machine** are used without a word.
 # - **Machines.** A grid is data: give each process its part, and a store of its own.
 #
@@ -83,8 +83,8 @@ except ValueError as error:
 # found = sweep.map(fn, sweep.grid(rate=mine, key=keys), store=f"runs/rates-{jax.process_index()}")
 # ```
 #
-# - **A cluster's queue** (an array job) is the same with the task's number in the place of `process_index`. Jobs that are
-#   killed at the end of their time are submitted again as they are.
+# - **A cluster's queue** (an array job) is the same with the task's number in the place of `process_index`. Jobs that
+#   are killed at the end of their time are submitted again as they are.
 #
 # ## What to try next
 #

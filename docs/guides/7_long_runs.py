@@ -2,8 +2,8 @@
 # # Long runs: checkpoints, resume, data larger than memory
 #
 # `training.run` is the loop for one run that takes hours or days. It compiles chunks of updates, shows progress, and
-# saves. Ctrl-C, a kill and a lost terminal save too, and what is resumed has the bits of a run that was never interrupted,
-# because the stream is a function of its position.
+# saves. Ctrl-C, a kill and a lost terminal save too, and what is resumed has the bits of a run that was never
+# interrupted, because the stream is a function of its position.
 
 # %%
 import jax
@@ -29,7 +29,8 @@ print(progress.num_updates, "of", progress.total, "saved at", progress.num_saved
 # %% [markdown]
 # ## Go on
 #
-# The same call with more epochs goes on from the last checkpoint. Here it is against a run of twelve epochs in one piece:
+# The same call with more epochs goes on from the last checkpoint. Here it is against a run of twelve epochs in one
+# piece:
 
 # %%
 longer = training.run(problem, optax.adam(1e-3), num_epochs=12, **options)
@@ -38,7 +39,8 @@ equal = jax.tree.map(np.array_equal, longer.state.params, whole.state.params)
 print("the same, bit for bit:", all(jax.tree.leaves(equal)))
 
 # %% [markdown]
-# What the folder holds is checked first: another problem, optimiser, batch size or key is an error and not a surprise.
+# What the folder holds is checked first: another problem, optimiser, batch size or key is an error and not a
+# surprise.
 
 # %%
 try:
@@ -49,8 +51,8 @@ except ValueError as error:
 # %% [markdown]
 # ## End by a rule, and average the weights
 #
-# Rules are looked at inside the compiled loop. `ema=` keeps an average of the parameters beside them, its half-life in
-# examples.
+# Rules are looked at inside the compiled loop. `ema=` keeps an average of the parameters beside them, its half-life
+# in examples.
 
 
 # %%
@@ -79,8 +81,8 @@ print(run.ended, "after", len(run.history["loss"]), "epochs")
 # %% [markdown]
 # ## Data larger than memory
 #
-# Where `train` holds NumPy arrays, memory maps among them, the data stay where they are; each chunk's examples are read
-# while the one before it trains. Streams of millions of examples are never stored: position $t$ is computed.
+# Where `train` holds NumPy arrays, memory maps among them, the data stay where they are; each chunk's examples are
+# read while the one before it trains. Streams of millions of examples are never stored: position $t$ is computed.
 
 # %%
 on_disk = np.lib.format.open_memmap("images.npy", mode="w+", dtype=np.float32, shape=(50_000, 64))

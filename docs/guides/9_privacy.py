@@ -1,9 +1,10 @@
 # %% [markdown]
 # # Privacy
 #
-# Differentially private gradient descent (DP-SGD, Abadi et al. 2016) bounds what any one example can do to an update: its
-# gradient is clipped to a norm, and noise is added to the sum. What is promised for $T$ updates is a pair $(\epsilon,
-# \delta)$; batch size, noise and epochs enter it together, so that privacy is a question of batch size too.
+# Differentially private gradient descent (DP-SGD, Abadi et al. 2016) bounds what any one example can do to an update:
+# its gradient is clipped to a norm, and noise is added to the sum. What is promised for $T$ updates is a pair
+# $(\epsilon, \delta)$; batch size, noise and epochs enter it together, so that privacy is a question of batch size
+# too.
 
 # %%
 import jax
@@ -57,10 +58,10 @@ for size in sizes:
 #
 # ## Train
 #
-# The promise asks for two things that are easily forgotten. Batches must be **Poisson samples**: every example is in a
-# batch with probability $B/N$, on its own. And sums are divided by the **expected** batch size. `batching.poisson` pads
-# batches to one shape and says which entries are examples; those are the weights of `gradients.clipped`, which takes norms
-# from `ghost` and never holds the gradients.
+# The promise asks for two things that are easily forgotten. Batches must be **Poisson samples**: every example is in
+# a batch with probability $B/N$, on its own. And sums are divided by the **expected** batch size. `batching.poisson`
+# pads batches to one shape and says which entries are examples; those are the weights of `gradients.clipped`, which
+# takes norms from `ghost` and never holds the gradients.
 
 # %%
 
@@ -98,13 +99,13 @@ for size, rate in ((64, 0.5), (256, 1.0)):
     print(f"B = {size:>3}, epsilon 4: test accuracy {accuracies.mean():.3f}")
 
 # %% [markdown]
-# Both rates were taken without tuning; [`private`](../experiments/README.md#private) tunes them, and asks at which batch
-# size an epsilon costs least.
+# Both rates were taken without tuning; [`private`](../experiments/README.md#private) tunes them, and asks at which
+# batch size an epsilon costs least.
 #
 # ## What is not counted
 #
-# Tuning a rate on the same data, publishing losses or metrics of it, and a generator of random numbers that an adversary
-# can predict. gdjax has no audit; [jax_privacy](https://github.com/google-deepmind/jax_privacy) has.
+# Tuning a rate on the same data, publishing losses or metrics of it, and a generator of random numbers that an
+# adversary can predict. gdjax has no audit; [jax_privacy](https://github.com/google-deepmind/jax_privacy) has.
 #
 # ## What to try next
 #
