@@ -37,3 +37,11 @@ def test_the_table_of_ways_to_compute_the_noise_scale():
     for name in {row["way"] for row in rows}:
         cells = [f"{row['median']:.0f} ({row['low']:.0f} to {row['high']:.0f})" for row in rows if row["way"] == name]
         assert f"| {' | '.join([name, *cells])} |\n" in page
+
+
+def test_the_ledger_is_what_the_results_say():
+    from experiments.__ledger__ import CLAIMS, ledger
+
+    page = ledger()
+    assert len(CLAIMS) >= 25
+    assert page == (ROOT / "experiments" / "LEDGER.md").read_text(), "python -m experiments ledger"

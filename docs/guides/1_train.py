@@ -67,7 +67,7 @@ plt.show()
 # %%
 gradient = gradients.microbatched(problem.loss, microbatch_size=16)
 method = descent.method(gradient, optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)))
-batches = batching.batches(batching.reshuffled(jax.random.key(2), problem.num_examples, num_epochs=3), 64)
+batches = batching.batches(batching.reshuffled(jax.random.key(2), problem.num_examples, num_epochs=4), 64)
 state = method.init(problem.init(jax.random.key(3)))
 state, batch_losses = jax.jit(lambda state: descent.run(method, state, problem.train, batches))(state)
 print(batch_losses.shape, f"{batch_losses[0]:.3f} -> {batch_losses[-1]:.3f}")

@@ -17,7 +17,7 @@ from gdjax.problem import Problem
 problem = problems.digits_mlp()
 options = {"key": jax.random.key(0), "batch_size": 32, "folder": "runs/digits"}
 run = training.run(problem, optax.adam(1e-3), num_epochs=4, **options)
-print(run.ended, run.state.num_updates, run.history["loss"].round(3))
+print(run.ended, run.state.num_examples, run.history["loss"].round(3))
 
 # %% [markdown]
 # Another process, a cron job or you in a second terminal, can ask how far it is:
