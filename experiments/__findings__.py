@@ -18,7 +18,7 @@ def interval(values: Any, *, confidence: float = 0.9) -> tuple[float, float, flo
     return values.mean() - half, values.mean(), values.mean() + half
 
 
-def span(low: float, middle: float, high: float, shown: str = ".3g") -> str:
+def span(low: float, middle: float, high: float, *, shown: str = ".3g") -> str:
     """Write a number with its 90 % interval."""
     return f"{middle:{shown}} ({low:{shown}} to {high:{shown}})"
 
@@ -27,8 +27,8 @@ def power(rows: Rows, optimizer: str, largest: int) -> tuple[float, float]:
     """Return the power by which best rates grow with the batch size up to `largest`, and its standard error."""
     points = [(row["batch_size"], row["learning_rate"]) for row in rows if row.get("optimizer", "sgd") == optimizer]
     x, y = np.log([point for point in points if point[0] <= largest]).T
-    fit = stats.linregress(x, y)
-    return float(fit.slope), float(fit.stderr)
+    (slope, _), covariance = np.polyfit(x, y, 1, cov=True)
+    return float(slope), float(np.sqrt(covariance[0, 0]))
 
 
 def grows_as(rows: Rows, optimizer: str, largest: int, claimed: float) -> Found:
@@ -41,13 +41,13 @@ def noise_grows(rows: Rows) -> Found:
     seeds = {row["seed"] for row in rows if "b_simple" in row}
     runs = [[row["b_simple"] for row in rows if row.get("seed") == seed and "b_simple" in row] for seed in seeds]
     low, middle, high = np.exp(interval([math.log(run[-1] / run[0]) for run in runs]))
-    return f"{span(low, middle, high, '.2g')} times in 10 epochs or so", bool(low > 1)
+    return f"{span(low, middle, high, shown='.2g')} times in 10 epochs or so", bool(low > 1)
 
 
 def two_noise_scales(rows: Rows) -> Found:
     ratios = [row["b_noise"] / row["b_simple"] for row in rows if row.get("b_noise_verdict") == "ok"]
     low, middle, high = np.quantile(ratios, [0.05, 0.5, 0.95])
-    return f"ratio {span(low, middle, high, '.2g')}, nine in ten", bool(low >= 0.1 and high <= 10)
+    return f"ratio {span(low, middle, high, shown='.2g')}, nine in ten", bool(low >= 0.1 and high <= 10)
 
 
 def definition(rows: Rows, name: str) -> tuple[float, float, float]:
@@ -194,8 +194,10 @@ def variance(rows: Rows, draw: str) -> Found:
 
 def estimator(rows: Rows, way: str, right: float = 0.05) -> Found:
     row = [row for row in rows if row["way"] == way][-1]
-    text = f"{span(row['low'], row['median'], row['high'], '.4g')} where {row['b_simple']:g} is true, nine runs in ten"
-    return text, abs(row["median"] / row["b_simple"] - 1) <= right
+    runs = span(row["low"], row["median"], row["high"], shown=".4g")
+    return f"{runs} where {row['b_simple']:g} is true, nine runs in ten", abs(
+        row["median"] / row["b_simple"] - 1
+    ) <= right
 
 
 def large_private(rows: Rows) -> Found:

@@ -52,7 +52,7 @@ def loss(params, tokens):
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[1:]).mean()
 
 
-optimizer = optax.chain(noise.watch(half_life=2000), optax.adamw(1e-4))  # in examples
+optimizer = optax.chain(noise.watch(half_life=500), optax.adamw(1e-4))  # in examples
 
 
 @jax.jit
@@ -81,7 +81,9 @@ for i in range(200):
         print(noise.reading(state))
 
 # %% [markdown]
-# Is it right? `noise.measure` finds the same at the last parameters, from examples of their own:
+# 'lagging' says that the number moves faster than its half-life lets it be followed: it is where the noise scale *was*,
+# a few hundred examples ago. A shorter half-life follows faster and knows less. `noise.measure`, on examples drawn for
+# it at the last parameters, finds where it is now:
 
 # %%
 data = texts(jax.random.key(2), 512)

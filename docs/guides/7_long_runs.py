@@ -95,8 +95,9 @@ large = Problem(
     train=(images, labels),
     name="on disk",
 )
-run = training.run(large, optax.sgd(0.5), key=jax.random.key(0), batch_size=128, num_epochs=1, every=100)
-print(run.history["loss"].round(3))
+options = {"record": descent.batch_loss, "every": 100}  # of the batch: all examples at once would not fit
+run = training.run(large, optax.sgd(0.5), key=jax.random.key(0), batch_size=128, num_epochs=1, **options)
+print(run.history.round(3))
 
 # %% [markdown]
 # ## What to try next

@@ -28,8 +28,7 @@ sigmas = np.asarray([0.7, 1.0, 2.0, 4.0])
 promised = {
     size: [
         privacy.epsilon(
-            noise_multiplier=sigma, num_examples=N, batch_size=size, num_updates=10 * N // size, delta=1e-4,
-            accountant="rdp",
+            noise_multiplier=sigma, num_examples=N, batch_size=size, num_updates=10 * N // size, delta=1e-4
         )
         for sigma in sigmas
     ]
