@@ -19,7 +19,7 @@ from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).parent.parent
 KEPT = ROOT / "build" / "guides"
-LIMIT = 180  # seconds, on two cores
+LIMIT = 360  # seconds, twice what a guide may take on two cores that do nothing else
 AT_ONCE = 2
 
 log = logging.getLogger("mkdocs.plugins.guides")

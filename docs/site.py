@@ -19,6 +19,7 @@ log = logging.getLogger("mkdocs.plugins.pages")  # below "mkdocs", so that --str
 PAGES = {
     "Commands": "commands.md",
     "Your own model": "models.md",
+    "Ways to compute the noise scale": "noise_scale.md",
     "Runs": "runs.md",
     "Speed": "speed.md",
     "Other libraries": "others.md",
@@ -95,11 +96,9 @@ def on_files(files, config):
 
 def for_the_site(markdown: str) -> str:
     """Turn links between files of the repository into links between pages."""
-    return (
-        re.sub(r"\]\((?:docs/)?(guides/\w+)\.py\)", r"](\1.md)", markdown)
-        .replace("](docs/", "](")
-        .replace("](../", "](")
-    )
+    markdown = markdown.replace("](docs/guides)", "](guides/1_train.md)")
+    markdown = re.sub(r"\]\((?:docs/)?(guides/\w+)\.py\)", r"](\1.md)", markdown)
+    return markdown.replace("](docs/", "](").replace("](../", "](")
 
 
 def on_page_markdown(markdown, page, config, files):
