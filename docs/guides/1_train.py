@@ -37,19 +37,33 @@ RATES = {1: 0.03, 32: 1.0, problem.num_examples: 3.0}
 
 
 def losses(batch_size, key):
-    _, history = descent.train(problem, optax.sgd(RATES[batch_size]), key=key, batch_size=batch_size, num_epochs=15)
+    _, history = descent.train(
+        problem,
+        optax.sgd(RATES[batch_size]),
+        key=key,
+        batch_size=batch_size,
+        num_epochs=15,
+    )
     return history
 
 
 keys = jax.random.split(jax.random.key(1), 3)
-curves = {size: jax.jit(jax.vmap(lambda key, size=size: losses(size, key)))(keys) for size in RATES}
+curves = {
+    size: jax.jit(jax.vmap(lambda key, size=size: losses(size, key)))(keys)
+    for size in RATES
+}
 
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
 for size, found in curves.items():
     examples = np.asarray(found["examples"])[0]
     for axis, x in zip(axes, (examples, examples / size), strict=True):
         axis.plot(x, found["loss"].mean(0), marker=".", label=f"B = {size}")
-axes[0].set(xlabel="examples seen", ylabel="training loss, mean of three seeds", yscale="log", xscale="log")
+axes[0].set(
+    xlabel="examples seen",
+    ylabel="training loss, mean of three seeds",
+    yscale="log",
+    xscale="log",
+)
 axes[1].set(xlabel="updates", xscale="log")
 axes[1].legend(frameon=False)
 plt.show()
@@ -66,12 +80,23 @@ plt.show()
 
 # %%
 gradient = gradients.microbatched(problem.loss, microbatch_size=16)
-method = descent.method(gradient, optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)))
-batches = batching.batches(batching.reshuffled(jax.random.key(2), problem.num_examples, num_epochs=4), 64)
+method = descent.method(
+    gradient, optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+)
+batches = batching.batches(
+    batching.reshuffled(jax.random.key(2), problem.num_examples, num_epochs=4), 64
+)
 state = method.init(problem.init(jax.random.key(3)))
-state, batch_losses = jax.jit(lambda state: descent.run(method, state, problem.train, batches))(state)
+state, batch_losses = jax.jit(
+    lambda state: descent.run(method, state, problem.train, batches)
+)(state)
 print(batch_losses.shape, f"{batch_losses[0]:.3f} -> {batch_losses[-1]:.3f}")
-print({name: f"{value:.3f}" for name, value in problem.evaluate(state.params, on="test").items()})
+print(
+    {
+        name: f"{value:.3f}"
+        for name, value in problem.evaluate(state.params, on="test").items()
+    }
+)
 
 # %% [markdown]
 # ## At which learning rate?
@@ -81,8 +106,12 @@ print({name: f"{value:.3f}" for name, value in problem.evaluate(state.params, on
 
 # %%
 for batch_size in (8, 128):
-    tuned = tuning.tune(problem, batch_size=batch_size, num_epochs=4, key=jax.random.key(0), num_seeds=2)
-    print(f"B = {batch_size}: best rate {tuned.rate:.3f}, at the edge of the grid: {tuned.at_edge}")
+    tuned = tuning.tune(
+        problem, batch_size=batch_size, num_epochs=4, key=jax.random.key(0), num_seeds=2
+    )
+    print(
+        f"B = {batch_size}: best rate {tuned.rate:.3f}, at the edge of the grid: {tuned.at_edge}"
+    )
 
 # %% [markdown]
 # ## What to try next

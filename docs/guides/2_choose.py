@@ -38,8 +38,16 @@ problem = problems.digits_mlp()
 
 # %%
 params = problem.init(jax.random.key(0))
-print(noise.measure(problem.loss, params, problem.train, jax.random.key(1), num_examples=512))
-print(noise.measure(problem.loss, params, problem.train, jax.random.key(1), num_examples=32))
+print(
+    noise.measure(
+        problem.loss, params, problem.train, jax.random.key(1), num_examples=512
+    )
+)
+print(
+    noise.measure(
+        problem.loss, params, problem.train, jax.random.key(1), num_examples=32
+    )
+)
 
 # %% [markdown]
 # The interval and the verdict are the point: of 32 examples the number looks much the same, and is not worth as much.
@@ -49,11 +57,19 @@ print(noise.measure(problem.loss, params, problem.train, jax.random.key(1), num_
 
 # %%
 state, history = descent.train(
-    problem, optax.sgd(0.5), key=jax.random.key(2), batch_size=32, num_epochs=6, every=30,
+    problem,
+    optax.sgd(0.5),
+    key=jax.random.key(2),
+    batch_size=32,
+    num_epochs=6,
+    every=30,
     record=lambda state, info: state.params,
-)  # fmt: skip
+)
 points = [jax.tree.map(lambda leaf, i=i: leaf[i], history) for i in range(0, 9, 2)]
-scales = [noise.measure(problem.loss, at, problem.train, jax.random.key(3), num_examples=1440) for at in points]
+scales = [
+    noise.measure(problem.loss, at, problem.train, jax.random.key(3), num_examples=1440)
+    for at in points
+]
 x = [30 * (i + 1) for i in range(0, 9, 2)]
 plt.figure(figsize=(5, 3.2), layout="constrained")
 plt.plot(x, [scale.b_simple for scale in scales], "o-")
@@ -77,7 +93,10 @@ for batch_size in (10, 30, 100, 300, 1000, 3000):
     print(
         f"B = {batch_size:>4}: {float(updates):5.2f} x the fewest updates, {float(examples):5.2f} x the fewest examples"
     )
-print("examples 20 % above the fewest at B =", round(float(theory.batch_size_at_overhead(critical, 0.2))))
+print(
+    "examples 20 % above the fewest at B =",
+    round(float(theory.batch_size_at_overhead(critical, 0.2))),
+)
 
 # %% [markdown]
 # How far can it be trusted? [`critical_batch`](../experiments/README.md#critical_batch) holds four definitions of the
@@ -90,7 +109,9 @@ print("examples 20 % above the fewest at B =", round(float(theory.batch_size_at_
 # predicts the rest, *runs* what it would recommend with fresh seeds, and says when it was wrong.
 
 # %%
-advice = advise.batch_size(problem, "loss<=0.05", sizes=(1, 4, 16, 64, 256, 1440), seconds=40)
+advice = advise.batch_size(
+    problem, "loss<=0.05", sizes=(1, 4, 16, 64, 256, 1440), seconds=40
+)
 print(advice)
 
 # %%
@@ -99,7 +120,13 @@ predicted = np.asarray([choice.expected_seconds for choice in advice.choices])
 plt.figure(figsize=(5, 3.2), layout="constrained")
 plt.loglog(sizes, predicted, "o-", label="predicted")
 verified = advice.verified
-plt.loglog([c.batch_size for c in verified], [c.measured_seconds for c in verified], "x", ms=9, label="run")
+plt.loglog(
+    [c.batch_size for c in verified],
+    [c.measured_seconds for c in verified],
+    "x",
+    ms=9,
+    label="run",
+)
 plt.xlabel("batch size")
 plt.ylabel("seconds to the target")
 plt.legend(frameon=False)

@@ -36,11 +36,17 @@ params = {
 
 def plain(params, example):
     x, y = example
-    return cross_entropy(jax.nn.relu(x @ params["hidden"] + params["bias"]) @ params["out"], y)
+    return cross_entropy(
+        jax.nn.relu(x @ params["hidden"] + params["bias"]) @ params["out"], y
+    )
 
 
 found = jax.jit(ghost.sq_norms(plain))(params, (x, y))
-print(found.losses.shape, {name: norms.shape for name, norms in found.sq_norms.items()}, found.total[:3])
+print(
+    found.losses.shape,
+    {name: norms.shape for name, norms in found.sq_norms.items()},
+    found.total[:3],
+)
 
 # %% [markdown]
 # The same as by `vmap(grad)`:
@@ -48,7 +54,9 @@ print(found.losses.shape, {name: norms.shape for name, norms in found.sq_norms.i
 # %%
 grads = jax.vmap(jax.grad(plain), (None, 0))(params, (x, y))
 by_vmap = sum(jnp.sum(leaf.reshape(32, -1) ** 2, 1) for leaf in jax.tree.leaves(grads))
-print("largest relative difference:", float(jnp.max(jnp.abs(found.total / by_vmap - 1))))
+print(
+    "largest relative difference:", float(jnp.max(jnp.abs(found.total / by_vmap - 1)))
+)
 
 # %% [markdown]
 # ## Coverage: what is fast, what is slow, and why
@@ -66,7 +74,13 @@ print(ghost.coverage(plain, params, (x[0], y[0])))
 
 # %%
 odd = {"w": params["hidden"], "out": params["out"]}
-print(ghost.coverage(lambda p, e: cross_entropy(jnp.tanh(e[0] @ jnp.sin(p["w"])) @ p["out"], e[1]), odd, (x[0], y[0])))
+print(
+    ghost.coverage(
+        lambda p, e: cross_entropy(jnp.tanh(e[0] @ jnp.sin(p["w"])) @ p["out"], e[1]),
+        odd,
+        (x[0], y[0]),
+    )
+)
 
 # %% [markdown]
 # ## Flax NNX
@@ -79,7 +93,10 @@ print(ghost.coverage(lambda p, e: cross_entropy(jnp.tanh(e[0] @ jnp.sin(p["w"]))
 
 class Block(nnx.Module):
     def __init__(self, rngs):
-        self.norm, self.inner = nnx.LayerNorm(64, rngs=rngs), nnx.Linear(64, 64, rngs=rngs)
+        self.norm, self.inner = (
+            nnx.LayerNorm(64, rngs=rngs),
+            nnx.Linear(64, 64, rngs=rngs),
+        )
         self.out = nnx.Linear(64, 10, rngs=rngs)
 
     def __call__(self, x):
@@ -100,7 +117,9 @@ print(jax.jit(ghost.sq_norms(of_flax))(state, (x, y)).total[:3])
 # ## Equinox
 
 # %%
-arrays, static = eqx.partition(eqx.nn.MLP(64, 10, 128, depth=2, key=jax.random.key(3)), eqx.is_inexact_array)
+arrays, static = eqx.partition(
+    eqx.nn.MLP(64, 10, 128, depth=2, key=jax.random.key(3)), eqx.is_inexact_array
+)
 
 
 def of_equinox(arrays, example):

@@ -35,7 +35,12 @@ class Transformer(nnx.Module):
         self.embedding = nnx.Embed(vocabulary, width, rngs=rngs)
         self.attention = nnx.MultiHeadAttention(2, width, decode=False, rngs=rngs)
         self.norms = nnx.List([nnx.LayerNorm(width, rngs=rngs) for _ in range(2)])
-        self.layers = nnx.List([nnx.Linear(width, 2 * width, rngs=rngs), nnx.Linear(2 * width, width, rngs=rngs)])
+        self.layers = nnx.List(
+            [
+                nnx.Linear(width, 2 * width, rngs=rngs),
+                nnx.Linear(2 * width, width, rngs=rngs),
+            ]
+        )
         self.head = nnx.Linear(width, vocabulary, rngs=rngs)
 
     def __call__(self, tokens):
@@ -58,13 +63,19 @@ optimizer = optax.chain(noise.watch(half_life=500), optax.adamw(1e-4))  # in exa
 @jax.jit
 def step(params, state, batch):
     def microbatch(total, part):
-        grads = jax.grad(lambda params: jax.vmap(loss, (None, 0))(params, part).mean())(params)
+        grads = jax.grad(lambda params: jax.vmap(loss, (None, 0))(params, part).mean())(
+            params
+        )
         return jax.tree.map(jnp.add, total, grads), optax.tree.norm(grads, squared=True)
 
     zeros = jax.tree.map(jnp.zeros_like, params)
-    total, sq_norms = jax.lax.scan(microbatch, zeros, batch.reshape(4, -1, batch.shape[1]))
+    total, sq_norms = jax.lax.scan(
+        microbatch, zeros, batch.reshape(4, -1, batch.shape[1])
+    )
     grads = jax.tree.map(lambda leaf: leaf / 4, total)
-    known = noise.parts(sq_norms=sq_norms, batch_size=BATCH_SIZE)  # four norms, of eight examples each
+    known = noise.parts(
+        sq_norms=sq_norms, batch_size=BATCH_SIZE
+    )  # four norms, of eight examples each
     updates, state = optimizer.update(grads, state, params, noise=known)
     return optax.apply_updates(params, updates), state
 
@@ -76,7 +87,9 @@ def texts(key, num_examples):
 
 state = optimizer.init(params)
 for i in range(200):
-    params, state = step(params, state, texts(jax.random.fold_in(jax.random.key(1), i), BATCH_SIZE))
+    params, state = step(
+        params, state, texts(jax.random.fold_in(jax.random.key(1), i), BATCH_SIZE)
+    )
     if i % 50 == 49:
         print(noise.reading(state))
 
@@ -87,7 +100,9 @@ for i in range(200):
 
 # %%
 data = texts(jax.random.key(2), 512)
-print(noise.measure(loss, params, data, jax.random.key(3), num_examples=512, replace=True))
+print(
+    noise.measure(loss, params, data, jax.random.key(3), num_examples=512, replace=True)
+)
 
 # %% [markdown]
 # ## Single examples: an Equinox model
@@ -96,7 +111,9 @@ print(noise.measure(loss, params, data, jax.random.key(3), num_examples=512, rep
 # finds them in the one backward pass that your gradient needs ([how](3_per_example.md)).
 
 # %%
-arrays, static = eqx.partition(eqx.nn.MLP(3, 1, width_size=8, depth=1, key=jax.random.key(0)), eqx.is_inexact_array)
+arrays, static = eqx.partition(
+    eqx.nn.MLP(3, 1, width_size=8, depth=1, key=jax.random.key(0)), eqx.is_inexact_array
+)
 
 
 def squared_error(arrays, example):
@@ -129,7 +146,11 @@ print(noise.reading(adam_state))
 everything = x.reshape(-1, 3), y.reshape(-1)
 for geometry in ("euclidean", adam_state):
     key = jax.random.key(3)
-    print(noise.measure(squared_error, arrays, everything, key, num_examples=3200, geometry=geometry))
+    print(
+        noise.measure(
+            squared_error, arrays, everything, key, num_examples=3200, geometry=geometry
+        )
+    )
 
 # %% [markdown]
 # ## Nothing at hand: probe
@@ -139,8 +160,9 @@ for geometry in ("euclidean", adam_state):
 
 # %%
 probing = optax.chain(
-    noise.probe(squared_error, every=10, sample_size=8, half_life=4000), optax.adam(1e-4)
-)  # fmt: skip
+    noise.probe(squared_error, every=10, sample_size=8, half_life=4000),
+    optax.adam(1e-4),
+)
 
 
 @eqx.filter_jit
@@ -170,20 +192,28 @@ def linear_loss(weights, example):
 
 def data_parallel(num_devices):
     mesh = jax.make_mesh(
-        (num_devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:num_devices]
-    )  # fmt: skip
+        (num_devices,),
+        ("data",),
+        axis_types=(AxisType.Auto,),
+        devices=jax.devices()[:num_devices],
+    )
     over_devices = optax.chain(
-        noise.watch(half_life=2000, axis_name="data", batch_size=BATCH_SIZE), optax.adam(1e-3)
-    )  # fmt: skip
+        noise.watch(half_life=2000, axis_name="data", batch_size=BATCH_SIZE),
+        optax.adam(1e-3),
+    )
 
     def step(weights, state, batch):
-        varying = jax.lax.pcast(weights, "data", to="varying")  # else the gradient comes out summed over devices
+        varying = jax.lax.pcast(
+            weights, "data", to="varying"
+        )  # else the gradient comes out summed over devices
         grads = gradients.mean(linear_loss)(varying, batch).grad
         updates, state = over_devices.update(grads, state, weights)
         return optax.apply_updates(weights, updates), state
 
     one, split = PartitionSpec(), PartitionSpec("data")
-    step = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(one, one, split), out_specs=(one, one)))
+    step = jax.jit(
+        jax.shard_map(step, mesh=mesh, in_specs=(one, one, split), out_specs=(one, one))
+    )
     weights = {"w": jnp.zeros(3), "b": jnp.zeros(())}
     state = over_devices.init(weights)
     for batch in zip(x, y, strict=True):

@@ -20,14 +20,19 @@ def final_loss(batch_size, point):
     method = descent.method(gradients.mean(problem.loss), optax.sgd(point["rate"]))
     stream = batching.reshuffled(point["key"], problem.num_examples, num_epochs=4)
     batches = batching.batches(stream, batch_size)
-    state, _ = descent.run(method, method.init(problem.init(point["key"])), problem.train, batches)
+    state, _ = descent.run(
+        method, method.init(problem.init(point["key"])), problem.train, batches
+    )
     return jax.vmap(problem.loss, (None, 0))(state.params, problem.train).mean()
 
 
 rates = np.geomspace(0.01, 2.0, 12)
 grid = sweep.grid(rate=rates, key=jax.random.split(jax.random.key(0), 5))
 sizes = (8, 64, 512)
-found = {size: sweep.map(lambda point, size=size: final_loss(size, point), grid) for size in sizes}
+found = {
+    size: sweep.map(lambda point, size=size: final_loss(size, point), grid)
+    for size in sizes
+}
 print({size: losses.shape for size, losses in found.items()})
 
 # %% [markdown]
@@ -60,7 +65,9 @@ def small_batches(point):
 
 
 first = sweep.map(small_batches, grid, store="runs/rates", chunk_size=20)
-again = sweep.map(small_batches, grid, store="runs/rates")  # reads three chunks, computes nothing
+again = sweep.map(
+    small_batches, grid, store="runs/rates"
+)  # reads three chunks, computes nothing
 print("the same, bit for bit:", bool(np.array_equal(first, again, equal_nan=True)))
 other = sweep.grid(rate=rates * 2, key=jax.random.split(jax.random.key(0), 5))
 try:

@@ -24,7 +24,14 @@ print(run.ended, run.state.num_examples, run.history["loss"].round(3))
 
 # %%
 progress = training.progress("runs/digits")
-print(progress.num_updates, "of", progress.total, "saved at", progress.num_saved, progress.record)
+print(
+    progress.num_updates,
+    "of",
+    progress.total,
+    "saved at",
+    progress.num_saved,
+    progress.record,
+)
 
 # %% [markdown]
 # ## Go on
@@ -34,7 +41,9 @@ print(progress.num_updates, "of", progress.total, "saved at", progress.num_saved
 
 # %%
 longer = training.run(problem, optax.adam(1e-3), num_epochs=12, **options)
-whole = training.run(problem, optax.adam(1e-3), num_epochs=12, **{**options, "folder": None})
+whole = training.run(
+    problem, optax.adam(1e-3), num_epochs=12, **{**options, "folder": None}
+)
 equal = jax.tree.map(np.array_equal, longer.state.params, whole.state.params)
 print("the same, bit for bit:", all(jax.tree.leaves(equal)))
 
@@ -44,7 +53,9 @@ print("the same, bit for bit:", all(jax.tree.leaves(equal)))
 
 # %%
 try:
-    training.run(problem, optax.adam(1e-3), num_epochs=12, **{**options, "batch_size": 64})
+    training.run(
+        problem, optax.adam(1e-3), num_epochs=12, **{**options, "batch_size": 64}
+    )
 except ValueError as error:
     print(error)
 
@@ -71,7 +82,12 @@ run = training.run(
 )
 plt.figure(figsize=(5.5, 3.2), layout="constrained")
 for label, history in (("last parameters", run.history), ("averaged", run.ema.history)):
-    plt.plot(np.arange(1, len(history["loss"]) + 1), history["metrics"]["accuracy"], ".-", label=label)
+    plt.plot(
+        np.arange(1, len(history["loss"]) + 1),
+        history["metrics"]["accuracy"],
+        ".-",
+        label=label,
+    )
 plt.xlabel("epoch")
 plt.ylabel("test accuracy")
 plt.legend(frameon=False)
@@ -85,18 +101,32 @@ print(run.ended, "after", len(run.history["loss"]), "epochs")
 # read while the one before it trains. Streams of millions of examples are never stored: position $t$ is computed.
 
 # %%
-on_disk = np.lib.format.open_memmap("images.npy", mode="w+", dtype=np.float32, shape=(50_000, 64))
+on_disk = np.lib.format.open_memmap(
+    "images.npy", mode="w+", dtype=np.float32, shape=(50_000, 64)
+)
 on_disk[:] = np.random.default_rng(0).normal(size=on_disk.shape).astype(np.float32)
 images = np.load("images.npy", mmap_mode="r")
 labels = (np.asarray(images[:, :8]).sum(1) > 0).astype(np.int32)
 large = Problem(
     init=lambda key: 0.01 * jax.random.normal(key, (64,)),
-    loss=lambda w, example: optax.sigmoid_binary_cross_entropy(example[0] @ w, example[1].astype(np.float32)),
+    loss=lambda w, example: optax.sigmoid_binary_cross_entropy(
+        example[0] @ w, example[1].astype(np.float32)
+    ),
     train=(images, labels),
     name="on disk",
 )
-options = {"record": descent.batch_loss, "every": 100}  # of the batch: all examples at once would not fit
-run = training.run(large, optax.sgd(0.5), key=jax.random.key(0), batch_size=128, num_epochs=1, **options)
+options = {
+    "record": descent.batch_loss,
+    "every": 100,
+}  # of the batch: all examples at once would not fit
+run = training.run(
+    large,
+    optax.sgd(0.5),
+    key=jax.random.key(0),
+    batch_size=128,
+    num_epochs=1,
+    **options,
+)
 print(run.history.round(3))
 
 # %% [markdown]

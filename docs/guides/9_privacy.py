@@ -28,12 +28,16 @@ sigmas = np.asarray([0.7, 1.0, 2.0, 4.0])
 promised = {
     size: [
         privacy.epsilon(
-            noise_multiplier=sigma, num_examples=N, batch_size=size, num_updates=10 * N // size, delta=1e-4
+            noise_multiplier=sigma,
+            num_examples=N,
+            batch_size=size,
+            num_updates=10 * N // size,
+            delta=1e-4,
         )
         for sigma in sigmas
     ]
     for size in sizes
-}  # fmt: skip
+}
 plt.figure(figsize=(5, 3.2), layout="constrained")
 for size, epsilons in promised.items():
     plt.loglog(sigmas, epsilons, "o-", label=f"B = {size}")
@@ -48,9 +52,15 @@ plt.show()
 # %%
 for size in sizes:
     sigma = privacy.noise_multiplier(
-        epsilon=4.0, num_examples=N, batch_size=size, num_updates=10 * N // size, delta=1e-4
-    )  # fmt: skip
-    print(f"B = {size:>3}: sigma = {sigma:.2f}; on the mean gradient {sigma / size:.4f}")
+        epsilon=4.0,
+        num_examples=N,
+        batch_size=size,
+        num_updates=10 * N // size,
+        delta=1e-4,
+    )
+    print(
+        f"B = {size:>3}: sigma = {sigma:.2f}; on the mean gradient {sigma / size:.4f}"
+    )
 
 # %% [markdown]
 # A larger batch needs more noise on the sum, and much less on the mean.
@@ -77,23 +87,37 @@ def is_example(keyed):
 
 def train(size, sigma, key, rate):
     gradient = gradients.clipped(
-        loss, 1.0, weight=is_example, expected_batch_size=size, noise_multiplier=sigma,
+        loss,
+        1.0,
+        weight=is_example,
+        expected_batch_size=size,
+        noise_multiplier=sigma,
         noise_key=lambda batch: batch[1][0],
-    )  # fmt: skip
+    )
     init_key, noise_key, batch_key = jax.random.split(key, 3)
     method = descent.with_keys(descent.method(gradient, optax.sgd(rate)), noise_key)
     updates = 10 * N // size
     batches = batching.poisson(batch_key, N, batch_size=size, num_updates=updates)
     state = method.init(problem.init(init_key))
-    state, _ = descent.run(method, state, problem.train, batches, every=updates, fetch=batching.take_padded)
+    state, _ = descent.run(
+        method, state, problem.train, batches, every=updates, fetch=batching.take_padded
+    )
     return problem.evaluate(state.params, on="test", names=("accuracy",))["accuracy"]
 
 
 for size, rate in ((64, 0.5), (256, 1.0)):
     sigma = privacy.noise_multiplier(
-        epsilon=4.0, num_examples=N, batch_size=size, num_updates=10 * N // size, delta=1e-4
-    )  # fmt: skip
-    over_seeds = jax.jit(jax.vmap(lambda key, size=size, sigma=sigma, rate=rate: train(size, sigma, key, rate)))
+        epsilon=4.0,
+        num_examples=N,
+        batch_size=size,
+        num_updates=10 * N // size,
+        delta=1e-4,
+    )
+    over_seeds = jax.jit(
+        jax.vmap(
+            lambda key, size=size, sigma=sigma, rate=rate: train(size, sigma, key, rate)
+        )
+    )
     accuracies = over_seeds(jax.random.split(jax.random.key(0), 2))
     print(f"B = {size:>3}, epsilon 4: test accuracy {accuracies.mean():.3f}")
 
