@@ -3,7 +3,8 @@
 Time to a target is updates to the target times seconds per update. The second is measured for every batch size by the
 real training step. The first is measured by tuning at a few batch sizes and predicted for all others by the laws of
 `theory.scaling`. Then the advice is put to the test: the batch size advised, the extremes and some between are run with
-fresh seeds, and what was predicted is printed beside what was measured. What is advised in the end is tuned once more.
+fresh seeds, and what was predicted is printed beside what was measured. In the end batch sizes that may be the fastest
+are tuned once more, and what is advised is confirmed with ten seeds, see `_race`.
 """
 
 import math
@@ -29,15 +30,14 @@ from gdjax.advise._choices import (
     predict,
     settled,
 )
-from gdjax.advise._goals import NUM_SEEDS, Question, question
+from gdjax.advise._goals import NUM_SEEDS, Question, Reaching, question
+from gdjax.advise._race import NO_BETTER, TUNING, Race, race
 from gdjax.advise._tunings import MAX_EPOCHS, TUNING_SHARE, Clock, Progress, tune_some
 from gdjax.problem import Problem
 from gdjax.theory import scaling
 from gdjax.tuning import Goal, Optimizer, Search, Tuning
 
 COMPILING = 5.0  # seconds that a program may take to compile before its runs begin
-TUNING = 2**0.5  # factor between the rates that are tried in the end
-NO_BETTER = 1.25  # such a rate is not waited for longer than this, in times of the best one's updates
 NUM_RUNS = 5  # that every program is compiled for: the rates of the first grid, and those that verify, fit in
 NUM_MEASURED = 512  # examples that a noise scale is measured on, at most
 
@@ -50,6 +50,7 @@ def batch_size(
     sizes: Sequence[int] | None = None,
     seconds: float = 120.0,
     memory: float | None = None,
+    average: float | None = None,
     seed: int = 0,
     progress: Progress = lambda stage, fraction: None,
 ) -> Advice:
@@ -59,11 +60,13 @@ def batch_size(
         problem: what to train.
         goal: a target to reach, 'loss<=0.05' or 'accuracy>=0.95' or a `tuning.Target`, or `tuning.Budget(num_examples)`
             to spend.
-        optimizer: 'sgd', 'momentum', 'adam', or a function learning_rate -> optax transformation.
+        optimizer: as `tuning.tune`, by name ('adamw', 'muon', ...), with a schedule by `tuning.named`, or a factory.
         sizes: the batch sizes to choose from; default the powers of two below N, and N; no larger than the examples
             that may be spent.
         seconds: that all of it may take; what they do not allow is in `Advice.unknown`.
         memory: bytes that one gradient may need, for larger ones are microbatched; default a quarter of what is free.
+        average: half-life, in examples, of an average of the parameters along each run, which is then what must reach
+            the target, in place of the last parameters.
         seed: of parameters and streams.
         progress: called now and then with what is being done and the fraction of the seconds that are spent.
 
@@ -82,7 +85,7 @@ def batch_size(
     microbatches = tuning.microbatch_sizes(problem, sizes, memory=memory)
     # One gradient a problem and division of batches, so that the programs made of it are found again.
     gradient = kept(problem, ("estimator", *microbatches.items()), lambda: tuning.estimator(problem, microbatches))
-    search = tuning.searching(problem, make, goal, num_runs=NUM_RUNS, gradient=gradient)
+    search = tuning.searching(problem, make, goal, num_runs=NUM_RUNS, gradient=gradient, average=average)
     time_all = partial(
         tuning.speeds,
         problem,
@@ -105,7 +108,11 @@ def batch_size(
         known = settled(known, verified, law)
     usable = [choice for choice in known if choice.fits]
     pick = fastest([choice for choice in usable if np.isfinite(choice.measured_seconds)] or usable)
-    tuned, untuned = _tuned(pick, runs, search, keys.fresh, clock)
+    if isinstance(asked, Reaching):
+        won = _race(known, pick, runs, search, keys.fresh, clock)
+        tuned, untuned = (won.tunings[won.batch_size], won.unknown) if won else (None, ())
+    else:
+        won, (tuned, untuned) = None, _tuned(pick, runs, search, keys.fresh, clock)
     times = np.asarray([choice.expected_seconds for choice in usable])
     examples = np.asarray([choice.expected_updates * choice.batch_size for choice in usable])
     on_front = scaling.pareto(times, np.asarray([asked.price(choice) for choice in usable]))
@@ -117,8 +124,9 @@ def batch_size(
         rates=rates,
         noise_scales=tuple(scales),
         refitted=refitted,
-        batch_size=pick.batch_size,
+        batch_size=won.batch_size if won else pick.batch_size,
         tuned=tuned,
+        race=won,
         fewest_examples=usable[int(np.argmin(examples))].batch_size,
         least_memory=least_memory(usable).batch_size,
         pareto=tuple(choice.batch_size for choice, on in zip(usable, on_front, strict=True) if on),
@@ -175,7 +183,7 @@ def _noise_scales(
 
     measure = kept(problem, ("noise scale", sample), make)
     trainer = tuning.training(problem, optimizer, asked.goal, num_runs=NUM_RUNS, gradient=gradient)
-    run, scales = trainer.start(np.asarray([rate]), num_seeds=1, key=run_key), []
+    run, scales = trainer.start(np.asarray([rate]), num_seeds=1, key=run_key, horizon=2 * every), []
     only = np.arange(len(run.seeds)) == 0
     for end in (0, every, 2 * every):
         if end > run.num_updates:
@@ -225,6 +233,13 @@ def _tuned(pick: Choice, runs: dict[int, Tuning], search: Search, key, clock: Cl
     if not found.at_edge:
         return found, []
     return found, [f"the best learning rate at batch size {pick.batch_size}: it is at the edge of those tried"]
+
+
+def _race(known: Sequence[Choice], pick: Choice, runs, search: Search, key, clock: Clock) -> Race | None:
+    def run(choice: Choice, rates: np.ndarray, *, draw: int = 0, **limits) -> Tuning:
+        return _fresh(search, choice, jax.random.fold_in(key, draw) if draw else key, clock)(rates, **limits)
+
+    return race(known, pick, runs, run, lambda seconds: clock.late(1.0, cost=seconds), clock.show)
 
 
 def _fresh(search: Search, choice: Choice, key, clock: Clock) -> Search:

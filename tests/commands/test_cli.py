@@ -15,7 +15,6 @@ import pytest
 from gdjax import commands, compare
 from gdjax.commands import _arguments as arguments
 from gdjax.commands import _session as command
-from gdjax.commands._hosts import Hosts
 from gdjax.commands._session import Common
 from gdjax.commands.compare import Compare
 
@@ -299,7 +298,7 @@ def test_x64_is_set_before_the_command_runs(request):
 def test_help_lists_every_option_with_its_text_and_the_exit_statuses(gdjax):
     def fields(kind):
         for field in dataclasses.fields(kind):
-            yield from fields(field.type) if field.type in (Common, Hosts) else [field.name.replace("_", "-")]
+            yield from fields(field.type) if dataclasses.is_dataclass(field.type) else [field.name.replace("_", "-")]
 
     for name, kind in commands.COMMANDS.items():
         status, printed, complained = gdjax(name, "--help")
