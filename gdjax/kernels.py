@@ -1,4 +1,4 @@
-"""Programs in the form that XLA compiles best for a CPU: products of two dimensions, and loops as one kernel.
+"""Programs in the form that XLA compiles best: on a CPU products of two dimensions, and loops as one kernel.
 
 The gradient of a dense layer over [B, T, D] is summed over two axes at once, which XLA does by copying a transpose,
 three times as slow as the same sum over one axis of [B T, D]: `for_cpu` writes such products as products of matrices,
@@ -10,6 +10,8 @@ batch size 1 a small network has some 25 of them in an update, and starting them
 of two matrices (hence, in most models, batches of more than one example), convolutions, sorting (hence, drawing a
 stream). It is not done by itself: there are loops on which XLA's compiler does not refuse but ends the process, such
 as one that carries a constant, and which these are is not known from their operations.
+
+On a GPU `LOOPS_IN_GRAPHS` are compiler options that make a loop one launch.
 
 >>> import jax.numpy as jnp
 >>> one = one_kernel(lambda x: jax.lax.fori_loop(0, 3, lambda i, x: x @ jnp.ones((2, 2)), x))
