@@ -91,11 +91,12 @@ def regrets(found: Rules, title: str) -> "Figure":
     for axis, which in ((loss, 0), (examples, 1)):
         means = [abs(pair[which].mean) for pair in intervals if pair[which]]  # pyright: ignore
         largest = max((mean for mean in means if np.isfinite(mean)), default=1.0) * (100 if which else 1)
-        axis.set_xscale("symlog", linthresh=max(largest / 30, 1e-6))
+        axis.set_xscale("symlog", linthresh=max(largest / 10, 1e-6))
     for i, outcome in enumerate((*found.run, found.tuned)):
         line = report.LINES[i // len(report.COLOURS) % len(report.LINES)]
         report.band(runs, found.examples[1:], outcome.losses[:, 1:], outcome.rule, i, line=line)  # pyright: ignore
     runs.set(xlabel="examples seen", ylabel="training loss (median and range of seeds)")
     report.log_scales(runs, "xy")
+    runs.tick_params(axis="x", which="both", labelrotation=45)  # it may span less than a decade
     runs.legend(frameon=False, fontsize="x-small")
     return figure

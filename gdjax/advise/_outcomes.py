@@ -54,7 +54,7 @@ class Outcome:
         """The mean loss at the end, infinite where a seed diverged or nothing was run."""
         if self.losses is None:
             return math.inf
-        return float(np.where(np.isfinite(self.losses[:, -1]), self.losses[:, -1], np.inf).mean())
+        return float(_ends(self.losses).mean())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,10 +160,15 @@ def judged(outcome: Outcome, losses: np.ndarray, tuned: np.ndarray, examples: np
     """Return an outcome with its regrets, from losses [S, E] of itself and of the tuned rate."""
     times = [_times(own, other, examples) for own, other in zip(losses, tuned, strict=True)]
     with np.errstate(invalid="ignore", over="ignore"):
-        loss = interval(np.where(np.isfinite(losses[:, -1]), losses[:, -1] - tuned[:, -1], np.inf))
+        loss = interval(_ends(losses) - tuned[:, -1])
         logs = interval(np.log(times))
         more = Interval(*(float(np.expm1(x)) for x in logs))
     return dataclasses.replace(outcome, losses=losses, loss_regret=loss, examples_regret=more)
+
+
+def _ends(losses: np.ndarray) -> np.ndarray:
+    """Return the last losses [S] of [S, E], infinite where they are not below the first: such a run has diverged."""
+    return np.where(losses[:, -1] < losses[:, 0], losses[:, -1], np.inf)
 
 
 def _times(own: np.ndarray, other: np.ndarray, examples: np.ndarray) -> float:
