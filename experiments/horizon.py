@@ -24,6 +24,7 @@ from gdjax.problems import datasets, models
 from gdjax.theory import horizon
 
 CAPACITY, NUM_MODES = 2.0, 4000
+FEWER_MODES, NUM_BLOCKS = 1000, 64  # where the rate decays, which takes the most time
 SOURCES = (1.0, 0.5)
 EXAMPLES = 2 ** np.arange(10, 17, 2)
 RUN_EXAMPLES, RUN_SIZES, RUN_SEEDS, RUN_MODES = (1024, 4096), 2 ** np.arange(3, 10), 64, 200
@@ -38,12 +39,14 @@ def slope(sizes, examples=EXAMPLES):
 def exact(source):
     """Return the best size at a fixed rate, and the critical ones at a constant and at a decayed tuned rate, [E]."""
     quadratic = horizon.power_law(NUM_MODES, capacity=CAPACITY, source=source)
+    shorter = horizon.power_law(FEWER_MODES, capacity=CAPACITY, source=source)
+    along = {"shape": horizon.squared_decay, "num_blocks": NUM_BLOCKS}
 
     @jax.jit
     def at(num_examples):
         best = horizon.best_batch_size(quadratic, learning_rate=1.0, num_examples=num_examples)
         critical = horizon.critical_batch_size(quadratic, num_examples=num_examples)
-        decayed = horizon.critical_batch_size(quadratic, num_examples=num_examples, shape=horizon.squared_decay)
+        decayed = horizon.critical_batch_size(shorter, num_examples=num_examples, **along)
         return best, critical, decayed
 
     return np.asarray([at(float(examples)) for examples in EXAMPLES]).T
@@ -107,7 +110,7 @@ def character_model(key):
 
 def main(options: experiment.Options) -> experiment.Result:
     with jax.enable_x64(True):
-        laws = {source: exact(source) for source in (*SOURCES, 0.25)}
+        laws = {source: exact(source) for source in ((*SOURCES, 0.25) if not options.smoke else SOURCES[:1])}
         sources = SOURCES[: 1 if options.smoke else None]
         keys = jax.random.split(jax.random.key(options.seed), len(sources) * len(RUN_EXAMPLES))
         pairs = [(source, examples) for source in sources for examples in RUN_EXAMPLES]
@@ -128,10 +131,13 @@ def main(options: experiment.Options) -> experiment.Result:
 def judge(laws, seen, characters):
     slopes = {source: [slope(sizes) for sizes in found] for source, found in laws.items()}
     checks = {
-        f"E^{r / (1 + r):.2f} for r = {r}": max(abs(p - r / (1 + r)) for p in slopes[r][:2]) < 0.03 for r in SOURCES
+        f"E^{r / (1 + r):.2f} for r = {r}": max(abs(p - r / (1 + r)) for p in slopes[r][:2]) < 0.03
+        for r in SOURCES
+        if r in slopes
     }
     checks["E^(1/3) for r = 1 with a decayed rate"] = abs(slopes[1.0][2] - 1 / 3) < 0.03
-    checks["no growth for r = 1/4 with a decayed rate"] = slopes[0.25][2] < 0.03
+    if 0.25 in slopes:
+        checks["no growth for r = 1/4 with a decayed rate"] = slopes[0.25][2] < 0.03
     worst, near = 0.0, True
     for losses, expected in seen.values():
         error = losses.std(0, ddof=1) / len(losses) ** 0.5
