@@ -114,7 +114,7 @@ class Rules:
 
     def sentence(self) -> str:
         """Return the verdict."""
-        best, many = self.run[0], f"{self.batch_size // self.base}"
+        best = self.run[0]
         if not math.isfinite(best.last):
             return f"Use none of the rules: all diverge at B = {self.batch_size}. Tune the rate there."
         assert best.loss_regret is not None
@@ -123,8 +123,9 @@ class Rules:
         loss = "{:+.3g} [{:+.3g}, {:+.3g}]".format(*best.loss_regret)
         examples = "{:+.0%} [{:+.0%}, {:+.0%}]".format(*best.examples_regret)
         said = (
-            f"Use {named} to carry {self.optimizer} from B = {self.base} to {self.batch_size} ({many} times): loss "
-            f"{loss}, examples {examples} over tuning there (90 % intervals)."
+            f"Use {named} to carry {self.optimizer} from B = {self.base} to {self.batch_size} "
+            f"({self.batch_size / self.base:g} times): loss {loss}, examples {examples} over tuning there "
+            "(90 % intervals)."
         )
         level = f" Not told from it with {len(best.losses)} seeds: {', '.join(self.level)}." if self.level else ""  # pyright: ignore
         foreseen = "" if not self.predicted else (
@@ -160,7 +161,7 @@ def judged(outcome: Outcome, losses: np.ndarray, tuned: np.ndarray, examples: np
     """Return an outcome with its regrets, from losses [S, E] of itself and of the tuned rate."""
     times = [_times(own, other, examples) for own, other in zip(losses, tuned, strict=True)]
     with np.errstate(invalid="ignore", over="ignore"):
-        loss = interval(_ends(losses) - tuned[:, -1])
+        loss = interval(_ends(losses) - _ends(tuned))
         logs = interval(np.log(times))
         more = Interval(*(float(np.expm1(x)) for x in logs))
     return dataclasses.replace(outcome, losses=losses, loss_regret=loss, examples_regret=more)

@@ -79,6 +79,9 @@ def rules(
     keys = dict(zip(("tuning", "fresh", "noise"), jax.random.split(jax.random.key(seed), 3), strict=True))
     given = recipe.hyperparameters
     candidates = carried(recipe, given, names, base, batch_size, None)
+    if all(outcome.hyperparameters is None for outcome in candidates):
+        reasons = "; ".join(f"{outcome.why_not}" for outcome in candidates)
+        raise ValueError(f"rules={list(names or ())}: none of them can be applied: {reasons}")
     num_runs = num_seeds * (2 + sum(outcome.why_not is None for outcome in candidates))
     microbatches = tuning.microbatch_sizes(problem, [base, batch_size])
     gradient = tuning.estimator(problem, microbatches)

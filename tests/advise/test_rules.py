@@ -116,6 +116,7 @@ def test_what_cannot_be_carried_is_refused_before_it_is_run():
         ({"optimizer": optax.adam}, r"optimizer: rules change the hyperparameters of one by name, of sgd, momentum"),
         ({"base": 32}, r"from 32 to 16: must be 1 <= from < to <= N=512"),
         ({"names": ["cubic"]}, r"rules='cubic' is not one of none, linear"),
+        ({"names": ["b2_half_life"]}, r"none of them can be applied: b2_half_life sets b2, which sgd was not given"),
         ({"num_seeds": 1}, r"num_seeds=1 must be at least 2"),
         ({"num_examples": 64}, r"num_examples=64 are fewer than 8 updates of 16"),
         ({"learning_rate": -1.0}, r"learning_rate=-1.0 must be positive"),
