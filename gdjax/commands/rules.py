@@ -117,8 +117,12 @@ def _report(found: "Found") -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines += [f"{outcome.rule} = {', '.join(outcome.same)}" for outcome in found.run if outcome.same]
-    lines += [_folded(f"* {outcome.rule}: {outcome.flag}.") for outcome in found.run if outcome.flag]
-    lines += [_folded(f"Not run: {o.rule}: {o.why_not}.") for o in found.outcomes if o.why_not]
+    flags: dict[str, list[str]] = {}
+    for outcome in found.run:
+        if outcome.flag:
+            flags.setdefault(outcome.flag, []).append(outcome.rule)
+    lines += [_folded(f"* {', '.join(names)}: {flag}.") for flag, names in flags.items()]
+    lines += [_folded(f"Not run: {outcome.why_not}.") for outcome in found.outcomes if outcome.why_not]
     if found.num_examples // found.batch_size < 30:
         lines += [_folded(f"Few updates, {found.num_examples // found.batch_size}: a larger --budget says more.")]
     edges = [f"B = {size}" for size, tuned in found.tunings.items() if tuned.at_edge]
