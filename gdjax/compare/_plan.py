@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -53,6 +54,23 @@ class Plan:
     seconds: float
     default_seconds: float
     shortened: bool
+
+    def fields(self) -> dict[str, Any]:
+        """Return what a JSON file can hold of the plan: all but the optimiser."""
+        speeds = [speed._replace(time_again=None)._asdict() for speed in self.speeds]
+        named = {
+            name: {f"{size}": x for size, x in getattr(self, name).items()} for name in ("skipped", "microbatches")
+        }
+        rest = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return rest | named | {"speeds": speeds, "optimizer": None}
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any], optimizer: tuning.Optimizer) -> "Plan":
+        """Return the plan of which a JSON file gave `fields` back."""
+        speeds = tuple(tuning.Speed(**speed) for speed in fields["speeds"])
+        named = {name: {int(size): x for size, x in fields[name].items()} for name in ("skipped", "microbatches")}
+        rates = tuple(fields["learning_rates"])
+        return cls(**{**fields, **named, "speeds": speeds, "learning_rates": rates, "optimizer": optimizer})
 
     def __str__(self) -> str:
         """Say in one sentence what will be done and how long that takes."""

@@ -5,7 +5,7 @@ of examples per update differs, and the learning rate, which is tuned for each.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -79,6 +79,15 @@ class Row:
     memory_per_gradient: float | None
     sweep_seconds: float
     num_runs: int
+
+    @classmethod
+    def of(cls, kept: Mapping[str, Any]) -> "Row":
+        """Return the row whose fields are in `kept`, arrays as lists, as a JSON file gives them back."""
+        row = cls(**kept)
+        metrics = {name: np.asarray(values, float) for name, values in row.metrics.items()}
+        return dataclasses.replace(
+            row, examples_seen=np.asarray(row.examples_seen), losses=np.asarray(row.losses, float), metrics=metrics
+        )
 
     @property
     def diverged(self) -> np.ndarray:

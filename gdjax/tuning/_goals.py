@@ -192,11 +192,11 @@ def evaluation_examples(problem: Problem, on: str) -> Batch:
 
 
 def _crossing(start: int, end: int, before: np.ndarray, after: np.ndarray, value: float) -> np.ndarray:
-    """Return where between `start` and `end` updates a line from `before` to `after` meets `value`, in (start, end].
+    """Return where between `start` and `end` updates a line from `before` to `after` meets `value`, 1 at least.
 
     The line is straight over the logarithm of the updates, as learning curves nearly are, but from the first update.
     """
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         part = (value - before) / (after - before)
     part = np.where((part > 0) & (part <= 1), part, 1.0)
-    return start * (end / start) ** part if start else end * part
+    return start * (end / start) ** part if start else np.maximum(end * part, 1.0)
