@@ -298,7 +298,11 @@ def test_x64_is_set_before_the_command_runs(request):
 def test_help_lists_every_option_with_its_text_and_the_exit_statuses(gdjax):
     def fields(kind):
         for field in dataclasses.fields(kind):
-            yield from fields(field.type) if dataclasses.is_dataclass(field.type) else [field.name.replace("_", "-")]
+            yield from (
+                fields(field.type)
+                if dataclasses.is_dataclass(field.type)
+                else [field.name.rstrip("_").replace("_", "-")]
+            )
 
     for name, kind in commands.COMMANDS.items():
         status, printed, complained = gdjax(name, "--help")
