@@ -3,8 +3,10 @@
 >>> ramp = Phases.of([(3, 2), (2, 4)])
 >>> [ramp.examples(updates) for updates in (0, 3, 4, 7)]  # the last phase goes on
 [0, 6, 10, 22]
->>> ramp.at(2), ramp.at(3)  # the batch size of the next update, and where its phase ends
-((2, 3), (4, None))
+>>> ramp.at(2), ramp.at(3)  # the batch size of the next update, and where its phase begins and ends
+((2, 0, 3), (4, 3, None))
+>>> [ramp.updates(examples) for examples in (5, 6, 13, 22)]
+[2, 3, 4, 7]
 """
 
 import operator
@@ -69,14 +71,23 @@ class Phases(NamedTuple):
             size = self.parts[-1][1]
         return seen + num_updates * size
 
-    def at(self, num_updates: int) -> tuple[int, int | None]:
-        """Return (B of the update after so many, the updates after which its phase ends or None)."""
-        end = 0
+    def updates(self, num_examples: int) -> int:
+        """Return how many whole updates so many examples are."""
+        done = 0
         for count, size in self.parts[:-1]:
-            end += count
-            if num_updates < end:
-                return size, end
-        return self.parts[-1][1], None
+            if num_examples < count * size:
+                return done + num_examples // size
+            done, num_examples = done + count, num_examples - count * size
+        return done + num_examples // self.parts[-1][1]
+
+    def at(self, num_updates: int) -> tuple[int, int, int | None]:
+        """Return (B of the update after so many, the updates after which its phase begins, and ends or None)."""
+        begin = 0
+        for count, size in self.parts[:-1]:
+            if num_updates < begin + count:
+                return size, begin, begin + count
+            begin += count
+        return self.parts[-1][1], begin, None
 
     def batches(self, stream: jax.Array) -> list[jax.Array]:
         """Cut a stream int32[S] into int32[num_updates, B], one for each phase: what `descent.run` goes through.

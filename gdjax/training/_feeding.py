@@ -82,7 +82,7 @@ class Plan(NamedTuple):
     def cuts(self, done: int) -> Iterator[Cut]:
         """Yield what is left after `done` updates: as many blocks as a chunk and a phase hold, or a part of a block."""
         while done < self.num_updates:
-            size, end = self.phases.at(done)
+            size, _, end = self.phases.at(done)
             most = min(self.chunk_updates, (end or self.num_updates) - done, self.num_updates - done)
             to_record, whole = self.every - done % self.every, most // self.every
             if to_record == self.every and whole:

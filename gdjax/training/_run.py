@@ -187,9 +187,7 @@ def run(
     _check_installed(saves=folder is not None, feeds=on_host)
 
     rules = tuple(until.values())
-    parts = _updates.Parts(
-        task.method, task.record_of, rules, ema is not None, mesh, unroll=unroll, fed=on_host
-    )
+    parts = _updates.Parts(task.method, task.record_of, rules, ema is not None, mesh, unroll=unroll, fed=on_host)
     same = ("training", task.of, rules, ema, mesh, unroll, on_host)
     updates = kept(task.method.step, same, lambda: _updates.updates(parts, ema))
     carry = _feeding.placed(updates.begin(task.state), plan.sharding())

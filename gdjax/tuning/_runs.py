@@ -34,7 +34,7 @@ class Runs(NamedTuple):
 
     Attributes:
         states: descent.State, [L].
-        learning_rates: [L].
+        learning_rates: [L], or with a horizon the pair ([L], [L]) of both.
         stream_keys: of each seed.
         seeds: int [L], the seed of each run.
         streams: int32[S, W], the part of each seed's stream that updates are being made from.
@@ -43,7 +43,7 @@ class Runs(NamedTuple):
     """
 
     states: descent.State
-    learning_rates: jax.Array
+    learning_rates: Any
     stream_keys: jax.Array
     seeds: np.ndarray
     streams: jax.Array | None
@@ -55,9 +55,10 @@ class Trainer(NamedTuple):
     """How runs begin and go on.
 
     Attributes:
-        start: `(learning_rates [R], *, num_seeds, key) -> Runs`, evaluated.
+        start: `(learning_rates [R], *, num_seeds, key, horizon=None) -> Runs`, evaluated.
         advance: `(runs, num_updates, active [L], *, batch_size) -> Runs` after so many updates, evaluated; runs that
-            are not active are left where they are, or go on unevaluated. The runs given are used up.
+            are not active are left where they are, or go on unevaluated. The runs given are used up. The batch size is
+            a number, or the `batching.Phases` of all updates from the start.
         num_examples: N.
         num_evaluated: examples in an evaluation.
     """
@@ -101,13 +102,14 @@ def trainer(
     def window(key, start, *, entries):
         return batching.reshuffled(key, length, start=start, length=entries)
 
-    def start(learning_rates: np.ndarray, *, num_seeds: int, key: jax.Array) -> Runs:
+    def start(learning_rates: np.ndarray, *, num_seeds: int, key: jax.Array, horizon: float | None = None) -> Runs:
         init_key, stream_key = jax.random.split(key)
         num_rates = len(learning_rates)
         total = max(num_runs, num_seeds * num_rates)
         seeds = np.minimum(np.arange(total) // num_rates, num_seeds - 1)
         params = list(map(init, jax.random.split(init_key, num_seeds)))
-        rates = jnp.asarray(np.resize(learning_rates, total), float)
+        rates: Any = jnp.asarray(np.resize(learning_rates, total), float)
+        rates = rates if horizon is None else (rates, jnp.full_like(rates, horizon))
         states = begin([params[seed] for seed in seeds], rates)
         used = np.arange(total) < num_seeds * num_rates
         shapes = jax.eval_shape(evaluate, params[0], examples)
@@ -115,18 +117,20 @@ def trainer(
         values = evaluate_runs(states.params, unknown, used, examples)
         return Runs(states, rates, jax.random.split(stream_key, num_seeds), seeds, None, values, 0)
 
-    def advance(runs: Runs, num_updates: int, active: np.ndarray, *, batch_size: int) -> Runs:
-        most = max(1, min(length, WINDOW) // batch_size)  # updates that a window holds
+    def advance(runs: Runs, num_updates: int, active: np.ndarray, *, batch_size: int | batching.Phases) -> Runs:
+        phases = batching.Phases.of(batch_size)
         states, streams, done = runs.states, runs.streams, runs.num_updates
         end = done + num_updates
         while done < end:
-            first = done % most
+            size, begin, last = phases.at(done)
+            most = max(1, min(length, WINDOW) // size)  # updates that a window holds
+            first = (done - begin) % most
             if first == 0 or streams is None:
-                begun = batching.Count.of((done - first) * batch_size)
-                streams = jnp.stack([window(key, begun, entries=most * batch_size) for key in runs.stream_keys])
-            count = min(end - done, most - first)
+                begun = batching.Count.of(phases.examples(done - first))
+                streams = jnp.stack([window(key, begun, entries=most * size) for key in runs.stream_keys])
+            count = min(end - done, most - first, (last or end) - done)
             given = states, runs.learning_rates, runs.seeds, active, streams, first, count, problem.train
-            states = train(*given, batch_size=batch_size)
+            states = train(*given, batch_size=size)
             done += count
         values = evaluate_runs(states.params, runs.values, active, examples)
         return runs._replace(states=states, streams=streams, values=values, num_updates=done)
@@ -147,7 +151,7 @@ def _training(problem: Problem, optimizer: Optimizer, gradient: Callable[[int], 
     @partial(jax.jit, static_argnames="batch_size", donate_argnums=0)
     def train(states, learning_rates, seeds, active, streams, first, count, data, *, batch_size):
         in_flight = IN_FLIGHT.get(jax.default_backend(), ACCELERATOR_IN_FLIGHT)
-        at_once = _largest_divisor(len(learning_rates), in_flight // batch_size)
+        at_once = _largest_divisor(len(seeds), in_flight // batch_size)
 
         def run(state, learning_rate, seed, active):
             method = descent.method(gradient(batch_size), optimizer(learning_rate))

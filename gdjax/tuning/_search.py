@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from gdjax import batching
 from gdjax.tuning._goals import Budget, Goal
 from gdjax.tuning._runs import Runs, Trainer
 
@@ -34,7 +35,7 @@ class Tuning:
 
     Attributes:
         goal: the target to reach, or the budget to spend.
-        batch_size: B.
+        batch_size: B, or the `batching.Phases` of a schedule.
         learning_rates: [R].
         costs: [R, S], updates to the target or the loss after the budget, infinite where it was not reached or spent,
             or not waited for.
@@ -46,7 +47,7 @@ class Tuning:
     """
 
     goal: Goal
-    batch_size: int
+    batch_size: int | batching.Phases
     learning_rates: np.ndarray
     costs: np.ndarray
     diverged: np.ndarray
@@ -119,7 +120,8 @@ Search = Callable[..., Tuning]
 def search(trainer: Trainer, goal: Goal, judged: Callable[[Any], Any]) -> Search:
     """Return `(learning_rates [R], *, batch_size, num_seeds, key, ...) -> Tuning`.
 
-    It trains every rate with every seed until the best rate and those beside it are known. Its further arguments are
+    It trains every rate with every seed until the best rate and those beside it are known. The batch size is a number
+    or the `batching.Phases` of a schedule. Its further arguments are
 
         max_examples: how many examples a run may see on the way to a target; a `Budget` says so itself.
         deadline: a time of `time.perf_counter`. Once it has passed, what is known so far is returned, and runs that had
@@ -128,6 +130,7 @@ def search(trainer: Trainer, goal: Goal, judged: Callable[[Any], Any]) -> Search
         late: no rate is waited for longer than this many times the updates of the best one, or `least`.
         every: updates between two looks at the runs, in place of the goal's own; then there is a `history`.
         stop_diverged: whether a rate that diverges with one seed is left with the others.
+        horizon: what the optimiser is given beside the rate, as the pair (rate, horizon), a traced number of updates.
         progress: called with the updates made and the best value.
 
     Args:
@@ -142,7 +145,7 @@ def search(trainer: Trainer, goal: Goal, judged: Callable[[Any], Any]) -> Search
     def run(
         learning_rates: np.ndarray,
         *,
-        batch_size: int,
+        batch_size: int | batching.Phases,
         num_seeds: int,
         key: jax.Array,
         max_examples: int = 0,
@@ -151,13 +154,15 @@ def search(trainer: Trainer, goal: Goal, judged: Callable[[Any], Any]) -> Search
         late: float = LATE,
         every: int | None = None,
         stop_diverged: bool = True,
+        horizon: float | None = None,
         progress: Callable[[int, float], None] = lambda updates, metric: None,
     ) -> Tuning:
         better = np.fmin if goal.relation == "<=" else np.fmax
         began, shape = time.perf_counter(), (num_seeds, len(learning_rates))
-        max_updates = goal.max_updates(batch_size, max_examples)
+        phases = batching.Phases.of(batch_size)
+        max_updates = goal.max_updates(phases, max_examples)
         # Every batch size and grid of rates has the same draws: the key is used again on purpose.
-        runs = trainer.start(learning_rates, num_seeds=num_seeds, key=jax.random.clone(key))
+        runs = trainer.start(learning_rates, num_seeds=num_seeds, key=jax.random.clone(key), horizon=horizon)
         unused = np.zeros(len(runs.seeds) - math.prod(shape), bool)
 
         def seen(runs: Runs) -> Any:
@@ -175,7 +180,7 @@ def search(trainer: Trainer, goal: Goal, judged: Callable[[Any], Any]) -> Search
             if not active.any():
                 break
             sizes = {"num_examples": trainer.num_examples, "num_evaluated": trainer.num_evaluated}
-            count = min(every or goal.next_look(done, batch_size=batch_size, **sizes), max_updates - done)
+            count = min(every or goal.next_look(done, batch_size=phases.at(done)[0], **sizes), max_updates - done)
             runs = trainer.advance(runs, count, np.append(active.reshape(-1), unused), batch_size=batch_size)
             before, done = (done, values), runs.num_updates
             look = seen(runs)
