@@ -129,6 +129,7 @@ def search(trainer: Trainer, goal: Goal, judged: Callable[[Any], Any]) -> Search
         least: updates that another rate, tried before, is known to take.
         late: no rate is waited for longer than this many times the updates of the best one, or `least`.
         every: updates between two looks at the runs, in place of the goal's own; then there is a `history`.
+        remember: whether there is one of the goal's own looks too.
         stop_diverged: whether a rate that diverges with one seed is left with the others.
         horizon: what the optimiser is given beside the rate, as the pair (rate, horizon), a traced number of updates.
         progress: called with the updates made and the best value.
@@ -153,6 +154,7 @@ def search(trainer: Trainer, goal: Goal, judged: Callable[[Any], Any]) -> Search
         least: float = math.inf,
         late: float = LATE,
         every: int | None = None,
+        remember: bool = False,
         stop_diverged: bool = True,
         horizon: float | None = None,
         progress: Callable[[int, float], None] = lambda updates, metric: None,
@@ -185,7 +187,7 @@ def search(trainer: Trainer, goal: Goal, judged: Callable[[Any], Any]) -> Search
             before, done = (done, values), runs.num_updates
             look = seen(runs)
             values = judged(look)
-            looks = [*looks, (done, look)] if every else looks
+            looks = [*looks, (done, look)] if every or remember else looks
             goal.note(costs, active, before, (done, values), ended=done == max_updates)
             diverged |= ~np.isfinite(values)
             nearest = better(nearest, np.where(np.isfinite(values), values, np.nan))
@@ -198,7 +200,7 @@ def search(trainer: Trainer, goal: Goal, judged: Callable[[Any], Any]) -> Search
             diverged.T,
             np.asarray([goal.best(column) for column in nearest.T]),
             time.perf_counter() - began,
-            _history(looks) if every else None,
+            _history(looks) if every or remember else None,
         )
 
     return run

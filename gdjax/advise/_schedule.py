@@ -1,0 +1,258 @@
+"""The batch as a schedule: which of constant, decay, ramp and both reaches a target first, predicted and then run.
+
+Short runs at two batch sizes are fitted by a quadratic (`_fitted`); by it the best way of each kind is found (`_ways`),
+given the measured time of an update; then all of them are tuned alike and run with fresh seeds.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from gdjax import batching, tuning
+from gdjax._trees import kept
+from gdjax.advise._fitted import Curve, fitted
+from gdjax.advise._goals import NUM_SEEDS
+from gdjax.advise._plan import Plan, Local, Run, Times
+from gdjax.advise._tunings import Clock, Progress
+from gdjax.advise._ways import Bounds, Way, plan
+from gdjax.problem import Problem
+from gdjax.theory import twin as local_twin
+from gdjax.tuning import Optimizer, Search, Target
+
+PILOTS = 16, 128  # batch sizes of the pilot
+PILOT_EPOCHS = 30
+PILOT_SHARE, VERIFY_SHARE = 0.35, 0.95  # of the seconds that may be gone when these stages end
+STRETCHES = 1.0, 1.5, 2.25, 3.4  # times the planned updates that a way is tried over
+FACTOR = 1.6  # between the rates that a way is tuned over
+NUM_RUNS = 5
+LANCZOS = {"num_steps": 8, "num_draws": 2, "max_examples": 512}
+
+
+def schedule(
+    problem: Problem,
+    target: str | Target,
+    *,
+    optimizer: str | Optimizer = "sgd",
+    num_phases: int = 3,
+    seconds: float = 120.0,
+    seed: int = 0,
+    progress: Progress = lambda stage, fraction: None,
+) -> Plan:
+    """Predict and measure the time to a target with constant batch and rate, with decay, with a ramp, and with both.
+
+    Args:
+        problem: what to train.
+        target: to reach, as 'loss<=0.45': of the training loss, which the twin is of.
+        optimizer: a name from `tuning.OPTIMIZERS`, or a function learning_rate -> optax transformation.
+        num_phases: that a ramp may have, 2 or 3.
+        seconds: that all of it may take; what they do not allow is in `Plan.unknown`.
+        seed: of parameters and streams.
+        progress: called now and then with what is being done and the fraction of the seconds that are spent.
+
+    Raises:
+        ValueError: for another number of phases, fewer than 64 examples, a target that is not of the training loss or
+            is below what the plan can reach (saying what it can), and a pilot that diverges at every rate.
+    """
+    goal = tuning.parse_target(target, problem) if isinstance(target, str) else target
+    if (goal.metric, goal.on) != ("loss", "train"):
+        raise ValueError(f"target={goal} must be of the training loss: the twin predicts no other metric")
+    if num_phases not in (2, 3):
+        raise ValueError(f"phases={num_phases} must be 2 or 3: more gain next to nothing")
+    if problem.num_examples < 64:
+        raise ValueError(f"problem={problem.name!r} has {problem.num_examples} examples: a schedule takes at least 64")
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"budget={seconds} seconds must be positive and finite")
+    make, usual = tuning.named(optimizer)
+    clock = Clock(time.perf_counter(), seconds, PILOT_EPOCHS * problem.num_examples, progress)
+    pilot_key, twin_key, fresh_key = jax.random.split(jax.random.key(seed), 3)
+    plain = tuning.searching(problem, make, goal, num_runs=NUM_RUNS)
+    found, curves, start = _pilots(problem, plain, goal, usual, pilot_key, clock)
+    sizes = _sizes(problem, min(found))
+    rate = next(iter(found.values())).rate
+    times = _times(problem, make, sizes, rate, clock)
+    twin = fitted(curves, start=start)
+    longest = max(int(curve.updates[-1]) for curve in curves)
+    bounds = Bounds(sizes, partial(_highest, found), times, max(1000, 4 * longest))
+    clock.show("planning")
+    ways = plan(twin, goal.value, bounds, num_phases=num_phases)
+    locals_, unknown = _locals(problem, make, goal, optimizer, found, twin_key, clock)
+    runs: dict[str, Run] = {}
+    for kind, way in sorted(ways.items(), key=lambda item: item[1].seconds[1]):
+        if clock.late(VERIFY_SHARE):
+            unknown.append(f"{kind}, run: the budget ended before")
+            continue
+        run = verified(problem, make, goal, way, times, fresh_key, clock)
+        if run is None:
+            unknown.append(f"{kind}, run: it did not arrive with every seed in the budget")
+        else:
+            runs[kind] = run
+    return Plan(
+        goal=goal,
+        ways=ways,
+        runs=runs,
+        twin=twin,
+        curves=tuple(curves),
+        times=times,
+        locals=tuple(locals_),
+        unknown=tuple(unknown),
+        seconds=time.perf_counter() - clock.began,
+    )
+
+
+def decaying(optimizer: Optimizer) -> Optimizer:
+    """Return `(rate, horizon) -> optax transformation` whose updates fall to 0 in proportion to the updates left.
+
+    They are those of the optimiser times the share: its own momentum and weight decay with them.
+    """
+
+    def make(pair):
+        rate, horizon = pair
+
+        def share(count):
+            return jnp.maximum(0.0, 1 - count.astype(float) / horizon)
+
+        return optax.chain(optimizer(rate), optax.scale_by_schedule(share))
+
+    return make
+
+
+def verified(
+    problem: Problem, optimizer: Optimizer, goal: Target, way: Way, times: Times, key: jax.Array, clock: Clock
+) -> Run | None:
+    """Tune rate and length of a way with one seed, and run it with others; None where that does not arrive in time."""
+    tune_key, run_key = jax.random.split(jax.random.clone(key))
+    make = kept(problem, ("decaying", optimizer), lambda: decaying(optimizer)) if way.decays else optimizer
+    search = tuning.searching(problem, make, goal, num_runs=NUM_RUNS)
+    best: tuple[float, Way] | None = None
+    rates = way.learning_rate * FACTOR ** np.arange(-1.0, 2.0)
+    for factor in STRETCHES:
+        if clock.late(VERIFY_SHARE):
+            break
+        tried = way.stretched(factor)
+        clock.show(f"tuning {way.kind} over {tried.num_updates} updates")
+        tuned = tuning.search_grid(_over(search, tried, 1, tune_key, clock), rates)
+        if not tuned.found:
+            continue
+        took = times.until(tried.schedule, float(tuned.losses.min()))
+        if best is not None and took >= best[0]:
+            break
+        best = took, tried._replace(learning_rate=tuned.rate)
+        if way.kind == "constant":  # whose length is nothing that is chosen
+            break
+        rates = tuned.rate * FACTOR ** np.arange(-1.0, 2.0)
+    if best is None:
+        return None
+    chosen = best[1]
+    for factor in (1.0, 1.25, 1.6):  # what one seed reached in time may be too short for another
+        tried = chosen.stretched(factor)
+        clock.show(f"running {way.kind} with fresh seeds")
+        found = _over(search, tried, NUM_SEEDS, run_key, clock)(np.asarray([tried.learning_rate]))
+        if found.found:
+            updates = found.costs[0]
+            return Run(tried, updates, np.asarray([times.until(tried.schedule, count) for count in updates]))
+        if clock.late(1.0):
+            return None
+    return None
+
+
+def _over(search: Search, way: Way, num_seeds: int, key: jax.Array, clock: Clock) -> Search:
+    """Return `rates -> Tuning` along a way; one of a constant rate may go on for four times its length."""
+    phases = batching.Phases.of(way.schedule)
+    more: dict[str, Any] = {"horizon": float(way.num_updates)} if way.decays else {}
+    most = phases.examples(way.num_updates * (1 if way.kind != "constant" else 4))
+    fixed = {"batch_size": phases, "num_seeds": num_seeds, "key": key, "max_examples": most}
+    return partial(search, **fixed, deadline=clock.until(1.0), **more)
+
+
+def _pilots(problem: Problem, search: Search, goal: Target, usual: float, key, clock: Clock):
+    """Return the tunings {B: Tuning} at two batch sizes, what they show of the loss, and the loss before any update."""
+    found, curves, start = {}, [], math.nan
+    for size in PILOTS:
+        if size > problem.num_examples // 4:
+            continue
+        clock.show(f"pilot at batch size {size}")
+        middle = usual if not found else next(iter(found.values())).rate * 2
+        options = {"batch_size": size, "num_seeds": 1, "key": key, "remember": True}
+        limits = {"max_examples": PILOT_EPOCHS * problem.num_examples, "deadline": clock.until(PILOT_SHARE)}
+        tuned = tuning.search_grid(partial(search, **options, late=4.0), tuning.grid(middle), **limits)
+        assert tuned.history is not None
+        start = float(tuned.history.values[0, 0, 0])
+        new = _curves(tuned, goal, start)
+        if not new and not found:
+            raise ValueError(
+                f"the pilot diverges at all learning rates from {tuned.learning_rates[0]:.2g} to "
+                f"{tuned.learning_rates[-1]:.2g}: scale the data, the initial parameters or the loss"
+            )
+        found[size], curves = tuned, [*curves, *new]
+    return found, curves, start
+
+
+def _curves(tuned, goal: Target, start: float) -> list[Curve]:
+    """Return the runs that fell, each up to where it arrived or was given up."""
+    curves = []
+    for rate, (values,) in zip(tuned.learning_rates, tuned.history.values, strict=True):
+        moves = np.flatnonzero(np.diff(values) != 0)
+        end = int(moves[-1]) + 2 if len(moves) else 0
+        seen = values[1:end]
+        if len(seen) >= 2 and np.isfinite(seen).all() and seen[-1] < start and seen.max() < 2 * start:
+            curves.append(Curve(float(rate), tuned.batch_size, tuned.history.updates[1:end], seen))
+    return curves
+
+
+def _highest(found: dict[int, Any], size: int) -> float:
+    """Return the best rate of the pilot at a batch size: between two that were tuned in logarithms, below in proportion."""
+    sizes = sorted(found)
+    rates = [found[size].rate for size in sizes]
+    return float(np.exp(np.interp(np.log(size), np.log(sizes), np.log(rates)))) * min(1.0, size / sizes[0])
+
+
+def _sizes(problem: Problem, first: int) -> list[int]:
+    """Return the batch sizes that a plan may use: powers of two, no phase longer than the data."""
+    return [2**i for i in range(20) if first // 4 <= 2**i <= min(2048, problem.num_examples)]
+
+
+def _times(problem: Problem, optimizer: Optimizer, sizes: Sequence[int], rate: float, clock: Clock) -> Times:
+    chosen = [size for size in sizes if int(math.log2(size)) % 2 == int(math.log2(sizes[0])) % 2]
+    speeds = tuning.speeds(
+        problem, optimizer, chosen, learning_rate=rate, deadline=clock.until(0.5), progress=clock.show
+    )
+    fit = [speed for speed in speeds if speed.fits]
+    return Times.of([speed.batch_size for speed in fit], [speed.seconds_per_update for speed in fit])
+
+
+def _locals(problem: Problem, make: Optimizer, goal: Target, optimizer, found, key, clock: Clock):
+    """Return the twins about parameters of the pilot at its best rate, and for how many updates they held."""
+    if optimizer != "sgd":
+        return [], ["the twin about given parameters: for sgd only"]
+    clock.show("the twin about given parameters")
+    size, tuned = next(iter(found.items()))
+    count = float(tuned.losses.min()) if tuned.found else float(tuned.history.updates[-1])
+    trainer = tuning.training(problem, make, goal, num_runs=NUM_RUNS)
+    run = trainer.start(np.asarray([tuned.rate]), num_seeds=1, key=jax.random.clone(key))
+    only, locals_ = np.arange(len(run.seeds)) == 0, []
+    build = kept(problem, "local twin", lambda: jax.jit(partial(local_twin, problem, **LANCZOS)))
+    for checkpoint in (0, round(count / 2)):
+        if checkpoint > run.num_updates:
+            run = trainer.advance(run, checkpoint - run.num_updates, only, batch_size=size)
+        begun = run.num_updates
+        twin = build(jax.tree.map(lambda leaf: leaf[0], run.states.params), key=jax.random.clone(key))
+        updates, losses = [], []
+        while run.num_updates - begun < count / 2 and len(updates) < 12:
+            step = max(1, round(0.5 * (run.num_updates - begun)))
+            run = trainer.advance(run, step, only, batch_size=size)
+            updates.append(run.num_updates - begun)
+            losses.append(float(np.asarray(run.values)[0]))
+        length = updates[-1]
+        measured = np.full(length, np.nan)
+        measured[np.asarray(updates) - 1] = losses
+        rates, sizes = jnp.full(length, tuned.rate), jnp.full(length, float(size))
+        holds = twin.horizon(rates, sizes, jnp.asarray(measured))
+        locals_.append(Local(begun, holds, length, float(twin.quadratic.eigenvalues.max())))
+    return locals_, []

@@ -1,0 +1,188 @@
+"""Ways to choose batch sizes and rates along a run, and the least time that a twin gives each of them.
+
+`theory.plans` knows the best ramp in closed form; here batch sizes are powers of two between bounds, the time of an
+update is measured, and the rate is bounded by the smallest batch, as real runs diverge where the quadratic would not.
+So all ramps of up to three phases on a grid are run by the twin, side by side.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from gdjax.advise._fitted import Fitted
+from gdjax.theory import schedules
+
+SHARES = 0.4, 0.6, 0.75, 0.85, 0.92  # of the updates, after which a batch may grow
+FACTORS = 2, 4, 8  # by which it does
+RATES = np.geomspace(1, 0.1, 8)  # of the highest at the first batch size
+STEP = 1.2  # from one number of updates to the next
+LANES = 512  # runs of the twin side by side
+
+KINDS = {"constant": (False, False), "decay": (True, False), "ramp": (False, True), "both": (True, True)}
+"""{name: (whether the rate falls to 0 in proportion, whether the batch grows)}"""
+
+
+class Way(NamedTuple):
+    """Batch sizes and rate of a run.
+
+    Attributes:
+        kind: a name in KINDS.
+        schedule: ((num_updates, B), ...).
+        learning_rate: at the start.
+        loss: at the end, by the twin.
+        seconds: (low, predicted, high), an interval of 90 %.
+    """
+
+    kind: str
+    schedule: tuple[tuple[int, int], ...]
+    learning_rate: float
+    loss: float
+    seconds: tuple[float, float, float]
+
+    @property
+    def decays(self) -> bool:
+        """Whether the rate falls to 0, in proportion to the updates left."""
+        return KINDS[self.kind][0]
+
+    @property
+    def num_updates(self) -> int:
+        """T."""
+        return sum(count for count, _ in self.schedule)
+
+    @property
+    def num_examples(self) -> int:
+        """E."""
+        return sum(count * size for count, size in self.schedule)
+
+    def stretched(self, factor: float) -> "Way":
+        """Return the same way over so many times the updates."""
+        schedule = tuple((max(1, round(factor * count)), size) for count, size in self.schedule)
+        return self._replace(schedule=schedule)
+
+
+class Bounds(NamedTuple):
+    """What a way may do, and what it takes.
+
+    Attributes:
+        sizes: batch sizes, ascending.
+        highest_rate: batch size -> the highest rate that runs have survived.
+        seconds_per_update: batch size -> of an update.
+        max_updates: of a run.
+    """
+
+    sizes: Sequence[int]
+    highest_rate: Callable[[int], float]
+    seconds_per_update: Callable[[int], float]
+    max_updates: int
+
+
+def plan(twin: Fitted, target: float, bounds: Bounds, *, num_phases: int = 3) -> dict[str, Way]:
+    """Return {kind: the way of the least seconds by which the twin reaches the target}.
+
+    Raises:
+        ValueError: for a target at or below the loss that the twin comes to without noise, which it says.
+    """
+    candidates = {kind: _candidates(bounds, KINDS[kind][1], num_phases) for kind in KINDS}
+    found: dict[str, tuple[float, dict[str, Any], int, float]] = {}
+    lowest = math.inf
+    previous = num_updates = 4
+    losses: dict[str, np.ndarray] = {}
+    while num_updates <= bounds.max_updates:
+        for kind, ways in candidates.items():
+            if kind in found and num_updates * ways["each"].min() > 2 * found[kind][0]:
+                continue
+            before, losses[kind] = losses.get(kind), twin.level + _ends(twin, ways, num_updates, KINDS[kind][0])
+            lowest = min(lowest, float(np.nanmin(losses[kind])))
+            if before is None:  # nobody arrives after so few
+                continue
+            with np.errstate(invalid="ignore", divide="ignore"):
+                fall = np.log(before / losses[kind])
+                part = np.where(before > target, np.log(before / target) / fall, 0.0)  # of the step, in logarithms
+                updates = previous * (num_updates / previous) ** np.nan_to_num(part)
+            seconds = np.where(losses[kind] <= target, updates * ways["each"], np.inf)
+            at = int(np.argmin(seconds))
+            if seconds[at] < found.get(kind, (math.inf,))[0]:
+                slope = float(fall[at]) / math.log(num_updates / previous)
+                chosen = {name: column[at] for name, column in ways.items()}
+                found[kind] = float(seconds[at]), chosen, math.ceil(updates[at]), max(slope, 0.05)
+        previous, num_updates = num_updates, max(num_updates + 1, int(STEP * num_updates))
+    if "constant" not in found and "both" not in found:
+        raise ValueError(
+            f"target={target:g} is below {lowest:.3g}, the least that any way of up to {bounds.max_updates} updates "
+            f"comes to by the twin, whose floor is {twin.level:.3g}: ask for less"
+        )
+    return {kind: _way(kind, *found[kind], twin=twin, target=target) for kind in KINDS if kind in found}
+
+
+def _way(kind: str, seconds: float, chosen: dict, num_updates: int, slope: float, *, twin: Fitted, target: float):
+    ends = np.rint(num_updates * np.asarray([*chosen["shares"], 1.0])).astype(int)
+    counts = np.diff(ends, prepend=0)
+    merged = [[int(counts[0]), int(chosen["sizes"][0])]]
+    for count, size in zip(counts[1:], chosen["sizes"][1:], strict=True):
+        if size == merged[-1][1]:
+            merged[-1][0] += int(count)
+        elif count:
+            merged.append([int(count), int(size)])
+    width = math.exp(1.645 * twin.error / slope)
+    schedule = tuple((count, size) for count, size in merged if count)
+    return Way(kind, schedule, float(chosen["rates"]), target, (seconds / width, seconds, seconds * width))
+
+
+def _candidates(bounds: Bounds, ramps: bool, num_phases: int) -> dict[str, np.ndarray]:
+    """Return columns: rates [W], shares [W, 2] where batches grow, sizes [W, 3], mean seconds of an update [W]."""
+    rows = []
+    for size, rate in itertools.product(bounds.sizes, RATES):
+        grown = [(1.0, 1.0, 1, 1)]
+        if ramps:
+            grown = [(u, 1.0, a, a) for u in SHARES for a in FACTORS]
+        if ramps and num_phases > 2:
+            grown += [(u, v, a, b * a) for u, v in itertools.combinations(SHARES, 2) for a in FACTORS for b in FACTORS]
+        for first, second, a, b in grown:
+            sizes = (size, size * a, size * b)
+            if sizes[-1] <= bounds.sizes[-1]:
+                rows.append((rate * bounds.highest_rate(size), (first, second), sizes))
+    rates, shares, sizes = (np.asarray(column) for column in zip(*rows, strict=True))
+    each = {int(size): bounds.seconds_per_update(int(size)) for size in np.unique(sizes)}
+    lengths = np.diff(shares, axis=1, prepend=0.0, append=1.0)
+    seconds = (lengths * np.vectorize(each.__getitem__)(sizes)).sum(1)
+    return {"rates": rates, "shares": shares, "sizes": sizes, "each": seconds}
+
+
+def _ends(twin: Fitted, ways: dict[str, np.ndarray], num_updates: int, decays: bool) -> np.ndarray:
+    """Return the excess loss at the end of each way [W]."""
+    length = 64 * 2 ** max(0, math.ceil(math.log2(num_updates / 64)))
+    count = len(ways["rates"])
+    pad = -count % LANES
+    columns = [np.resize(ways[name], (count + pad, *ways[name].shape[1:])) for name in ("rates", "shares", "sizes")]
+    pieces = [
+        _run(twin.quadratic, *(jnp.asarray(x[i : i + LANES], float) for x in columns), num_updates, decays, length)
+        for i in range(0, count + pad, LANES)
+    ]
+    losses = np.concatenate([np.asarray(piece, float) for piece in pieces])[:count]
+    return np.where(np.isfinite(losses), losses, np.inf)
+
+
+def _run_all(quadratic, rates, shares, sizes, num_updates, decays, length):
+    h, start, noise, shrinking = quadratic
+
+    def update(second, t):  # [W, D]
+        share = t / num_updates
+        rate = jnp.where(share < 1, rates * jnp.where(decays, 1 - share, 1.0), 0)
+        size = jnp.where(share < shares[:, 0], sizes[:, 0], jnp.where(share < shares[:, 1], sizes[:, 1], sizes[:, 2]))
+        variance = noise + shrinking * h * (h * second + (second @ h)[:, None])
+        second = (1 - rate[:, None] * h) ** 2 * second + (rate**2 / size)[:, None] * variance
+        return second, None
+
+    start = jnp.broadcast_to(start, (len(rates), len(start)))
+    second, _ = lax.scan(update, start, jnp.arange(length, dtype=float))
+    return second @ h / 2
+
+
+_run = jax.jit(_run_all, static_argnums=(5, 6))
