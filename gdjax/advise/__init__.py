@@ -10,5 +10,7 @@ from gdjax.advise._advise import batch_size
 from gdjax.advise._answer import Advice
 from gdjax.advise._choices import Choice, default_batch_sizes
 from gdjax.advise._figure import advice
+from gdjax.advise._plan import Plan
+from gdjax.advise._schedule import schedule
 
-__all__ = ["Advice", "Choice", "advice", "batch_size", "default_batch_sizes"]
+__all__ = ["Advice", "Choice", "Plan", "advice", "batch_size", "default_batch_sizes", "schedule"]

@@ -83,7 +83,8 @@ def fitted(curves: Sequence[Curve], *, start: float) -> Fitted:
     aims.append(np.full(1, 5.0))
     found, _ = optimize.nnls(np.concatenate(rows), np.concatenate(aims))
     *second, level, steady, shrinking = found
-    quadratic = Quadratic(*(jnp.asarray(x, float) for x in (nodes, np.asarray(second), steady * nodes)), shrinking)
+    h, s, noise = (jnp.asarray(x, float) for x in (nodes, np.asarray(second), steady * nodes))
+    quadratic = Quadratic(h, s, noise, float(shrinking))
     result = Fitted(quadratic, float(level), 0.0, max(int(curve.updates[-1]) for curve in curves))
     errors = [np.log(np.maximum(at(result, curve), 1e-9) / curve.losses) for curve in curves]
     return result._replace(error=float(np.sqrt(np.mean(np.concatenate(errors) ** 2))))

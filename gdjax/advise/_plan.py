@@ -3,18 +3,20 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
 from scipy import optimize
 
-from gdjax import batching
 from gdjax.advise._fitted import Curve, Fitted
 from gdjax.advise._ways import Way
 from gdjax.noise import student
 from gdjax.tuning import Target
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 LARGE = 0.2  # relative residual of c_0 + c_1 B from which on the table is used in its place
 
@@ -176,6 +178,12 @@ class Plan:
         low, _, high = self.ways[kind].seconds
         return bool(low <= self.runs[kind].seconds.mean() <= high)
 
+    def figure(self, title: str) -> "Figure":
+        """Draw ways, pilot and times."""
+        from gdjax.advise import _plan_figure
+
+        return _plan_figure.plan(self, title)
+
     def summary(self) -> dict[str, Any]:
         """Return everything, for a JSON file."""
         ways = {
@@ -216,9 +224,3 @@ class Plan:
             "unknown": self.unknown,
             "seconds": self.seconds,
         }
-
-
-def examples_of(way: Way) -> Callable[[np.ndarray], np.ndarray]:
-    """Return updates -> examples along a way."""
-    phases = batching.Phases.of(way.schedule)
-    return np.vectorize(phases.examples)

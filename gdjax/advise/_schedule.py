@@ -19,7 +19,7 @@ from gdjax import batching, tuning
 from gdjax._trees import kept
 from gdjax.advise._fitted import Curve, fitted
 from gdjax.advise._goals import NUM_SEEDS
-from gdjax.advise._plan import Plan, Local, Run, Times
+from gdjax.advise._plan import Local, Plan, Run, Times
 from gdjax.advise._tunings import Clock, Progress
 from gdjax.advise._ways import Bounds, Way, plan
 from gdjax.problem import Problem
@@ -30,8 +30,11 @@ PILOTS = 16, 128  # batch sizes of the pilot
 PILOT_EPOCHS = 30
 PILOT_SHARE, VERIFY_SHARE = 0.35, 0.95  # of the seconds that may be gone when these stages end
 STRETCHES = 1.0, 1.5, 2.25, 3.4  # times the planned updates that a way is tried over
+WORTH, NUM_TRIED = 2.0, 2  # ways of a kind that are tried: not slower by more than this, and so many
+TUNING_SHARE = 0.65  # of the time that a kind has
+TUNING_SEEDS = 2  # at the edge of what converges one seed is luck
 FACTOR = 1.6  # between the rates that a way is tuned over
-NUM_RUNS = 5
+NUM_RUNS = 6
 LANCZOS = {"num_steps": 8, "num_draws": 2, "max_examples": 512}
 
 
@@ -81,21 +84,25 @@ def schedule(
     longest = max(int(curve.updates[-1]) for curve in curves)
     bounds = Bounds(sizes, partial(_highest, found), times, max(1000, 4 * longest))
     clock.show("planning")
-    ways = plan(twin, goal.value, bounds, num_phases=num_phases)
+    planned = plan(twin, goal.value, bounds, num_phases=num_phases)
     locals_, unknown = _locals(problem, make, goal, optimizer, found, twin_key, clock)
     runs: dict[str, Run] = {}
-    for kind, way in sorted(ways.items(), key=lambda item: item[1].seconds[1]):
+    by_time = sorted(planned.items(), key=lambda item: item[1][0].seconds[1])
+    for i, (kind, some) in enumerate(by_time):
+        begun = time.perf_counter()
         if clock.late(VERIFY_SHARE):
             unknown.append(f"{kind}, run: the budget ended before")
             continue
-        run = verified(problem, make, goal, way, times, fresh_key, clock)
+        ends = begun + (clock.until(1.0) - begun) / (len(by_time) - i)  # an equal share of what is left
+        tried = [way for way in some if way.seconds[1] < WORTH * some[0].seconds[1]][:NUM_TRIED]
+        run = verified(problem, make, goal, tried, times, fresh_key, clock, ends)
         if run is None:
             unknown.append(f"{kind}, run: it did not arrive with every seed in the budget")
         else:
             runs[kind] = run
     return Plan(
         goal=goal,
-        ways=ways,
+        ways={kind: _origin(some, runs.get(kind)) for kind, some in planned.items()},
         runs=runs,
         twin=twin,
         curves=tuple(curves),
@@ -104,6 +111,12 @@ def schedule(
         unknown=tuple(unknown),
         seconds=time.perf_counter() - clock.began,
     )
+
+
+def _origin(planned: Sequence[Way], run: Run | None) -> Way:
+    """Return the plan that a run was made from; the fastest one where there is no run."""
+    first = run and run.way.schedule[0][1]
+    return next((way for way in planned if way.schedule[0][1] == first), planned[0])
 
 
 def decaying(optimizer: Optimizer) -> Optimizer:
@@ -124,51 +137,69 @@ def decaying(optimizer: Optimizer) -> Optimizer:
 
 
 def verified(
-    problem: Problem, optimizer: Optimizer, goal: Target, way: Way, times: Times, key: jax.Array, clock: Clock
+    problem: Problem,
+    optimizer: Optimizer,
+    goal: Target,
+    ways: Sequence[Way],
+    times: Times,
+    key: jax.Array,
+    clock: Clock,
+    ends: float,
 ) -> Run | None:
-    """Tune rate and length of a way with one seed, and run it with others; None where that does not arrive in time."""
+    """Tune way, rate and length with some seeds, and run the best with others; None where that does not arrive in time.
+
+    Args:
+        ways: of one kind, the fastest first.
+        ends: a time of `time.perf_counter`; most of it is for the tuning.
+    """
     tune_key, run_key = jax.random.split(jax.random.clone(key))
-    make = kept(problem, ("decaying", optimizer), lambda: decaying(optimizer)) if way.decays else optimizer
+    make = kept(problem, ("decaying", optimizer), lambda: decaying(optimizer)) if ways[0].decays else optimizer
     search = tuning.searching(problem, make, goal, num_runs=NUM_RUNS)
-    best: tuple[float, Way] | None = None
-    rates = way.learning_rate * FACTOR ** np.arange(-1.0, 2.0)
-    for factor in STRETCHES:
-        if clock.late(VERIFY_SHARE):
-            break
-        tried = way.stretched(factor)
-        clock.show(f"tuning {way.kind} over {tried.num_updates} updates")
-        tuned = tuning.search_grid(_over(search, tried, 1, tune_key, clock), rates)
-        if not tuned.found:
-            continue
-        took = times.until(tried.schedule, float(tuned.losses.min()))
-        if best is not None and took >= best[0]:
-            break
-        best = took, tried._replace(learning_rate=tuned.rate)
-        if way.kind == "constant":  # whose length is nothing that is chosen
-            break
-        rates = tuned.rate * FACTOR ** np.arange(-1.0, 2.0)
-    if best is None:
+    late = time.perf_counter() + TUNING_SHARE * (ends - time.perf_counter())
+    best: tuple[float, Way] = math.inf, ways[0]
+    for way in ways:
+        best = min(best, _tuned(search, way, times, best[0], tune_key, clock, late), key=lambda found: found[0])
+    if math.isinf(best[0]):
         return None
-    chosen = best[1]
-    for factor in (1.0, 1.25, 1.6):  # what one seed reached in time may be too short for another
-        tried = chosen.stretched(factor)
-        clock.show(f"running {way.kind} with fresh seeds")
-        found = _over(search, tried, NUM_SEEDS, run_key, clock)(np.asarray([tried.learning_rate]))
+    for factor in (1.0, 1.25, 1.6):  # what some seeds reached in time may be too short for others
+        tried = best[1].stretched(factor)
+        clock.show(f"running {tried.kind} with fresh seeds")
+        found = _over(search, tried, NUM_SEEDS, run_key, ends)(np.asarray([tried.learning_rate]))
         if found.found:
             updates = found.costs[0]
             return Run(tried, updates, np.asarray([times.until(tried.schedule, count) for count in updates]))
-        if clock.late(1.0):
-            return None
     return None
 
 
-def _over(search: Search, way: Way, num_seeds: int, key: jax.Array, clock: Clock) -> Search:
+def _tuned(search: Search, way: Way, times: Times, least: float, key, clock: Clock, late: float) -> tuple[float, Way]:
+    """Return (seconds to the target, the way with the rate and length of these); infinity where it does not arrive.
+
+    Longer ones are tried as long as they are faster, and as they may be faster than `least` seconds.
+    """
+    best, rates = (math.inf, way), way.learning_rate * FACTOR ** np.arange(-1.0, 2.0)
+    for factor in STRETCHES[: 1 if way.kind == "constant" else None]:  # the length of a constant is no choice
+        tried = way.stretched(factor)
+        if time.perf_counter() > late or times.until(tried.schedule, 0.5 * tried.num_updates) > least:
+            break
+        clock.show(f"tuning {way.kind}, {tried.num_updates} updates from batch size {tried.schedule[0][1]}")
+        found = tuning.search_grid(_over(search, tried, TUNING_SEEDS, key, late), rates, deadline=late)
+        if not found.found:
+            continue
+        took = times.until(tried.schedule, float(found.losses.min()))
+        if took >= best[0]:
+            break
+        best = took, tried._replace(learning_rate=found.rate)
+        rates = found.rate * FACTOR ** np.arange(-1.0, 2.0)
+    return best
+
+
+def _over(search: Search, way: Way, num_seeds: int, key: jax.Array, ends: float) -> Search:
     """Return `rates -> Tuning` along a way; one of a constant rate may go on for four times its length."""
     phases = batching.Phases.of(way.schedule)
     more: dict[str, Any] = {"horizon": float(way.num_updates)} if way.decays else {}
     most = phases.examples(way.num_updates * (1 if way.kind != "constant" else 4))
-    fixed = {"batch_size": phases, "num_seeds": num_seeds, "key": key, "max_examples": most}
-    return partial(search, **fixed, deadline=clock.until(1.0), **more)
+    fixed = {"batch_size": phases, "num_seeds": num_seeds, "key": key, "max_examples": most, "deadline": ends}
+    return partial(search, **fixed, **more)
 
 
 def _pilots(problem: Problem, search: Search, goal: Target, usual: float, key, clock: Clock):
@@ -207,7 +238,7 @@ def _curves(tuned, goal: Target, start: float) -> list[Curve]:
 
 
 def _highest(found: dict[int, Any], size: int) -> float:
-    """Return the best rate of the pilot at a batch size: between two that were tuned in logarithms, below in proportion."""
+    """Return the best rate of the pilot at a batch size: between two of them in logarithms, below in proportion."""
     sizes = sorted(found)
     rates = [found[size].rate for size in sizes]
     return float(np.exp(np.interp(np.log(size), np.log(sizes), np.log(rates)))) * min(1.0, size / sizes[0])

@@ -5,7 +5,6 @@ update is measured, and the rate is bounded by the smallest batch, as real runs 
 So all ramps of up to three phases on a grid are run by the twin, side by side.
 """
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -17,7 +16,6 @@ import numpy as np
 from jax import lax
 
 from gdjax.advise._fitted import Fitted
-from gdjax.theory import schedules
 
 SHARES = 0.4, 0.6, 0.75, 0.85, 0.92  # of the updates, after which a batch may grow
 FACTORS = 2, 4, 8  # by which it does
@@ -83,20 +81,21 @@ class Bounds(NamedTuple):
     max_updates: int
 
 
-def plan(twin: Fitted, target: float, bounds: Bounds, *, num_phases: int = 3) -> dict[str, Way]:
-    """Return {kind: the way of the least seconds by which the twin reaches the target}.
+def plan(twin: Fitted, target: float, bounds: Bounds, *, num_phases: int = 3) -> dict[str, list[Way]]:
+    """Return {kind: ways by which the twin reaches the target, the best for every first batch size, the fastest first}.
 
     Raises:
         ValueError: for a target at or below the loss that the twin comes to without noise, which it says.
     """
     candidates = {kind: _candidates(bounds, KINDS[kind][1], num_phases) for kind in KINDS}
-    found: dict[str, tuple[float, dict[str, Any], int, float]] = {}
+    found: dict[tuple[str, int], Way] = {}
     lowest = math.inf
     previous = num_updates = 4
     losses: dict[str, np.ndarray] = {}
+    least: dict[str, float] = {}
     while num_updates <= bounds.max_updates:
         for kind, ways in candidates.items():
-            if kind in found and num_updates * ways["each"].min() > 2 * found[kind][0]:
+            if num_updates * ways["each"].min() > 3 * least.get(kind, math.inf):
                 continue
             before, losses[kind] = losses.get(kind), twin.level + _ends(twin, ways, num_updates, KINDS[kind][0])
             lowest = min(lowest, float(np.nanmin(losses[kind])))
@@ -107,32 +106,37 @@ def plan(twin: Fitted, target: float, bounds: Bounds, *, num_phases: int = 3) ->
                 part = np.where(before > target, np.log(before / target) / fall, 0.0)  # of the step, in logarithms
                 updates = previous * (num_updates / previous) ** np.nan_to_num(part)
             seconds = np.where(losses[kind] <= target, updates * ways["each"], np.inf)
-            at = int(np.argmin(seconds))
-            if seconds[at] < found.get(kind, (math.inf,))[0]:
-                slope = float(fall[at]) / math.log(num_updates / previous)
-                chosen = {name: column[at] for name, column in ways.items()}
-                found[kind] = float(seconds[at]), chosen, math.ceil(updates[at]), max(slope, 0.05)
+            for first in bounds.sizes:
+                at = int(np.argmin(np.where(ways["sizes"][:, 0] == first, seconds, np.inf)))
+                if seconds[at] < (found[kind, first].seconds[1] if (kind, first) in found else math.inf):
+                    slope = max(float(fall[at]) / math.log(num_updates / previous), 0.05)
+                    width = math.exp(1.645 * twin.error / slope)
+                    interval = seconds[at] / width, seconds[at], seconds[at] * width
+                    chosen = {name: column[at] for name, column in ways.items()}
+                    found[kind, first] = _way(kind, chosen, math.ceil(updates[at]), losses[kind][at], interval)
+                    least[kind] = min(least.get(kind, math.inf), float(seconds[at]))
         previous, num_updates = num_updates, max(num_updates + 1, int(STEP * num_updates))
-    if "constant" not in found and "both" not in found:
+    if not found:
         raise ValueError(
             f"target={target:g} is below {lowest:.3g}, the least that any way of up to {bounds.max_updates} updates "
             f"comes to by the twin, whose floor is {twin.level:.3g}: ask for less"
         )
-    return {kind: _way(kind, *found[kind], twin=twin, target=target) for kind in KINDS if kind in found}
+    kinds = [kind for kind in KINDS if kind in least]
+    by_time = sorted(found.items(), key=lambda item: item[1].seconds[1])
+    return {kind: [way for (of, _), way in by_time if of == kind] for kind in kinds}
 
 
-def _way(kind: str, seconds: float, chosen: dict, num_updates: int, slope: float, *, twin: Fitted, target: float):
+def _way(kind: str, chosen: dict[str, Any], num_updates: int, loss: float, seconds: tuple[float, float, float]) -> Way:
+    """Return the way of a candidate, phases of no update left out and those of one size put together."""
     ends = np.rint(num_updates * np.asarray([*chosen["shares"], 1.0])).astype(int)
-    counts = np.diff(ends, prepend=0)
-    merged = [[int(counts[0]), int(chosen["sizes"][0])]]
-    for count, size in zip(counts[1:], chosen["sizes"][1:], strict=True):
-        if size == merged[-1][1]:
-            merged[-1][0] += int(count)
+    merged: list[list[int]] = []
+    for count, size in zip(np.diff(ends, prepend=0).tolist(), chosen["sizes"].tolist(), strict=True):
+        if merged and size == merged[-1][1]:
+            merged[-1][0] += count
         elif count:
-            merged.append([int(count), int(size)])
-    width = math.exp(1.645 * twin.error / slope)
-    schedule = tuple((count, size) for count, size in merged if count)
-    return Way(kind, schedule, float(chosen["rates"]), target, (seconds / width, seconds, seconds * width))
+            merged.append([count, size])
+    schedule = tuple((count, size) for count, size in merged)
+    return Way(kind, schedule, float(chosen["rates"]), float(loss), seconds)
 
 
 def _candidates(bounds: Bounds, ramps: bool, num_phases: int) -> dict[str, np.ndarray]:

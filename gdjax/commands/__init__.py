@@ -1,11 +1,12 @@
-"""The command line: `gdjax compare`, `advise` and `bench`, and how an experiment is run."""
+"""The command line: `gdjax compare`, `advise`, `bench` and `schedule`, and how an experiment is run."""
 
 from gdjax.commands import _arguments, _session
 from gdjax.commands.advise import Advise
 from gdjax.commands.bench import Bench
 from gdjax.commands.compare import Compare
+from gdjax.commands.schedule import Schedule
 
-COMMANDS = {"compare": Compare, "advise": Advise, "bench": Bench}
+COMMANDS = {"compare": Compare, "advise": Advise, "bench": Bench, "schedule": Schedule}
 
 
 def main() -> None:

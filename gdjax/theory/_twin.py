@@ -130,7 +130,9 @@ def twin(
 
     loss, gradient = value_and_gradient(start, weights)
     curvatures, parts = _quadrature(hessian, root * gradient, num_steps)
-    of_noise, noises = lax.map(lambda key: _quadrature(hessian, noise(key), num_steps), jax.random.split(key, num_draws))
+    of_noise, noises = lax.map(
+        lambda key: _quadrature(hessian, noise(key), num_steps), jax.random.split(key, num_draws)
+    )
     nodes = jnp.concatenate([curvatures, of_noise.reshape(-1)])
     nodes = jnp.maximum(nodes, LOWEST * jnp.max(nodes))
     none = jnp.zeros(num_draws * num_steps, nodes.dtype)

@@ -47,7 +47,7 @@ class Tuning:
     """
 
     goal: Goal
-    batch_size: int | batching.Phases
+    batch_size: Any
     learning_rates: np.ndarray
     costs: np.ndarray
     diverged: np.ndarray

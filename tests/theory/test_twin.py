@@ -21,7 +21,7 @@ def squares(weight=None):
 
 def eigen(weights, start):
     """Return eigenvalues, E theta^2 and c along the eigenvectors, and the least loss, by numpy."""
-    x, y, weights = np.asarray(X), np.asarray(Y), np.asarray(weights) / np.sum(weights)
+    x, y, weights = np.asarray(X), np.asarray(Y), np.asarray(weights) / float(np.sum(weights))
     values, basis = np.linalg.eigh(x.T @ (weights[:, None] * x))
     best = np.linalg.lstsq(np.sqrt(weights)[:, None] * x, np.sqrt(weights) * y, rcond=None)[0]
     grads = (x * (x @ start - y)[:, None]) @ basis
@@ -72,4 +72,6 @@ def test_a_twin_is_right_to_second_order_and_says_how_far_it_holds():
     np.testing.assert_allclose(predicted[:2], measured[:2], rtol=0.02)
     holds = found.horizon(rates, sizes, measured)
     off = np.abs(np.asarray(predicted / measured) - 1)
-    assert 2 < holds < 60 and (off[:holds] <= 0.2).all() and off[holds] > 0.2
+    assert 2 < holds < 60
+    assert (off[:holds] <= 0.2).all()
+    assert off[holds] > 0.2
