@@ -77,7 +77,7 @@ def row_of(case, sizes, *, budget, seed):
     found = advise.batch_size(problem, target, optimizer=optimizer, sizes=sizes, seconds=budget, seed=seed)
 
     began = time.perf_counter()
-    make, middle = tuning.OPTIMIZERS[optimizer]
+    make, middle = tuning.named(optimizer)
     key = jax.random.key(seed + 1)
     searched = tuned_at_every_size(problem, make, middle / 32 * sizes[0], target, sizes, NUM_SEEDS, key)
     timed = tuning.speeds(problem, make, sizes, learning_rate=middle)

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from gdjax import batching, gradients
+from gdjax import batching, gradients, kernels
 from gdjax._trees import kept, traced
 from gdjax.gradients import Gradient
 from gdjax.problem import Batch, Params, Problem, Trainable, merge, num_examples
@@ -183,7 +183,7 @@ def run(
     batches = _checked(data, batches, fetch)
 
     def make():
-        return partial(_run, method, record, every, unroll, fetch)
+        return kernels.for_cpu(partial(_run, method, record, every, unroll, fetch))
 
     if traced(state, data, batches):
         return make()(state, data, batches)
@@ -267,7 +267,7 @@ def until(
         raise ValueError(f"every={every} must divide the budget of {num_updates} updates, at least one")
 
     def make():
-        return partial(_until, method, tuple(rules.values()), every, fetch)
+        return kernels.for_cpu(partial(_until, method, tuple(rules.values()), every, fetch))
 
     if traced(state, data, batches, first, num_updates):
         return make()(state, data, batches, first, num_updates)

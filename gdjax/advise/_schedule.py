@@ -4,6 +4,7 @@ Short runs at two batch sizes are fitted by a quadratic (`_fitted`); by it the b
 given the measured time of an update; then all of them are tuned alike and run with fresh seeds.
 """
 
+import dataclasses
 import math
 import time
 from collections.abc import Sequence
@@ -73,6 +74,8 @@ def schedule(
     if not 0 < seconds < math.inf:
         raise ValueError(f"budget={seconds} seconds must be positive and finite")
     make, usual = tuning.named(optimizer)
+    if tuning.needs_num_updates(make):
+        raise ValueError("optimizer: its own schedule of the rate is in the way: whether it falls is what is found out")
     clock = Clock(time.perf_counter(), seconds, PILOT_EPOCHS * problem.num_examples, progress)
     pilot_key, twin_key, fresh_key = jax.random.split(jax.random.key(seed), 3)
     plain = tuning.searching(problem, make, goal, num_runs=NUM_RUNS)
@@ -85,7 +88,7 @@ def schedule(
     bounds = Bounds(sizes, partial(_highest, found), times, max(1000, 4 * longest))
     clock.show("planning")
     planned = plan(twin, goal.value, bounds, num_phases=num_phases)
-    locals_, unknown = _locals(problem, make, goal, optimizer, found, twin_key, clock)
+    locals_, unknown = _locals(problem, make, goal, found, twin_key, clock)
     runs: dict[str, Run] = {}
     by_time = sorted(planned.items(), key=lambda item: item[1][0].seconds[1])
     for i, (kind, some) in enumerate(by_time):
@@ -120,18 +123,12 @@ def _origin(planned: Sequence[Way], run: Run | None) -> Way:
 
 
 def decaying(optimizer: Optimizer) -> Optimizer:
-    """Return `(rate, horizon) -> optax transformation` whose updates fall to 0 in proportion to the updates left.
+    """Return the optimiser whose rate falls to 0 in proportion to the updates left: (rate, num_updates) -> optax."""
+    if isinstance(optimizer, tuning.Recipe):
+        return dataclasses.replace(optimizer, schedule="linear")
 
-    They are those of the optimiser times the share: its own momentum and weight decay with them.
-    """
-
-    def make(pair):
-        rate, horizon = pair
-
-        def share(count):
-            return jnp.maximum(0.0, 1 - count.astype(float) / horizon)
-
-        return optax.chain(optimizer(rate), optax.scale_by_schedule(share))
+    def make(rate, num_updates):
+        return optax.chain(optimizer(rate), optax.scale_by_schedule(optax.linear_schedule(1.0, 0.0, num_updates)))
 
     return make
 
@@ -154,7 +151,7 @@ def verified(
     """
     tune_key, run_key = jax.random.split(jax.random.clone(key))
     make = kept(problem, ("decaying", optimizer), lambda: decaying(optimizer)) if ways[0].decays else optimizer
-    search = tuning.searching(problem, make, goal, num_runs=NUM_RUNS)
+    search = tuning.search(tuning.training(problem, make, goal, num_runs=NUM_RUNS), goal, lambda values: values)
     late = time.perf_counter() + TUNING_SHARE * (ends - time.perf_counter())
     best: tuple[float, Way] = math.inf, ways[0]
     for way in ways:
@@ -196,10 +193,9 @@ def _tuned(search: Search, way: Way, times: Times, least: float, key, clock: Clo
 def _over(search: Search, way: Way, num_seeds: int, key: jax.Array, ends: float) -> Search:
     """Return `rates -> Tuning` along a way; one of a constant rate may go on for four times its length."""
     phases = batching.Phases.of(way.schedule)
-    more: dict[str, Any] = {"horizon": float(way.num_updates)} if way.decays else {}
     most = phases.examples(way.num_updates * (1 if way.kind != "constant" else 4))
     fixed = {"batch_size": phases, "num_seeds": num_seeds, "key": key, "max_examples": most, "deadline": ends}
-    return partial(search, **fixed, **more)
+    return partial(search, **fixed)
 
 
 def _pilots(problem: Problem, search: Search, goal: Target, usual: float, key, clock: Clock):
@@ -258,9 +254,9 @@ def _times(problem: Problem, optimizer: Optimizer, sizes: Sequence[int], rate: f
     return Times.of([speed.batch_size for speed in fit], [speed.seconds_per_update for speed in fit])
 
 
-def _locals(problem: Problem, make: Optimizer, goal: Target, optimizer, found, key, clock: Clock):
+def _locals(problem: Problem, make: Optimizer, goal: Target, found, key, clock: Clock):
     """Return the twins about parameters of the pilot at its best rate, and for how many updates they held."""
-    if optimizer != "sgd":
+    if getattr(make, "name", "") != "sgd":
         return [], ["the twin about given parameters: for sgd only"]
     clock.show("the twin about given parameters")
     size, tuned = next(iter(found.items()))

@@ -143,7 +143,7 @@ def per_example_vmap(problem: Problem, learning_rate: float) -> Run:
         squares = [jnp.sum(jnp.square(g).reshape(len(g), -1), 1) for g in jax.tree.leaves(info.aux.grads)]
         return jnp.sum(jnp.stack(squares), 0)
 
-    return _descend(gradients.per_example(problem.loss), learning_rate, sq_norms)
+    return _descend(gradients.per_example(problem.loss, weight=problem.weight), learning_rate, sq_norms)
 
 
 def per_example_ghost(problem: Problem, learning_rate: float) -> Run:
@@ -152,7 +152,7 @@ def per_example_ghost(problem: Problem, learning_rate: float) -> Run:
     def sq_norms(state, info):
         return jnp.sum(jnp.stack(jax.tree.leaves(info.aux.sq_norms)), 0)
 
-    return _descend(gradients.with_sq_norms(problem.loss), learning_rate, sq_norms)
+    return _descend(gradients.with_sq_norms(problem.loss, weight=problem.weight), learning_rate, sq_norms)
 
 
 def lanes(problem: Problem, learning_rate: float, batch_sizes: Sequence[int]) -> Run:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gdjax.commands._hosts import Hosts, joined
 
@@ -149,12 +149,22 @@ def run(command: Any, do: Callable[[Any], None]) -> None:
             do(command)
 
 
-@contextlib.contextmanager
-def saving(name: str, command: Any, *, seed: int) -> Iterator[Callable[..., None]]:
-    """Make the run folder and yield the function that keeps and then prints what was found.
+class Save(NamedTuple):
+    """The run folder, and what is called with what was found: save(result, text, draw, files={})."""
 
-    That is save(result, text, draw, files={}): result.json with provenance, figure.png as `draw()` returns it, and
-    further files by their names. Whatever can fail for want of a package or a place to write does so at the start.
+    folder: Path
+    write: Callable[..., None]
+
+    def __call__(self, *args: Any) -> None:
+        """Keep result.json with provenance, figure.png as `draw()` returns it and `files` by name; print `text`."""
+        self.write(*args)
+
+
+@contextlib.contextmanager
+def saving(name: str, command: Any, *, seed: int) -> Iterator[Save]:
+    """Make the run folder and yield what keeps and then prints the result.
+
+    Whatever can fail for want of a package or a place to write does so at the start.
     """
     from gdjax import _files, report
 
@@ -192,7 +202,7 @@ def saving(name: str, command: Any, *, seed: int) -> Iterator[Callable[..., None
             if common.json == "-" and stdout is not None:
                 stdout.write(_files.to_json(result))
 
-        yield save
+        yield Save(folder, save)
 
 
 @contextlib.contextmanager

@@ -3,16 +3,22 @@
 import dataclasses
 import shutil
 import textwrap
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, Literal
 
 from gdjax.commands import _specs
-from gdjax.commands._session import Common, progress, saving
+from gdjax.commands._optimizer import Descent, half_life
+from gdjax.commands._session import Common, progress, saving, say
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from gdjax.compare import Claim, Row
+    from gdjax.compare import Claim, Plan, Row
+    from gdjax.problem import Problem
+
+ROWS = "rows.jsonl"
+"""In the run folder: the plan, and a row for every batch size that is done, until the run is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +36,10 @@ class Compare:
     with --data, mnist-mlp, fashion-mnist-cnn, cifar10-cnn, a9a-logistic, power-plant, tiny-shakespeare."""
     batch_sizes: tuple[int | Literal["full"], ...] = ()
     """Examples per update, 'full' for all of them. Default: 1 32 full."""
-    optimizer: str = "sgd"
-    """sgd, momentum, adam, or package.module:factory, a function learning_rate -> optax transformation."""
+    descent: Descent = Descent()
+    ema: str | None = None
+    """Half-life, in examples, of an average of the parameters along each run, or 'mean': it is evaluated beside the
+    last parameters. Default: none."""
     learning_rate: float | None = None
     """One learning rate for all batch sizes. Default: tuned for each on a logarithmic grid, by final training loss."""
     num_epochs: int | None = None
@@ -53,28 +61,42 @@ class Compare:
 
     def run(self) -> None:
         """Compare, print and save."""
-        from gdjax import compare, timing
+        from gdjax import compare, report, timing, tuning
 
         with saving("compare", self, seed=self.seed) as save:
             if self.cache is not None:
                 timing.keep_compiled(self.cache)
             problem = _specs.problem(self.problem)
-            sizes = self.batch_sizes or compare.default_batch_sizes(problem.num_examples)
+            optimizer = self.descent.factory()
+            kept = report.journal(save.folder / ROWS, self._identity())
             with progress() as show:
-                plan = compare.plan(
-                    problem,
-                    [problem.num_examples if size == "full" else size for size in sizes],
-                    optimizer=_specs.optimizer(self.optimizer),
-                    learning_rate=self.learning_rate,
-                    num_epochs=self.num_epochs,
-                    num_seeds=self.num_seeds,
-                    budget=self.budget,
-                    memory=self.memory and 1e9 * self.memory,
-                    progress=lambda stage: show(stage, 0.0),
-                )
-                said = textwrap.fill(f"{problem.name}: {plan}.", max(60, shutil.get_terminal_size().columns))
-                print(f"{said}\n", flush=True)
-                rows = compare.batch_sizes(problem, planned=plan, seed=self.seed, progress=show)
+                if kept.rows:
+                    plan = compare.Plan.of(kept.rows[0], tuning.named(optimizer)[0])
+                else:
+                    plan = self._plan(problem, optimizer, show)
+                    kept.keep(plan.fields())
+                done = [compare.Row.of(row) for row in kept.rows[1:]]
+                said = f"{problem.name}: {plan}."
+                if done:
+                    names = ", ".join(f"{row.batch_size}" for row in done)
+                    said += f" Of an interrupted run in {save.folder}, B = {names} is there already."
+                print(f"{textwrap.fill(said, max(60, shutil.get_terminal_size().columns))}\n", flush=True)
+                finished = len(done)
+
+                def keep(row: "Row") -> None:
+                    nonlocal finished
+                    kept.keep(dataclasses.asdict(row))
+                    finished += 1
+
+                try:
+                    rows = compare.batch_sizes(
+                        problem, planned=plan, seed=self.seed, done=done, keep=keep, progress=show
+                    )
+                except KeyboardInterrupt:
+                    if finished:
+                        where = f"--out {save.folder} goes on from them"
+                        say(f"gdjax: {finished} of {len(plan.speeds)} batch sizes are kept: {where}")
+                    raise
             judged = compare.judge(rows)
             result = {
                 "problem": problem.name,
@@ -86,8 +108,34 @@ class Compare:
             stream = f"one stream of {plan.num_examples} examples"
             title = f"{problem.name}: {stream}, cut at each batch size"
             skipped = [f"B = {size} was left out: {why}." for size, why in plan.skipped.items()]
-            report = "\n".join([_table(rows), *_notes(rows), *skipped, *map(_paragraph, judged), ""])
-            save(result, report, lambda: compare.comparison(rows, title))
+            text = "\n".join([_table(rows), *_notes(rows), *skipped, *map(_paragraph, judged), ""])
+            save(result, text, lambda: compare.comparison(rows, title))
+            kept.path.unlink()  # result.json holds them
+
+    def _plan(self, problem: "Problem", optimizer: Any, show: Callable[[str, float], None]) -> "Plan":
+        from gdjax import compare
+
+        sizes = self.batch_sizes or compare.default_batch_sizes(problem.num_examples)
+        return compare.plan(
+            problem,
+            [problem.num_examples if size == "full" else size for size in sizes],
+            optimizer=optimizer,
+            learning_rate=self.learning_rate,
+            num_epochs=self.num_epochs,
+            num_seeds=self.num_seeds,
+            budget=self.budget,
+            memory=self.memory and 1e9 * self.memory,
+            average=half_life(self.ema),
+            progress=lambda stage: show(stage, 0.0),
+        )
+
+    def _identity(self) -> dict[str, str]:
+        """Return what rows kept by an interrupted run must have in common with this one."""
+        import jax
+
+        asked = {field.name: f"{getattr(self, field.name)}" for field in dataclasses.fields(self)}
+        asked = {name: value for name, value in asked.items() if name not in ("common", "cache")}
+        return asked | {"x64": f"{self.common.x64}", "jax": jax.__version__, "gdjax": version("gdjax")}
 
 
 def _table(rows: Sequence["Row"]) -> str:

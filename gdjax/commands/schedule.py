@@ -25,7 +25,8 @@ class Schedule:
     problem: str = "digits-mlp"
     """A built-in name, or package.module:attribute, as `gdjax compare --help` says."""
     optimizer: str = "sgd"
-    """A built-in name, as `gdjax advise --help` says, or package.module:factory."""
+    """sgd, momentum, nesterov, adam, adamw, lion, rmsprop, adafactor, muon, or package.module:factory, a function
+    learning_rate -> optax transformation."""
     phases: int = 3
     """Batch sizes that a ramp may have: 2 or 3."""
     budget: float = 120.0

@@ -25,18 +25,22 @@ class Journal(NamedTuple):
     Attributes:
         path: the file.
         rows: of the earlier run, in the order in which they were kept; arrays came back as lists.
+        identity: what must be equal for rows to be those of one run; the first line.
     """
 
     path: Path
     rows: list[dict[str, Any]]
+    identity: dict[str, Any]
 
     def keep(self, row: Mapping[str, Any]) -> None:
         """Add a row, on the disk when this returns. Arrays become lists; NaN and infinity stay what they are."""
+        if not self.path.exists():
+            _add(self.path, {"identity": self.identity})
         _add(self.path, row)
 
 
 def journal(path: Path, identity: Mapping[str, str | int | float | bool | None]) -> Journal:
-    """Open the journal of a run, made where there is none.
+    """Open the journal of a run; where there is none, the file is made with the first row.
 
     A last line that was cut short is removed. One process at a time may have it open: see `run_folder`.
 
@@ -59,8 +63,7 @@ def journal(path: Path, identity: Mapping[str, str | int | float | bool | None])
         os.truncate(path, sum(len(line) + 1 for line in lines))
     else:
         path.unlink(missing_ok=True)
-        _add(path, before)
-    return Journal(path, rows)
+    return Journal(path, rows, dict(identity))
 
 
 def _add(path: Path, row: Mapping[str, Any]) -> None:

@@ -40,7 +40,8 @@ from gdjax._trees import is_key, kept
 from gdjax.descent import Method, Record, Rule, State, Stream
 from gdjax.gradients import Gradient
 from gdjax.problem import Batch, Params, Problem, num_examples
-from gdjax.training import _average, _checkpoint, _feeding, _identity, _signals, _updates
+from gdjax.training import _checkpoint, _feeding, _identity, _signals, _updates
+from gdjax.training import average as averages
 from gdjax.training._feeding import Plan
 from gdjax.training._journal import Journal, loop
 from gdjax.training._updates import Carry, Records
@@ -215,8 +216,8 @@ def _trained(carry: Carry, journal: Journal, ema: float | None) -> Trained:
     history, ended = journal.so_far(), journal.names[journal.rule]
     if ema is None:
         return Trained(carry.state, history.last, ended)
-    state, average = _average.split(carry.state)
-    return Trained(state, history.last, ended, Averaged(_average.in_place(average, state.params), history.average))
+    state, average = averages.split(carry.state)
+    return Trained(state, history.last, ended, Averaged(averages.in_place(average, state.params), history.average))
 
 
 def _check(until: Mapping[str, Rule], ema: float | None, checkpoint_seconds: float) -> None:

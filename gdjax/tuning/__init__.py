@@ -11,8 +11,8 @@
 """
 
 from gdjax.tuning._goals import Budget, Goal, Target, evaluation_examples, parse_target
-from gdjax.tuning._optimizers import OPTIMIZERS, named
-from gdjax.tuning._runs import Optimizer, trainer
+from gdjax.tuning._optimizers import OPTIMIZERS, Optimizer, Recipe, made, named, needs_num_updates
+from gdjax.tuning._runs import trainer
 from gdjax.tuning._search import Search, Tuning, minimise, search, search_grid, widen
 from gdjax.tuning._speed import Speed, estimator, microbatch_sizes, speeds
 from gdjax.tuning._tune import grid, searching, training, tune
@@ -22,6 +22,7 @@ __all__ = [
     "Budget",
     "Goal",
     "Optimizer",
+    "Recipe",
     "Search",
     "Speed",
     "Target",
@@ -29,9 +30,11 @@ __all__ = [
     "estimator",
     "evaluation_examples",
     "grid",
+    "made",
     "microbatch_sizes",
     "minimise",
     "named",
+    "needs_num_updates",
     "parse_target",
     "search",
     "search_grid",

@@ -131,7 +131,6 @@ def search(trainer: Trainer, goal: Goal, judged: Callable[[Any], Any]) -> Search
         every: updates between two looks at the runs, in place of the goal's own; then there is a `history`.
         remember: whether there is one of the goal's own looks too.
         stop_diverged: whether a rate that diverges with one seed is left with the others.
-        horizon: what the optimiser is given beside the rate, as the pair (rate, horizon), a traced number of updates.
         progress: called with the updates made and the best value.
 
     Args:
@@ -156,7 +155,6 @@ def search(trainer: Trainer, goal: Goal, judged: Callable[[Any], Any]) -> Search
         every: int | None = None,
         remember: bool = False,
         stop_diverged: bool = True,
-        horizon: float | None = None,
         progress: Callable[[int, float], None] = lambda updates, metric: None,
     ) -> Tuning:
         better = np.fmin if goal.relation == "<=" else np.fmax
@@ -164,7 +162,8 @@ def search(trainer: Trainer, goal: Goal, judged: Callable[[Any], Any]) -> Search
         phases = batching.Phases.of(batch_size)
         max_updates = goal.max_updates(phases, max_examples)
         # Every batch size and grid of rates has the same draws: the key is used again on purpose.
-        runs = trainer.start(learning_rates, num_seeds=num_seeds, key=jax.random.clone(key), horizon=horizon)
+        draws: dict[str, Any] = {"num_seeds": num_seeds, "key": jax.random.clone(key)}
+        runs = trainer.start(learning_rates, horizon=max_updates, **draws)
         unused = np.zeros(len(runs.seeds) - math.prod(shape), bool)
 
         def seen(runs: Runs) -> Any:

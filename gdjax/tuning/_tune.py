@@ -13,9 +13,10 @@ from gdjax._trees import kept
 from gdjax.gradients import Gradient
 from gdjax.problem import Problem
 from gdjax.tuning import _goals, _search
-from gdjax.tuning._goals import Budget, Goal
-from gdjax.tuning._optimizers import named
-from gdjax.tuning._runs import Optimizer, Trainer, trainer
+from gdjax.tuning._goals import Budget, Goal, Target
+from gdjax.tuning._horizons import over_horizons
+from gdjax.tuning._optimizers import Optimizer, named, needs_num_updates
+from gdjax.tuning._runs import Trainer, trainer
 from gdjax.tuning._search import Search, Tuning
 
 FACTOR = 10**0.5  # between neighbouring rates of the default grid
@@ -41,7 +42,9 @@ def tune(
 
     Args:
         problem: what to train.
-        optimizer: a name from `OPTIMIZERS`, or a function learning_rate -> optax transformation; the rate is traced.
+        optimizer: a name from `OPTIMIZERS`, what `named` makes of one, or a function learning_rate, or
+            (learning_rate, num_updates), -> optax transformation; the rate is traced. With a schedule, the updates to a
+            target are the fewest over the numbers of updates that the schedule may be made for.
         batch_size: B, examples per update; or
         schedule: phases [(num_updates, B), ...] in one stream; the last goes on until the runs end.
         key: typed PRNG key of parameters and streams.
@@ -97,10 +100,14 @@ def searching(
     *,
     num_runs: int = 0,
     gradient: Callable[[int], Gradient] | None = None,
+    average: float | None = None,
 ) -> Search:
     """Return the search for a goal, see `search`: its programs are kept with the problem and used again."""
-    runs = training(problem, optimizer, goal, num_runs=num_runs, gradient=gradient)
-    return _search.search(runs, goal, lambda values: values)
+    runs = training(problem, optimizer, goal, num_runs=num_runs, gradient=gradient, average=average)
+    run = _search.search(runs, goal, lambda values: values)
+    if isinstance(goal, Target) and needs_num_updates(optimizer):
+        return over_horizons(run, runs, goal)
+    return run
 
 
 def training(
@@ -110,23 +117,29 @@ def training(
     *,
     num_runs: int = 0,
     gradient: Callable[[int], Gradient] | None = None,
+    average: float | None = None,
 ) -> Trainer:
-    """Return the trainer whose runs are evaluated as a goal asks, kept with the problem."""
+    """Return the trainer whose runs are evaluated as a goal asks, kept with the problem.
+
+    With an `average`, a half-life in examples, it is the averaged parameters that are evaluated.
+    """
 
     def make():
         examples = _goals.evaluation_examples(problem, goal.on)
         return trainer(
             problem,
             optimizer,
-            evaluate=partial(_evaluated, problem, goal.metric),
+            evaluate=partial(_evaluated, problem, goal.metric, average is not None),
             examples=examples,
             num_evaluated=len(jax.tree.leaves(examples)[0]),
             num_runs=num_runs,
             gradient=gradient,
+            average=average,
         )
 
-    return kept(problem, ("trainer", optimizer, goal.metric, goal.on, num_runs, gradient), make)
+    return kept(problem, ("trainer", optimizer, goal.metric, goal.on, num_runs, gradient, average), make)
 
 
-def _evaluated(problem: Problem, metric: str, params, examples):
+def _evaluated(problem: Problem, metric: str, averaged: bool, params, examples):
+    params = params[1] if averaged else params
     return problem.evaluate(params, examples, names=(metric,))[metric]

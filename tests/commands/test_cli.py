@@ -12,11 +12,11 @@ import time
 import jax
 import pytest
 
-from gdjax import commands
+from gdjax import commands, compare
 from gdjax.commands import _arguments as arguments
 from gdjax.commands import _session as command
-from gdjax.commands._hosts import Hosts
 from gdjax.commands._session import Common
+from gdjax.commands.compare import Compare
 
 SMALL = """
 import jax, jax.numpy as jnp
@@ -298,7 +298,7 @@ def test_x64_is_set_before_the_command_runs(request):
 def test_help_lists_every_option_with_its_text_and_the_exit_statuses(gdjax):
     def fields(kind):
         for field in dataclasses.fields(kind):
-            yield from fields(field.type) if field.type in (Common, Hosts) else [field.name.replace("_", "-")]
+            yield from fields(field.type) if dataclasses.is_dataclass(field.type) else [field.name.replace("_", "-")]
 
     for name, kind in commands.COMMANDS.items():
         status, printed, complained = gdjax(name, "--help")
@@ -340,3 +340,35 @@ def test_ctrl_c_exits_with_130_and_leaves_nothing(folder, listening):
     assert process.returncode == 130
     assert errors.strip() == "gdjax: interrupted"
     assert not (folder / "runs").exists()
+
+
+def test_an_interrupted_comparison_goes_on_from_the_rows_that_it_kept(tmp_path, monkeypatch, capsys):
+    options = {"batch_sizes": (1, 32), "num_epochs": 1, "num_seeds": 1, "learning_rate": 0.01}
+    small = Compare(problem="least-squares", **options)
+    part, whole = (dataclasses.replace(small, common=Common(out=f"{tmp_path / name}")) for name in ("part", "whole"))
+    run, kept, stops = compare.batch_sizes, [], [True, False, False]
+
+    def stopped(*args, keep, **options):
+        stop = stops.pop(0)
+
+        def keep_it(row):
+            keep(row)
+            kept.append(row.batch_size)
+            if stop:
+                raise KeyboardInterrupt
+
+        return run(*args, keep=keep_it, **options)
+
+    monkeypatch.setattr(compare, "batch_sizes", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        part.run()
+    assert "1 of 2 batch sizes are kept: --out" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"holds rows of another run: seed was '0' and is '1'"):
+        dataclasses.replace(part, seed=1).run()
+    part.run()
+    assert "B = 1 is there already" in " ".join(capsys.readouterr().out.split())
+    assert kept == [1, 32]
+    whole.run()
+    found, expected = (json.loads((tmp_path / name / "result.json").read_text())["rows"] for name in ("part", "whole"))
+    assert [row["losses"] for row in found] == [row["losses"] for row in expected]
+    assert not (tmp_path / "part" / "rows.jsonl").exists()

@@ -166,7 +166,7 @@ def test_a_diverged_run_is_reported_as_diverged():
         ({"num_seeds": 0}, "num_seeds=0 must be at least 1"),
         ({"budget": 0.0}, "budget=0.0 must be positive and finite"),
         ({"memory": -1.0}, "memory=-1.0 must be positive and finite"),
-        ({"optimizer": "rms"}, "optimizer='rms' is not one of sgd, momentum, adam"),
+        ({"optimizer": "rms"}, "optimizer='rms' is not one of sgd, momentum, nesterov, adam"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_compiles(problem, arguments, message):

@@ -342,6 +342,7 @@ def test_without_a_folder_signals_do_what_they_always_do(run):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # an old tqdm, of its own
+@pytest.mark.usefixtures("listening")
 def test_a_standard_error_that_is_closed_or_lost_keeps_no_run_from_its_end(run, straight, tmp_path, monkeypatch):
     class Lost:
         def isatty(self):

@@ -326,7 +326,7 @@ def test_tune_is_the_search_of_what_it_is_asked(key):
         ({"num_epochs": 1, "num_seeds": 0}, "num_seeds=0 must be at least 1"),
         ({"num_epochs": 1, "learning_rates": (0.1,)}, r"learning_rates=\[0.1\] must be at least two"),
         ({"num_epochs": 1, "learning_rates": (0.2, 0.1)}, "positive, finite and ascending"),
-        ({"num_epochs": 1, "optimizer": "rms"}, "optimizer='rms' is not one of sgd, momentum, adam"),
+        ({"num_epochs": 1, "optimizer": "rms"}, "optimizer='rms' is not one of sgd, momentum, nesterov, adam"),
     ],
 )
 def test_tune_refuses_by_name(key, options, message):
@@ -413,18 +413,3 @@ def test_a_schedule_is_tuned_in_the_stream_of_one_run():
         tuning.tune(problem, optax.sgd, batch_size=8, schedule=schedule, num_epochs=1, **options)
     with pytest.raises(ValueError, match="batch_size=2000 must be between 1 and N=1024"):
         tuning.tune(problem, optax.sgd, schedule=[(1, 2000)], num_epochs=1, **options)
-
-
-def test_an_optimiser_may_be_given_a_horizon():
-    """w <- (1 - rate (1 - t / horizon)) w on a loss w^2 / 2, of one compiled program for all horizons."""
-
-    def decayed(pair):
-        rate, horizon = pair
-        return optax.sgd(lambda count: rate * (1 - count.astype(float) / horizon))
-
-    run = tuning.searching(same({}), decayed, Budget(48))
-    for horizon in (3, 4):
-        found = run(np.asarray([0.5, 0.8]), batch_size=16, num_seeds=1, key=jax.random.key(0), horizon=horizon)
-        shares = 1 - np.arange(3) / horizon
-        expected = [0.5 * np.prod(1 - rate * shares) ** 2 for rate in (0.5, 0.8)]
-        np.testing.assert_allclose(found.costs[:, 0], expected, rtol=1e-6)
