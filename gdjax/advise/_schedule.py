@@ -74,8 +74,6 @@ def schedule(
     if not 0 < seconds < math.inf:
         raise ValueError(f"budget={seconds} seconds must be positive and finite")
     make, usual = tuning.named(optimizer)
-    if tuning.needs_num_updates(make):
-        raise ValueError("optimizer: its own schedule of the rate is in the way: whether it falls is what is found out")
     clock = Clock(time.perf_counter(), seconds, PILOT_EPOCHS * problem.num_examples, progress)
     pilot_key, twin_key, fresh_key = jax.random.split(jax.random.key(seed), 3)
     plain = tuning.searching(problem, make, goal, num_runs=NUM_RUNS)
@@ -122,9 +120,9 @@ def _origin(planned: Sequence[Way], run: Run | None) -> Way:
     return next((way for way in planned if way.schedule[0][1] == first), planned[0])
 
 
-def decaying(optimizer: Optimizer) -> Optimizer:
+def decaying(optimizer: Any) -> Optimizer:
     """Return the optimiser whose rate falls to 0 in proportion to the updates left: (rate, num_updates) -> optax."""
-    if isinstance(optimizer, tuning.Recipe):
+    if hasattr(optimizer, "schedule"):  # one by name
         return dataclasses.replace(optimizer, schedule="linear")
 
     def make(rate, num_updates):
@@ -209,7 +207,10 @@ def _pilots(problem: Problem, search: Search, goal: Target, usual: float, key, c
         options = {"batch_size": size, "num_seeds": 1, "key": key, "remember": True}
         limits = {"max_examples": PILOT_EPOCHS * problem.num_examples, "deadline": clock.until(PILOT_SHARE)}
         tuned = tuning.search_grid(partial(search, **options, late=4.0), tuning.grid(middle), **limits)
-        assert tuned.history is not None
+        if tuned.history is None:
+            raise ValueError(
+                "optimizer: its own schedule of the rate is in the way; whether it falls is found out here"
+            )
         start = float(tuned.history.values[0, 0, 0])
         new = _curves(tuned, goal, start)
         if not new and not found:

@@ -3,13 +3,10 @@
 import dataclasses
 import shutil
 import textwrap
-from typing import TYPE_CHECKING
+from typing import Any
 
 from gdjax.commands import _specs
 from gdjax.commands._session import Common, progress, saving
-
-if TYPE_CHECKING:
-    from gdjax.advise import Plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +52,7 @@ class Schedule:
             save(found.summary() | {"problem": problem.name}, _report(found), lambda: found.figure(title))
 
 
-def _report(found: "Plan") -> str:
+def _report(found: Any) -> str:
     """Return a table, one row for each way, what else was found, the verdict, and the ramp to paste."""
     rows = [("", "batch sizes", "rate", "updates", "run", "ms: predicted", "run")]
     for kind, way in found.ways.items():

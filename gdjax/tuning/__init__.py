@@ -11,7 +11,7 @@
 """
 
 from gdjax.tuning._goals import Budget, Goal, Target, evaluation_examples, parse_target
-from gdjax.tuning._optimizers import OPTIMIZERS, Optimizer, Recipe, made, named, needs_num_updates
+from gdjax.tuning._optimizers import OPTIMIZERS, Optimizer, made, named
 from gdjax.tuning._runs import trainer
 from gdjax.tuning._search import Search, Tuning, minimise, search, search_grid, widen
 from gdjax.tuning._speed import Speed, estimator, microbatch_sizes, speeds
@@ -22,7 +22,6 @@ __all__ = [
     "Budget",
     "Goal",
     "Optimizer",
-    "Recipe",
     "Search",
     "Speed",
     "Target",
@@ -34,7 +33,6 @@ __all__ = [
     "microbatch_sizes",
     "minimise",
     "named",
-    "needs_num_updates",
     "parse_target",
     "search",
     "search_grid",
