@@ -1,11 +1,16 @@
 """The twin that runs show: the quadratic whose loss curves are those of a few short runs, for what comes after them.
 
 The twin about given parameters (`theory.twin`) holds for a few updates; a plan needs one for a whole run. Along
-eigenvectors the loss is linear in what is not known of a quadratic: in s_i, the level, and the noise, which is taken as
-h_i (kappa + mu (L_t - level)) with the measured loss L_t. So the non-negative least squares of relative errors is one
-solve, on a grid of curvatures h as wide as the runs can tell apart.
+eigenvectors of curvature h_i, s_i = E theta_i^2 and the loss L = level + sum_i h_i s_i / 2 obey
+
+    s_i' = (1 - eta h_i)^2 s_i + eta^2 / B (kappa_i + mu_i 2 (L - level)),
+
+noise that stays and noise that shrinks with the loss, each a mixture of h^0 and h^1 over the spectrum. With the
+measured L in the noise, all that is not known is linear in the loss of a run: s_i, the level, kappa and mu are the
+non-negative least squares of relative errors, on a grid of curvatures as wide as the runs can tell apart.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,10 +20,8 @@ import numpy as np
 from jax import lax
 from scipy import optimize
 
-from gdjax.theory import schedules
-from gdjax.theory.schedules import Quadratic
-
-NUM_NODES = 14
+NUM_NODES = 16
+LEVELS = 4  # solves, each with the noise above the level of the one before
 
 
 class Curve(NamedTuple):
@@ -40,27 +43,48 @@ class Fitted(NamedTuple):
     """A quadratic in the place of a problem, for whole runs.
 
     Attributes:
-        quadratic: nodes of curvature with what the start and the noise have of them.
+        nodes: curvatures h [D].
+        start: s [D] before any update.
+        steady, shrinking: kappa and mu [D].
         level: the loss at its minimum.
         error: standard deviation of log loss about the curves that it was fitted to.
         num_updates: of the longest curve.
     """
 
-    quadratic: Quadratic
+    nodes: np.ndarray
+    start: np.ndarray
+    steady: np.ndarray
+    shrinking: np.ndarray
     level: float
     error: float
     num_updates: int
 
+    def update(self, second: jax.Array, rate: jax.Array, batch_size: jax.Array) -> jax.Array:
+        """Return s [D] after an update."""
+        h, steady, shrinking = (jnp.asarray(x, float) for x in (self.nodes, self.steady, self.shrinking))
+        return (1 - rate * h) ** 2 * second + rate**2 / batch_size * (steady + shrinking * (h @ second))
+
     def losses(self, learning_rates, batch_sizes) -> np.ndarray:
         """Return the mean loss [T] after each update, for any rates and batch sizes [T]."""
-        rates, sizes = (jnp.asarray(x, float) for x in (learning_rates, batch_sizes))
-        length = 64 * 2 ** max(0, int(np.ceil(np.log2(len(rates) / 64))))  # so that few lengths are compiled
-        pad = (0, length - len(rates))
-        run = _run(self.quadratic, jnp.pad(rates, pad), jnp.pad(sizes, pad, constant_values=1.0))
-        return self.level + np.asarray(run, float)[: len(rates)]
+        rates, sizes = (np.asarray(x, float) for x in (learning_rates, batch_sizes))
+        pad = (0, padded(len(rates)) - len(rates))
+        excess = _run(self._replace(error=0.0), np.pad(rates, pad), np.pad(sizes, pad, constant_values=1.0))
+        return self.level + np.asarray(excess, float)[: len(rates)]
 
 
-_run = jax.jit(lambda quadratic, rates, sizes: schedules.run(quadratic, rates, sizes)[1])
+def padded(num_updates: int) -> int:
+    """Return the next of 64, 128, 256, ..., so that few lengths are compiled."""
+    return 64 * 2 ** max(0, math.ceil(math.log2(num_updates / 64)))
+
+
+@jax.jit
+def _run(twin: Fitted, rates, sizes):
+    def update(second, now):
+        second = twin.update(second, *now)
+        return second, twin.nodes @ second / 2
+
+    columns = jnp.asarray(rates, float), jnp.asarray(sizes, float)
+    return lax.scan(update, jnp.asarray(twin.start, float), columns)[1]
 
 
 def fitted(curves: Sequence[Curve], *, start: float) -> Fitted:
@@ -74,18 +98,19 @@ def fitted(curves: Sequence[Curve], *, start: float) -> Fitted:
     highest = 1.9 / max(curve.learning_rate for curve in curves)
     longest = max(curve.learning_rate * curve.updates[-1] for curve in curves)
     nodes = np.geomspace(min(0.3 / longest, highest / 10), highest, NUM_NODES)
-    rows, aims = [], []
-    for curve in curves:
-        rows.append(_columns(nodes, curve, start) / curve.losses[:, None])
-        aims.append(np.ones(len(curve.losses)))
-    # Before any update: that the parts add up.
-    rows.append(5 * np.concatenate([nodes / 2, [1.0, 0.0, 0.0]])[None] / start)
-    aims.append(np.full(1, 5.0))
-    found, _ = optimize.nnls(np.concatenate(rows), np.concatenate(aims))
-    *second, level, steady, shrinking = found
-    h, s, noise = (jnp.asarray(x, float) for x in (nodes, np.asarray(second), steady * nodes))
-    quadratic = Quadratic(h, s, noise, float(shrinking))
-    result = Fitted(quadratic, float(level), 0.0, max(int(curve.updates[-1]) for curve in curves))
+    shapes = np.stack([np.full(NUM_NODES, highest), nodes])  # of noise
+    # The parts add up before any update; that is known best.
+    first = 5 * np.concatenate([nodes / 2, [1.0, 0.0, 0.0, 0.0, 0.0]])[None] / start
+    level, before, found = 0.0, 0.0, np.zeros(len(nodes) + 5)
+    for _ in range(LEVELS):
+        columns = [_columns(nodes, shapes, curve, start, level) / curve.losses[:, None] for curve in curves]
+        rows = np.concatenate([*columns, first])
+        found, _ = optimize.nnls(rows, np.append(np.ones(len(rows) - 1), 5.0))
+        before, level = level, float(found[NUM_NODES])
+    steady, shrinking = found[-4:-2] @ shapes, found[-2:] @ shapes
+    steady = steady + shrinking * max(0.0, 2 * (level - before))  # so far the noise was that above the level before
+    longest = max(int(curve.updates[-1]) for curve in curves)
+    result = Fitted(nodes, found[:NUM_NODES], steady, shrinking, level, 0.0, longest)
     errors = [np.log(np.maximum(at(result, curve), 1e-9) / curve.losses) for curve in curves]
     return result._replace(error=float(np.sqrt(np.mean(np.concatenate(errors) ** 2))))
 
@@ -97,18 +122,28 @@ def at(twin: Fitted, curve: Curve) -> np.ndarray:
     return twin.losses(rates, sizes)[curve.updates - 1]
 
 
-def _columns(nodes: np.ndarray, curve: Curve, start: float) -> np.ndarray:
-    """Return what s_i, the level, kappa and mu each add to the losses of a curve, [E, NUM_NODES + 3]."""
-    length = int(curve.updates[-1])
-    measured = np.interp(np.arange(length), [0, *curve.updates], [start, *curve.losses])
+def _columns(nodes: np.ndarray, shapes: np.ndarray, curve: Curve, start: float, level: float) -> np.ndarray:
+    """Return what s_i, the level, and kappa and mu of each shape [K, D] add to the losses of a curve, [E, D + 1 + 2 K].
+
+    The noise that mu stands for is that of the measured loss above `level`.
+    """
+    logs = np.interp(np.arange(curve.updates[-1]), [0, *curve.updates], np.log([start, *curve.losses]))
+    above = 2 * np.maximum(np.exp(logs) - level, 0.0)
     keep = (1 - curve.learning_rate * nodes) ** 2
-    drive = curve.learning_rate**2 / curve.batch_size * nodes
-
-    def advance(noise, loss):
-        noise = jnp.asarray(keep)[:, None] * noise + jnp.asarray(drive)[:, None] * jnp.stack([1.0, 2 * loss])[None]
-        return noise, nodes @ noise / 2
-
-    _, noise = lax.scan(advance, jnp.zeros((len(nodes), 2)), jnp.asarray(measured, float))
+    drive = curve.learning_rate**2 / curve.batch_size * shapes
+    pad = (0, padded(len(above)) - len(above))
+    noise = _noise(*(jnp.asarray(x, float) for x in (nodes, keep, drive, np.pad(above, pad))))
     noise = np.asarray(noise, float)[curve.updates - 1]
     signal = nodes / 2 * keep ** curve.updates[:, None]
     return np.concatenate([signal, np.ones((len(noise), 1)), noise], 1)
+
+
+@jax.jit
+def _noise(nodes, keep, drive, above):
+    """Return what the noise of each shape, first as it is and then times `above` [T], adds to the loss, [T, 2 K]."""
+
+    def advance(second, size):  # [2, K, D]
+        second = keep[None, None] * second + drive[None] * jnp.stack([jnp.ones_like(size), size])[:, None, None]
+        return second, (second @ nodes / 2).reshape(-1)
+
+    return lax.scan(advance, jnp.zeros((2, *drive.shape)), above)[1]

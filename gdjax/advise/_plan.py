@@ -205,10 +205,6 @@ class Plan:
             }
             for kind, way in self.ways.items()
         }
-        twin = {"level": self.twin.level, "error": self.twin.error, "shrinking": float(self.twin.quadratic.shrinking)}
-        nodes = {
-            name: np.asarray(getattr(self.twin.quadratic, name)).tolist() for name in ("eigenvalues", "start", "noise")
-        }
         return {
             "goal": str(self.goal),
             "best": self.best,
@@ -218,7 +214,7 @@ class Plan:
             "learning_rate": self.way.learning_rate,
             "decays": self.way.decays,
             "ways": ways,
-            "twin": twin | nodes,
+            "twin": self.twin._asdict(),
             "local_twins": [local._asdict() for local in self.locals],
             "times": self.times._asdict(),
             "unknown": self.unknown,

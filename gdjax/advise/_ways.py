@@ -8,6 +8,7 @@ So all ramps of up to three phases on a grid are run by the twin, side by side.
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from gdjax.advise._fitted import Fitted
+from gdjax.advise._fitted import Fitted, padded
 
 SHARES = 0.4, 0.6, 0.75, 0.85, 0.92  # of the updates, after which a batch may grow
 FACTORS = 2, 4, 8  # by which it does
@@ -161,32 +162,37 @@ def _candidates(bounds: Bounds, ramps: bool, num_phases: int) -> dict[str, np.nd
 
 def _ends(twin: Fitted, ways: dict[str, np.ndarray], num_updates: int, decays: bool) -> np.ndarray:
     """Return the excess loss at the end of each way [W]."""
-    length = 64 * 2 ** max(0, math.ceil(math.log2(num_updates / 64)))
+    length = padded(num_updates)
     count = len(ways["rates"])
     pad = -count % LANES
+    bare = twin._replace(error=0.0)
     columns = [np.resize(ways[name], (count + pad, *ways[name].shape[1:])) for name in ("rates", "shares", "sizes")]
     pieces = [
-        _run(twin.quadratic, *(jnp.asarray(x[i : i + LANES], float) for x in columns), num_updates, decays, length)
+        _run(
+            twin._replace(error=0.0),
+            *(jnp.asarray(x[i : i + LANES], float) for x in columns),
+            num_updates,
+            decays,
+            length,
+        )
         for i in range(0, count + pad, LANES)
     ]
     losses = np.concatenate([np.asarray(piece, float) for piece in pieces])[:count]
     return np.where(np.isfinite(losses), losses, np.inf)
 
 
-def _run_all(quadratic, rates, shares, sizes, num_updates, decays, length):
-    h, start, noise, shrinking = quadratic
+@partial(jax.jit, static_argnames=("decays", "length"))
+def _run(twin: Fitted, rates, shares, sizes, num_updates, decays, length):
+    """Return the excess loss at the end of runs of the twin, [LANES]."""
 
-    def update(second, t):  # [W, D]
-        share = t / num_updates
-        rate = jnp.where(share < 1, rates * jnp.where(decays, 1 - share, 1.0), 0)
-        size = jnp.where(share < shares[:, 0], sizes[:, 0], jnp.where(share < shares[:, 1], sizes[:, 1], sizes[:, 2]))
-        variance = noise + shrinking * h * (h * second + (second @ h)[:, None])
-        second = (1 - rate[:, None] * h) ** 2 * second + (rate**2 / size)[:, None] * variance
-        return second, None
+    def one(rate, shares, sizes):
+        def update(second, t):
+            share = t / num_updates
+            now = jnp.where(share < 1, rate * (1 - share if decays else 1.0), 0)
+            size = jnp.where(share < shares[0], sizes[0], jnp.where(share < shares[1], sizes[1], sizes[2]))
+            return twin.update(second, now, size), None
 
-    start = jnp.broadcast_to(start, (len(rates), len(start)))
-    second, _ = lax.scan(update, start, jnp.arange(length, dtype=float))
-    return second @ h / 2
+        start = jnp.asarray(twin.start, float)
+        return twin.nodes @ lax.scan(update, start, jnp.arange(length, dtype=float))[0] / 2
 
-
-_run = jax.jit(_run_all, static_argnums=(5, 6))
+    return jax.vmap(one)(rates, shares, sizes)
