@@ -169,7 +169,7 @@ def _ends(twin: Fitted, ways: dict[str, np.ndarray], num_updates: int, decays: b
     columns = [np.resize(ways[name], (count + pad, *ways[name].shape[1:])) for name in ("rates", "shares", "sizes")]
     pieces = [
         _run(
-            twin._replace(error=0.0),
+            bare,
             *(jnp.asarray(x[i : i + LANES], float) for x in columns),
             num_updates,
             decays,

@@ -71,7 +71,7 @@ def test_every_way_that_is_planned_reaches_the_target_in_its_bounds(ways):
         sizes = np.repeat([size for _, size in way.schedule], [count for count, _ in way.schedule])
         shares = 1 - np.arange(way.num_updates) / way.num_updates if way.decays else np.ones(way.num_updates)
         end = loss_of(way.learning_rate * shares, sizes)[-1]
-        assert TARGET * 0.93 < end < TARGET * 1.02, (kind, way)
+        assert TARGET * 0.9 < end < TARGET * 1.02, (kind, way)
         assert set(sizes) <= set(BOUNDS.sizes)
         assert way.learning_rate <= 0.5 * (1 + 1e-9)
         assert (np.diff(sizes) >= 0).all()
@@ -121,7 +121,7 @@ def test_a_plan_is_a_list_and_a_schedule_for_optax():
     np.testing.assert_allclose([plan.learning_rate(t) for t in (0, 3, 9, 12)], [0.5, 0.5 * 2 / 3, 0, 0], atol=1e-7)
     state = optax.sgd(plan.learning_rate).init(jnp.zeros(()))
     update, _ = optax.sgd(plan.learning_rate).update(jnp.ones(()), state)
-    assert float(update) == -0.5
+    assert np.asarray(update) == -0.5
 
 
 def test_the_verdict_says_whether_a_difference_is_one():
