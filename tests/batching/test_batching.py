@@ -297,3 +297,19 @@ def test_arrays_of_counts_and_what_is_no_count():
         Count.of(1.5)
     with pytest.raises(ValueError, match=r"divisor=0 must be between 1 and 2.31"):
         divmod(counts, 0)
+
+
+def test_phases_count_examples_as_a_loop_does():
+    phases = batching.Phases.of([(3, 2), (1, 7), (2, 4)])
+    sizes, seen = [2] * 3 + [7] + [4] * 5, 0  # the last goes on
+    assert (phases.num_updates, phases.sizes, phases.parts[0]) == (6, (2, 4, 7), (3, 2))
+    for t, size in enumerate(sizes):
+        assert phases.examples(t) == seen == float(phases.counted(t))
+        assert phases.at(t)[0] == size
+        assert [phases.updates(seen + more) for more in range(size + 1)] == [t] * size + [t + 1]
+        seen += size
+    cut = phases.batches(jnp.arange(21))
+    np.testing.assert_array_equal(np.concatenate([part.reshape(-1) for part in cut]), np.arange(21))
+    assert [part.shape for part in cut] == [(3, 2), (1, 7), (2, 4)]
+    with pytest.raises(ValueError, match=r"stream must have the 21 entries that the phases take, but has shape"):
+        phases.batches(jnp.arange(20))
