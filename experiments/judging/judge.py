@@ -174,7 +174,8 @@ def judged(
     for _ in range(3):
         for size in {*best_rates, advised[0]}:
             runner.speed(size)
-    fresh, finals = range(1000, 1000 + NUM_FRESH), {}
+    fresh = range(1000, 1000 + NUM_FRESH)
+    finals: dict[tuple[int, float], float] = {}
     for size, r in sorted(pairs, key=pairs.__getitem__)[:NUM_FINAL]:
         most = 4 * pairs[size, r] / runner.speeds[size]
         finals[size, r] = runner.mean(size, r, fresh, most)[0] * runner.speeds[size]
@@ -183,7 +184,7 @@ def judged(
     updates, arrived = runner.mean(size, r, fresh, max(10 * finals[best] / runner.speeds[size], 10))
     searched = {b: (r, pairs[b, r]) for b, r in sorted(best_rates.items())}
     seconds = updates * runner.speeds[size]
-    return Found(*best, finals[best], seconds, arrived, searched, at_edge, search_seconds, complete)
+    return Found(best[0], best[1], finals[best], seconds, arrived, searched, at_edge, search_seconds, complete)
 
 
 def _tried(runner: Runner, size: int, rate: float, most: float, end: float) -> tuple[dict[float, float], bool]:

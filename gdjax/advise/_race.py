@@ -37,9 +37,8 @@ class Candidate(NamedTuple):
 
     @property
     def reliable(self) -> bool:
-        """Whether all seeds arrived, none at ASTRAY times the median."""
-        with np.errstate(invalid="ignore"):
-            return bool((self.costs <= tuning.ASTRAY * np.median(self.costs)).all() and np.isfinite(self.costs).all())
+        """Whether all seeds arrived, none much later than the others."""
+        return bool(tuning.Target.fair(self.costs))
 
     @property
     def seconds(self) -> float:
@@ -195,7 +194,7 @@ def _within_noise(entry: Candidate, best: Candidate) -> bool:
 def _confirmed(winner: Candidate, choice: Choice, run: Callable[..., Tuning]) -> Candidate:
     """Return the candidate with more seeds: those of `ADDED`, until one does not arrive."""
     costs = winner.costs
-    most = math.ceil(tuning.ASTRAY * float(np.median(costs))) * winner.batch_size
+    most = math.ceil(tuning.Target.ASTRAY * float(np.median(costs))) * winner.batch_size
     for draw, num_seeds in enumerate(ADDED, start=1):
         rates = np.asarray([winner.learning_rate])
         found = run(choice, rates, num_seeds=num_seeds, draw=draw, max_examples=most)
