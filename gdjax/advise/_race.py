@@ -45,6 +45,16 @@ class Candidate(NamedTuple):
         """Mean time to the target, infinite where it is not reliable."""
         return float(self.costs.mean()) * self.seconds_per_update if self.reliable else math.inf
 
+    @property
+    def score(self) -> float:
+        """What candidates are compared by: the mean time and its deviation from seed to seed, added.
+
+        Beside the rates that diverge a few seeds take much longer than most, and the mean of ten says little of how
+        many: where seeds differ, the next ones will.
+        """
+        deviation = self.costs.std(ddof=1) if self.reliable and len(self.costs) > 1 else 0.0
+        return self.seconds + float(deviation) * self.seconds_per_update
+
 
 class Race(NamedTuple):
     """What won.
@@ -125,7 +135,7 @@ def race(
     if not winner.reliable:
         unknown += ["a learning rate that every seed survives: none was found"]
     others = tuple(
-        min((entry for entry in entries if entry.batch_size == size), key=lambda entry: entry.seconds)
+        min((entry for entry in entries if entry.batch_size == size), key=lambda entry: entry.score)
         for size in sorted(tunings)
         if size != winner.batch_size
     )
@@ -172,7 +182,7 @@ def _timed_in_turn(choices: Sequence[Choice]) -> dict[int, float]:
 
 def _leader(entries: Sequence[Candidate]) -> Candidate:
     """Return the fastest, or a lower rate at its batch size that is as fast but for the noise over seeds."""
-    best = min(entries, key=lambda entry: entry.seconds)
+    best = min(entries, key=lambda entry: entry.score)
     if best.seconds == math.inf:
         return best
     as_fast = [entry for entry in entries if entry.batch_size == best.batch_size and _within_noise(entry, best)]

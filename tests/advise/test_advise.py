@@ -407,6 +407,12 @@ def test_the_lower_rate_leads_where_two_are_within_the_noise():
     assert _race._leader([best, candidate([101, 121, 141], rate=0.2, size=4)]) is best
 
 
+def test_where_seeds_differ_the_next_ones_will():
+    near_the_edge, calm = candidate([30, 30, 62], rate=0.4), candidate([42, 43, 44], rate=0.2)
+    assert near_the_edge.seconds < calm.seconds
+    assert _race._leader([near_the_edge, calm]) is calm
+
+
 def raced(updates, *, failing=(), sizes=(8, 16, 32, 64)):
     """Race by made up runs: `updates(size)` at rate 0.1, more away from it; rates in `failing` lose later seeds."""
     asked = []
