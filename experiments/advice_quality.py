@@ -29,7 +29,7 @@ from gdjax.problems import datasets, models
 
 NUM_TOKENS = 32
 SIZES = [4, 8, 16, 32, 64, 128, 256, 512]
-BUDGET, LIMIT = 150.0, 240.0  # seconds for the advice, and for the judge's search, on one problem
+BUDGET, LIMIT = 100.0, 90.0  # seconds for the advice, and for the judge's search, on one problem
 
 
 def images():
