@@ -126,9 +126,9 @@ def public_names(module):
 
 
 def test_faces_do_not_grow_unnoticed():
-    """180 is the aim. The weights, the noise scale in any loop and the theory of optimisers went beyond it."""
+    """180 is the aim. The weights, the noise scale in any loop, optimisers, rules and schedules went beyond it."""
     rooms = [importlib.import_module(f"gdjax.{room}") for room in gdjax.__all__]
-    assert sum(len(public_names(room)) for room in rooms) < 230
+    assert sum(len(public_names(room)) for room in rooms) < 240
 
 
 def test_the_package_has_at_most_24_entries():

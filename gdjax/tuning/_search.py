@@ -20,7 +20,6 @@ from gdjax.tuning._runs import Runs, Trainer
 
 LATE = 2.0  # a rate that needs this many times the updates of the best one is not waited for
 MAX_MOVES = 8  # beyond the first grid of rates
-ASTRAY = 3.0  # a seed that needs this many times the updates of the median counts as one that does not arrive
 HURT = 1.25  # a higher rate must be worse by this before the search ends below it
 FLAT = 0.01  # rates that bring all runs within this of one value are too low to tell
 
@@ -68,12 +67,9 @@ class Tuning:
 
     @property
     def losses(self) -> np.ndarray:
-        """The costs, the mean over seeds, [R]: infinite where a seed did not arrive, or at ASTRAY times the median."""
-        if isinstance(self.goal, Budget):
-            return self.costs.mean(1)
-        with np.errstate(invalid="ignore"):
-            astray = (self.costs > ASTRAY * np.median(self.costs, axis=1, keepdims=True)).any(1)
-        return np.where(astray, np.inf, self.costs.mean(1))
+        """The costs, the mean over seeds, [R]: infinite where a seed does not arrive, or much later than the others."""
+        means = self.costs.mean(1)
+        return means if isinstance(self.goal, Budget) else np.where(self.goal.fair(self.costs), means, np.inf)
 
     @property
     def found(self) -> bool:
