@@ -77,6 +77,7 @@ def test_nothing_that_a_file_holds_is_executed():
                     assert "allow_pickle=False" in ast.unparse(node), name
 
 
+@pytest.mark.slow
 def test_no_key_is_used_twice():
     """By whatever takes one or draws parameters, data, streams, signs or noise."""
     batch, square = jnp.linspace(0.0, 1.0, 6), lambda w, x: (w * x - 1) ** 2

@@ -118,6 +118,7 @@ def test_a_target_that_is_met_at_the_start_is_refused(key):
 
 
 @pytest.mark.usefixtures("replays")
+@pytest.mark.slow
 def test_every_run_is_that_of_its_seed_and_rate(key):
     """Against `descent.run` on the streams that `search` documents; runs that are not used change nothing."""
     data = datasets.gaussian_classification(jax.random.key(0), num_examples=20, dimension=3)
