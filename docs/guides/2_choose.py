@@ -113,6 +113,7 @@ advice = advise.batch_size(
     problem, "loss<=0.05", sizes=(1, 4, 16, 64, 256, 1440), seconds=40
 )
 print(advice)
+advice
 
 # %%
 sizes = np.asarray([choice.batch_size for choice in advice.choices])
