@@ -74,7 +74,7 @@ def test_schedules_are_functions_of_the_share_of_the_run(name):
         rates = []
         for _ in range(num_updates):
             update, state = transform.update(jnp.ones(()), state, params)
-            rates.append(-float(update) / 2.0)
+            rates.append(-float(jnp.asarray(update)) / 2.0)  # pyright: ignore
         steps.append(rates)
     precision.assert_close(steps[0], SHAPES[name], atol=1e-12)
     precision.assert_close(steps[1][::2], SHAPES[name], atol=1e-12)
