@@ -228,7 +228,7 @@ def ceilings(
     m = copy_size or COPY_SIZE.get(device, ACCELERATOR_COPY_SIZE)
     keys = jax.random.split(jax.random.key(0), 3)
     left, right = (jax.random.normal(key, (n, n), jnp.float32) for key in keys[:2])
-    numbers = jax.random.normal(keys[2], m, jnp.float32)
+    numbers = jax.random.normal(keys[2], (m,), jnp.float32)
     product = _fastest(partial(jnp.matmul, precision=precision), left, right, budget=budget)
     return Ceilings(2 * n**3 / product, 8 * m / _fastest(jnp.negative, numbers, budget=budget))
 

@@ -173,6 +173,7 @@ def test_runs_are_as_long_as_an_accelerator_needs(monkeypatch):
         assert updates <= row["num_updates"] <= updates + 4
 
 
+@pytest.mark.slow
 def test_lanes_are_compared_with_the_scans_one_after_another(monkeypatch):
     """Both run 2 batch sizes over the same examples, at least one batch of the largest, by a microbatch of 2."""
     seen = clocked(monkeypatch, ["scan", "lanes"])
@@ -251,6 +252,7 @@ def mine(problem, learning_rate):
 """
 
 
+@pytest.mark.slow
 def test_the_command_keeps_its_result_and_compares_it_with_an_earlier_one(monkeypatch, tmp_path, capsys):
     (tmp_path / "my_bench.py").write_text(MINE)
     monkeypatch.chdir(tmp_path)
