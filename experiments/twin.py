@@ -1,8 +1,8 @@
 """How far ahead does the quadratic twin of a problem predict its training?
 
-Question    From three checkpoints of a run at a tuned rate (its start, a quarter of the way, its end) the twin about
-            the parameters there (`theory.twin`) predicts the mean loss of four streams at two batch sizes. After how
-            many updates is it off by more than 20 %?
+Question    From three checkpoints of a run at a tuned rate (its start, a quarter of the way, its end) the twin of the
+            parameters there (`theory.twin`) predicts the mean loss of four streams at two batch sizes. After how many
+            updates is it off by more than 20 %?
 Prediction  Never on least squares. On logistic regression it holds for at least a quarter of the run. On multilayer
             perceptrons it holds for less than a tenth of it from the start, and for more from later checkpoints, as the
             network behaves ever more like its linearisation.

@@ -1,4 +1,4 @@
-"""Which batch size reaches a target first on this device: predicted, then verified.
+"""Which batch size reaches a target first on this device, and which rule carries hyperparameters: both verified.
 
 >>> from gdjax import problems
 >>> advice = batch_size(problems.least_squares(), "loss<=0.01", seconds=60)
@@ -11,7 +11,9 @@ And whether a growing batch, a falling rate, both or neither reaches it first: `
 from gdjax.advise._advise import batch_size
 from gdjax.advise._answer import Advice
 from gdjax.advise._choices import Choice, default_batch_sizes
-from gdjax.advise._figure import advice
+from gdjax.advise._figure import advice, regrets
+from gdjax.advise._outcomes import Rules
+from gdjax.advise._rules import rules
 from gdjax.advise._schedule import schedule
 
-__all__ = ["Advice", "Choice", "advice", "batch_size", "default_batch_sizes", "schedule"]
+__all__ = ["Advice", "Choice", "Rules", "advice", "batch_size", "default_batch_sizes", "regrets", "rules", "schedule"]

@@ -3,7 +3,8 @@
 Time to a target is updates to the target times seconds per update. The second is measured for every batch size by the
 real training step. The first is measured by tuning at a few batch sizes and predicted for all others by the laws of
 `theory.scaling`. Then the advice is put to the test: the batch size advised, the extremes and some between are run with
-fresh seeds, and what was predicted is printed beside what was measured. What is advised in the end is tuned once more.
+fresh seeds, and what was predicted is printed beside what was measured. In the end batch sizes that may be the fastest
+are tuned once more, and what is advised is confirmed with ten seeds, see `_race`.
 """
 
 import math
@@ -29,15 +30,14 @@ from gdjax.advise._choices import (
     predict,
     settled,
 )
-from gdjax.advise._goals import NUM_SEEDS, Question, question
+from gdjax.advise._goals import NUM_SEEDS, Question, Reaching, question
+from gdjax.advise._race import NO_BETTER, TUNING, Race, race
 from gdjax.advise._tunings import MAX_EPOCHS, TUNING_SHARE, Clock, Progress, tune_some
 from gdjax.problem import Problem
 from gdjax.theory import scaling
 from gdjax.tuning import Goal, Optimizer, Search, Tuning
 
 COMPILING = 5.0  # seconds that a program may take to compile before its runs begin
-TUNING = 2**0.5  # factor between the rates that are tried in the end
-NO_BETTER = 1.25  # such a rate is not waited for longer than this, in times of the best one's updates
 NUM_RUNS = 5  # that every program is compiled for: the rates of the first grid, and those that verify, fit in
 NUM_MEASURED = 512  # examples that a noise scale is measured on, at most
 
@@ -108,7 +108,11 @@ def batch_size(
         known = settled(known, verified, law)
     usable = [choice for choice in known if choice.fits]
     pick = fastest([choice for choice in usable if np.isfinite(choice.measured_seconds)] or usable)
-    tuned, untuned = _tuned(pick, runs, search, keys.fresh, clock)
+    if isinstance(asked, Reaching):
+        won = _race(known, pick, runs, search, keys.fresh, clock)
+        tuned, untuned = (won.tunings[won.batch_size], won.unknown) if won else (None, ())
+    else:
+        won, (tuned, untuned) = None, _tuned(pick, runs, search, keys.fresh, clock)
     times = np.asarray([choice.expected_seconds for choice in usable])
     examples = np.asarray([choice.expected_updates * choice.batch_size for choice in usable])
     on_front = scaling.pareto(times, np.asarray([asked.price(choice) for choice in usable]))
@@ -120,8 +124,9 @@ def batch_size(
         rates=rates,
         noise_scales=tuple(scales),
         refitted=refitted,
-        batch_size=pick.batch_size,
+        batch_size=won.batch_size if won else pick.batch_size,
         tuned=tuned,
+        race=won,
         fewest_examples=usable[int(np.argmin(examples))].batch_size,
         least_memory=least_memory(usable).batch_size,
         pareto=tuple(choice.batch_size for choice, on in zip(usable, on_front, strict=True) if on),
@@ -228,6 +233,13 @@ def _tuned(pick: Choice, runs: dict[int, Tuning], search: Search, key, clock: Cl
     if not found.at_edge:
         return found, []
     return found, [f"the best learning rate at batch size {pick.batch_size}: it is at the edge of those tried"]
+
+
+def _race(known: Sequence[Choice], pick: Choice, runs, search: Search, key, clock: Clock) -> Race | None:
+    def run(choice: Choice, rates: np.ndarray, *, draw: int = 0, **limits) -> Tuning:
+        return _fresh(search, choice, jax.random.fold_in(key, draw) if draw else key, clock)(rates, **limits)
+
+    return race(known, pick, runs, run, lambda seconds: clock.late(1.0, cost=seconds), clock.show)
 
 
 def _fresh(search: Search, choice: Choice, key, clock: Clock) -> Search:

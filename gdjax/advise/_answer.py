@@ -9,6 +9,7 @@ import numpy as np
 from gdjax import noise
 from gdjax.advise._choices import Choice, Law
 from gdjax.advise._goals import Question
+from gdjax.advise._race import Race
 from gdjax.theory import scaling
 from gdjax.tuning import Goal, Tuning
 
@@ -26,6 +27,8 @@ class Advice:
         refitted: whether a prediction had been wrong by more than its interval.
         batch_size: the advice, by time: the fastest of what was verified, of what was predicted where nothing was.
         tuned: its runs at the predicted learning rate and at others about it; None where it was not verified.
+        race: how the advised batch size and rate were found among those that may be the fastest, and confirmed with
+            more seeds; None with examples to spend, and where nothing was verified.
         fewest_examples, least_memory: the advice by examples (energy, money) and by memory.
         pareto: the batch sizes that no other beats in both time and examples, as they are known in the end; with
             examples to spend, in time and loss.
@@ -42,6 +45,7 @@ class Advice:
     refitted: bool
     batch_size: int
     tuned: Tuning | None
+    race: Race | None
     fewest_examples: int
     least_memory: int
     pareto: tuple[int, ...]
@@ -64,13 +68,28 @@ class Advice:
 
     @property
     def learning_rate(self) -> float:
-        """The advised one: the best of `tuned`, as it was predicted where that is None."""
+        """The advised one: of the `race`, the best of `tuned`, or as it was predicted where there is neither."""
+        if self.race is not None:
+            return self.race.learning_rate
         return self[self.batch_size].learning_rate if self.tuned is None else self.tuned.rate
 
     @property
     def verified(self) -> list[Choice]:
         """The choices that were run and arrived."""
         return [choice for choice in self.choices if np.isfinite(choice.measured_seconds)]
+
+    def table(self) -> list[dict[str, Any]]:
+        """Return a row for every batch size, of numbers alone, for `csv.DictWriter` or `pandas.DataFrame`."""
+        names = ("batch_size", "learning_rate", "measured_updates", "measured_seconds", "expected_seconds")
+        rows = []
+        for choice in self.choices:
+            row: dict[str, Any] = {name: getattr(choice, name) for name in names}
+            row |= dict(zip(("updates_low", "updates", "updates_high"), choice.updates, strict=True))
+            row |= dict(zip(("seconds_low", "seconds", "seconds_high"), choice.seconds, strict=True))
+            speed = choice.speed
+            row |= {name: getattr(speed, name) for name in ("seconds_per_update", "memory", "microbatch_size", "fits")}
+            rows.append(row | {"advised": choice.batch_size == self.batch_size})
+        return rows
 
     def summary(self) -> dict[str, Any]:
         """Return everything, for a JSON file."""
@@ -88,6 +107,8 @@ class Advice:
             "noise_scales": scales,
             "choices": [choice.summary() for choice in self.choices],
             "tuned": self.tuned and self.tuned.summary(),
+            "updates_of_seeds": self.race and self.race.costs,
+            "contenders": self.race and [other._asdict() for other in self.race.others],
             "tunings": {size: tuning.summary() for size, tuning in self.tunings.items()},
         }
 

@@ -123,7 +123,8 @@ def predict(question: Question, speeds: Sequence[Speed], law: Law, rates: scalin
     """Return a choice for every speed, with the rate and the cost that the laws predict."""
     choices = []
     for speed in speeds:
-        low, middle, high = map(float, law.interval(speed.batch_size, num_seeds=NUM_SEEDS))
+        interval = law.interval(speed.batch_size, num_seeds=NUM_SEEDS)
+        low, middle, high = (float(question.possible(cost)) for cost in interval)
         rate = float(rates(speed.batch_size))
         choices.append(Choice(question, speed, rate, (low, middle, high), seed_error=law.seed_error, expected=middle))
     return choices
@@ -134,7 +135,8 @@ def settled(choices: Sequence[Choice], verified: Mapping[int, Verified], law: La
     known = []
     for choice in choices:
         found = verified.get(choice.batch_size)
-        expected = float(law(choice.batch_size)) if found is None else float(found.costs.mean())
+        law_says = choice.question.possible(float(law(choice.batch_size)))
+        expected = float(law_says if found is None else found.costs.mean())
         known.append(dataclasses.replace(choice, verified=found, expected=expected))
     return known
 

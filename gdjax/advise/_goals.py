@@ -34,6 +34,10 @@ class Reaching(NamedTuple):
         del batch_size
         return cost
 
+    def possible(self, cost: Any) -> Any:
+        """Return a cost that a law predicts, or the least that there is: one update."""
+        return np.maximum(cost, 1.0)
+
     def largest(self, num_examples: int) -> int:
         """Return the largest batch size that makes sense of N examples."""
         return num_examples
@@ -56,16 +60,19 @@ class Reaching(NamedTuple):
         choice = advice[advice.batch_size]
         low, middle, high = choice.seconds
         predicted = f"predicted {middle:.3g} s, {low:.3g} to {high:.3g}"
-        if advice.tuned is None or choice.verified is None:
+        if advice.race is None or choice.verified is None:
             return f"{self.goal} after {choice.updates[1]:.0f} updates, {predicted}; not verified."
-        updates = advice.tuned.losses.min()
-        start = f"{self.goal} after {updates:.0f} updates in {updates * choice.verified.seconds_per_update:.3g} s"
+        costs, num_seeds = advice.race.costs, len(advice.race.costs)
+        arrived = costs[np.isfinite(costs)]
+        seconds = arrived.mean() * advice.race.seconds_per_update if len(arrived) else math.nan
+        reached = f"reached by {len(arrived)} of {num_seeds} seeds"
+        start = f"{self.goal} {reached}, after {arrived.mean():.0f} updates in {seconds:.3g} s"
         others = [
-            f"{other.measured_seconds / choice.measured_seconds:.3g} x at B = {other.batch_size}"
-            for other in advice.verified
-            if other is not choice
+            f"{other.seconds / seconds:.3g} x at B = {other.batch_size}"
+            for other in advice.race.others
+            if np.isfinite(other.seconds)
         ]
-        end = f"; at predicted rates it takes {', '.join(others)}." if others else "."
+        end = f"; at its best rate it takes {', '.join(others)}." if others else "."
         return f"{start} ({predicted}){end}"
 
 
@@ -93,6 +100,10 @@ class Spending(NamedTuple):
     def updates(self, cost: Any, batch_size: int) -> Any:
         """Return E // B, or infinity where a run did not come to its end."""
         return np.where(np.isfinite(cost), float(self.goal.num_examples // batch_size), np.inf)[()]
+
+    def possible(self, cost: Any) -> Any:
+        """Return a cost that a law predicts: a loss may be any number."""
+        return cost
 
     def largest(self, num_examples: int) -> int:
         """Return the largest batch size that makes sense: one update."""

@@ -1,7 +1,8 @@
 """Tuning at a few batch sizes: which ones, at which learning rates, and when to give up.
 
-The first batch size is searched from far apart, with one seed. Every other begins at the rate that the one beside it
-lets expect. Each is tuned with one seed, and run with several at the rate that was best.
+A few updates at rates far apart show where rates make a difference: there the first batch size is searched, with one
+seed. Every other begins at the rate that the one beside it lets expect. Each is tuned with one seed, and run with
+several at the rate that was best.
 """
 
 import dataclasses
@@ -20,6 +21,10 @@ from gdjax.tuning import Search, Speed, Tuning
 
 FINE, NUM_FINE = 2.0, 3  # factor between neighbouring rates of the grids but the first, and rates in them
 FIRST_BATCH_SIZE = 32  # that is tuned
+PILOT = 64  # updates that show where rates make a difference
+COARSE = 10.0 ** np.asarray(
+    [-1.0, -0.5, 0.0, 0.5]
+)  # of the rate that is best after so few: for longer runs most lie below
 NUM_LOWER = 2  # learning rates below the best of one seed that are tried with several
 MAX_TUNINGS = 5
 MAX_EPOCHS = 200
@@ -87,7 +92,13 @@ def tune_some(
         ValueError: where the first batch size does not reach the goal, or no other one does.
     """
     first = nearest(sizes, FIRST_BATCH_SIZE)
-    coarse = _tuned(partial(search, late=1.0), first, tuning.grid(first_rate), key, clock, FIRST_SHARE)
+    usual, once = tuning.grid(first_rate), partial(search, late=1.0)
+    if isinstance(question, Reaching):
+        pilot = _tuned(once, first, usual, key, clock, FIRST_SHARE, max_examples=PILOT * first)
+        usual = pilot.rate * COARSE
+        if pilot.diverged.any(1).all():
+            _check_reached(question, pilot, clock)
+    coarse = _tuned(once, first, usual, key, clock, FIRST_SHARE)
     _check_reached(question, coarse, clock)
     known = _repeated(search, first, coarse.optimum()[0], key, clock, FIRST_SHARE)
     _check_reached(question, known, clock)

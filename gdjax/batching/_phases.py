@@ -11,7 +11,7 @@
 
 import operator
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ class Phases(NamedTuple):
         if isinstance(schedule, Phases):
             return schedule
         try:
-            pairs = [(1, schedule)] if hasattr(schedule, "__index__") else list(schedule)  # pyright: ignore
+            pairs: Any = [(1, schedule)] if hasattr(schedule, "__index__") else list(schedule)  # pyright: ignore
             parts = tuple((operator.index(num_updates), operator.index(size)) for num_updates, size in pairs)
         except TypeError as error:
             raise ValueError(f"schedule={schedule!r} must be [(num_updates, batch_size), ...], integers") from error

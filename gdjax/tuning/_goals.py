@@ -56,6 +56,14 @@ class Target(_Goal):
     on: str
     relation: str
     value: float
+    ASTRAY = 3.0  # a seed that needs this many times the updates of the median counts as one that does not arrive
+
+    @staticmethod
+    def fair(costs: np.ndarray) -> Any:
+        """Return where all seeds, the last axis of `costs`, arrive, none at ASTRAY times the median."""
+        with np.errstate(invalid="ignore"):
+            median = np.median(costs, axis=-1, keepdims=True)
+            return (np.isfinite(costs) & (costs <= Target.ASTRAY * median)).all(-1)
 
     def __str__(self) -> str:
         return f"{self.on}_{self.metric}{self.relation}{self.value:g}"
@@ -192,11 +200,11 @@ def evaluation_examples(problem: Problem, on: str) -> Batch:
 
 
 def _crossing(start: int, end: int, before: np.ndarray, after: np.ndarray, value: float) -> np.ndarray:
-    """Return where between `start` and `end` updates a line from `before` to `after` meets `value`, in (start, end].
+    """Return where between `start` and `end` updates a line from `before` to `after` meets `value`, 1 at least.
 
     The line is straight over the logarithm of the updates, as learning curves nearly are, but from the first update.
     """
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         part = (value - before) / (after - before)
     part = np.where((part > 0) & (part <= 1), part, 1.0)
-    return start * (end / start) ** part if start else end * part
+    return start * (end / start) ** part if start else np.maximum(end * part, 1.0)

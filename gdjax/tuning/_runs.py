@@ -18,6 +18,7 @@ from gdjax._trees import kept
 from gdjax.gradients import Gradient
 from gdjax.problem import Batch, Params, Problem
 from gdjax.training import average as averages
+from gdjax.tuning import _faults
 from gdjax.tuning._optimizers import Optimizer, Recipe, made, needs_num_updates
 
 # Examples in memory at once, in all runs together, at least one run's batch: a GPU is idle without many. On a CPU runs
@@ -62,12 +63,14 @@ class Trainer(NamedTuple):
             a number, or the `batching.Phases` of all updates from the start.
         num_examples: N.
         num_evaluated: examples in an evaluation.
+        fault: params -> which example's loss, gradient or metric is not finite there, in words, or None.
     """
 
     start: Callable[..., Runs]
     advance: Callable[..., Runs]
     num_examples: int
     num_evaluated: int
+    fault: Callable[[Params], str | None] = lambda params: None
 
 
 def trainer(
@@ -144,7 +147,7 @@ def trainer(
         values = evaluate_runs(states, runs.values, active, examples)
         return runs._replace(states=states, streams=streams, values=values, num_updates=done)
 
-    return Trainer(start, advance, length, num_evaluated)
+    return Trainer(start, advance, length, num_evaluated, partial(_faults.fault, problem))
 
 
 def _training(

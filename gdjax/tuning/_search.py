@@ -20,6 +20,8 @@ from gdjax.tuning._runs import Runs, Trainer
 
 LATE = 2.0  # a rate that needs this many times the updates of the best one is not waited for
 MAX_MOVES = 8  # beyond the first grid of rates
+HURT = 1.25  # a higher rate must be worse by this before the search ends below it
+FLAT = 0.01  # rates that bring all runs within this of one value are too low to tell
 
 
 class History(NamedTuple):
@@ -65,8 +67,9 @@ class Tuning:
 
     @property
     def losses(self) -> np.ndarray:
-        """The costs, the mean over seeds, [R]: infinite where a seed did not arrive."""
-        return self.costs.mean(1)
+        """The costs, the mean over seeds, [R]: infinite where a seed does not arrive, or much later than the others."""
+        means = self.costs.mean(1)
+        return means if isinstance(self.goal, Budget) else np.where(self.goal.fair(self.costs), means, np.inf)
 
     @property
     def found(self) -> bool:
@@ -139,7 +142,8 @@ def search(trainer: Trainer, goal: Goal, judged: Callable[[Any], Any]) -> Search
         judged: what the trainer's evaluation returns -> the value that the goal is about.
 
     Raises:
-        ValueError: by what is returned, for a target that is met at the start.
+        ValueError: by what is returned, for a target that is met at the start, and naming the example, where a loss or
+            a gradient is not finite before any update.
     """
 
     def run(
@@ -161,9 +165,13 @@ def search(trainer: Trainer, goal: Goal, judged: Callable[[Any], Any]) -> Search
         began, shape = time.perf_counter(), (num_seeds, len(learning_rates))
         phases = batching.Phases.of(batch_size)
         max_updates = goal.max_updates(phases, max_examples)
+
         # Every batch size and grid of rates has the same draws: the key is used again on purpose.
-        draws: dict[str, Any] = {"num_seeds": num_seeds, "key": jax.random.clone(key)}
-        runs = trainer.start(learning_rates, horizon=max_updates, **draws)
+        def begin() -> Runs:
+            draws: dict[str, Any] = {"num_seeds": num_seeds, "key": jax.random.clone(key)}
+            return trainer.start(learning_rates, horizon=max_updates, **draws)
+
+        runs, fine = begin(), 0
         unused = np.zeros(len(runs.seeds) - math.prod(shape), bool)
 
         def seen(runs: Runs) -> Any:
@@ -172,6 +180,9 @@ def search(trainer: Trainer, goal: Goal, judged: Callable[[Any], Any]) -> Search
         looks, done = [(0, seen(runs))], 0
         values = judged(looks[-1][1])
         costs, diverged, nearest = np.full(shape, np.inf), ~np.isfinite(values), values
+        begun = jax.tree.map(lambda leaf: leaf[0], runs.states.params)
+        if diverged.all():
+            _check_finite(trainer, begun)
         goal.check_start(values)
         while done < max_updates and time.perf_counter() < deadline:
             active = np.isinf(costs)
@@ -181,16 +192,25 @@ def search(trainer: Trainer, goal: Goal, judged: Callable[[Any], Any]) -> Search
             if not active.any():
                 break
             sizes = {"num_examples": trainer.num_examples, "num_evaluated": trainer.num_evaluated}
-            count = min(every or goal.next_look(done, batch_size=phases.at(done)[0], **sizes), max_updates - done)
+            count = every or goal.next_look(done, batch_size=phases.at(done)[0], **sizes)
+            count = min(max(1, done) if done < fine else count, max_updates - done)
             runs = trainer.advance(runs, count, np.append(active.reshape(-1), unused), batch_size=batch_size)
             before, done = (done, values), runs.num_updates
             look = seen(runs)
             values = judged(look)
             looks = [*looks, (done, look)] if every or remember else looks
             goal.note(costs, active, before, (done, values), ended=done == max_updates)
+            if not (every or before[0]) and count > 1 and np.isfinite(costs).any() and done < max_updates:
+                # Between the start and the first look a line says little: look after 1, 2, 4, ... updates instead.
+                runs, fine, done, values = begin(), done, 0, looks[0][1]
+                values, costs[:] = judged(values), np.inf
+                continue
             diverged |= ~np.isfinite(values)
-            nearest = better(nearest, np.where(np.isfinite(values), values, np.nan))
+            # Where a run begins says nothing of its rate.
+            nearest = better(nearest if before[0] else np.nan, np.where(np.isfinite(values), values, np.nan))
             progress(done, goal.best(nearest))
+        if diverged.any(0).all():
+            _check_finite(trainer, begun)
         return Tuning(
             goal,
             batch_size,
@@ -235,19 +255,36 @@ def search_grid(run: Search, learning_rates: np.ndarray, **limits: Any) -> Tunin
 def widen(run: Search, found: Tuning, factor: float, **limits: Any) -> Tuning:
     """Search one rate after another beyond those found, a `factor` apart, until the best one has two neighbours.
 
-    Where nothing arrives, it goes on beyond the rate that came nearest, below all of them where all diverge, and ends
-    where that one has two neighbours.
+    On the way to a target it climbs until it hurts: until a rate above the best is HURT times as bad, for neighbours
+    may differ by noise alone. Where nothing arrives, it goes on beyond the rate that came nearest, and ends where that
+    one has two neighbours; a whole grid below all of them where all diverge, and a whole grid above where none makes a
+    difference.
     """
     num_rates = len(found.learning_rates)
     for _ in range(MAX_MOVES):
-        if not found.at_edge or time.perf_counter() > limits.get("deadline", math.inf):
+        too_low, above = _too_low(found), found.losses[found.best + 1 :]
+        climbs = found.found and not isinstance(found.goal, Budget) and not (above > HURT * found.losses.min()).any()
+        if not (found.at_edge or too_low or climbs) or time.perf_counter() > limits.get("deadline", math.inf):
             break
-        up = found.best > 0
+        up = found.best > 0 or too_low
         beyond = found.learning_rates[-1 if up else 0]
-        num_new = num_rates if found.diverged.any(1).all() else 1
+        num_new = num_rates if found.diverged.any(1).all() or too_low else 1
         new = np.sort(beyond * factor ** ((1 if up else -1) * np.arange(1.0, num_new + 1)))
         found = _merged(found, run(new, least=found.losses.min(), **limits))
     return found
+
+
+def _too_low(found: Tuning) -> bool:
+    """Return whether no rate makes a difference: a loss that is scaled by 1e-9 asks for rates 1e9 times as high."""
+    if found.diverged.any() or len(found.learning_rates) < 2 or (found.found and not isinstance(found.goal, Budget)):
+        return False
+    return bool(np.ptp(found.best_metrics) <= FLAT * np.abs(found.best_metrics).max())
+
+
+def _check_finite(trainer: Trainer, params: Any) -> None:
+    """Raise ValueError where all runs diverge for an example that is to blame before any update."""
+    if found := trainer.fault(params):
+        raise ValueError(f"{found} before any update: mend it, leave the example out, or give it weight 0")
 
 
 def _history(looks: list[tuple[int, Any]]) -> History:

@@ -118,6 +118,7 @@ def test_a_target_that_is_met_at_the_start_is_refused(key):
 
 
 @pytest.mark.usefixtures("replays")
+@pytest.mark.slow
 def test_every_run_is_that_of_its_seed_and_rate(key):
     """Against `descent.run` on the streams that `search` documents; runs that are not used change nothing."""
     data = datasets.gaussian_classification(jax.random.key(0), num_examples=20, dimension=3)
@@ -183,6 +184,60 @@ def test_a_crossing_lies_between_two_evaluations():
         costs = np.full((1, 4), np.inf)
         target.note(costs, active, (start, before), (8, after), ended=False)
         np.testing.assert_allclose(costs, [[crossed, 8, 8, np.inf]])
+
+
+def test_a_run_that_arrives_before_the_first_look_is_looked_at_again(key):
+    """From w = 1 at rate r, w = (1 - r)^t; at B = 1, an evaluation of 2000 examples is worth many updates."""
+    problem = Problem(lambda key: jnp.ones(()), lambda w, x: 0.5 * x * w**2, jnp.ones(2000))
+    run = search(problem, optax.sgd, Target("loss", "train", "<=", 0.05), batch_size=1, num_seeds=1, key=key)
+    found = run(np.asarray([0.2, 0.3, 1.0]), max_examples=10**5)
+    exact = math.log(0.1) / (2 * np.log([0.8, 0.7]))  # 5.2 and 3.2 updates, between looks after 4 and 8, 2 and 4
+    np.testing.assert_allclose(found.costs[1, 0], exact[1], rtol=0.15)
+    assert found.costs[2, 0] == 1.0  # and no less, though a line from the start crosses the target before
+
+
+@pytest.mark.parametrize("part", ["loss", "gradient", "weighted", "test"])
+def test_an_example_that_is_to_blame_before_any_update_is_named(key, part):
+    x = jnp.ones(5000).at[jnp.asarray([17, 4000])].set(0.0)  # of 5000, 2048 are evaluated
+    losses = {"loss": lambda w, x: (x * w) ** 2 / x, "gradient": lambda w, x: jnp.sqrt(x * w**2)}
+    loss = losses.get(part, losses["loss"])
+    if part == "weighted":
+        problem = Problem(lambda key: jnp.ones(()), loss, x, weight=lambda x: x)
+        assert tuning.tune(problem, batch_size=8, num_epochs=1, key=key, num_seeds=1).found
+        return
+    problem = Problem(lambda key: jnp.ones(()), loss, x)
+    if part == "test":
+        problem = Problem(lambda key: jnp.ones(()), loss, jnp.ones(9), test=x[:20])
+    name = {"loss": "loss of train", "gradient": "gradient of train", "test": "loss of test"}[part]
+    with pytest.raises(
+        ValueError, match=rf"^the {name} example 17 is (nan|inf)( .and so for 1 others.)? before any up"
+    ):
+        tuning.tune(problem, batch_size=8, target=f"{part if part == 'test' else 'train'}_loss<=-1", key=key)
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e-4])
+def test_the_rate_is_found_however_the_loss_is_scaled(key, scale):
+    """The best rate of x w^2 / 2 is 1 for x = 1."""
+    problem = Problem(lambda key: jnp.ones(()), lambda w, x: 0.5 * scale * x * w**2, jnp.ones(16))
+    found = tuning.tune(problem, batch_size=4, num_epochs=1, key=key, num_seeds=1)
+    assert 0.5 < found.rate * scale < 2
+    assert not found.at_edge
+
+
+def test_the_search_climbs_until_it_hurts():
+    """A bump of noise lies between the first grid and the best rate."""
+    costs = {0.1: 150.0, 0.2: 100.0, 0.4: 105.0, 0.8: 110.0, 1.6: 70.0, 3.2: 80.0, 6.4: 500.0}
+    found = tuning.search_grid(
+        lambda rates, **limits: tuned(rates, [[costs[round(rate, 1)]] for rate in rates]), np.asarray([0.1, 0.2, 0.4])
+    )
+    assert found.rate == pytest.approx(1.6)
+    np.testing.assert_allclose(found.learning_rates, list(costs))
+
+
+def test_a_seed_that_goes_astray_makes_a_rate_infeasible():
+    assert tuned([1, 2], [[100, 110, 310], [100, 100, 330]]).losses.tolist() == [520 / 3, math.inf]
+    spent = dataclasses.replace(tuned([1], [[0.1, 0.1, 0.9]]), goal=Budget(8))
+    np.testing.assert_allclose(spent.losses, [1.1 / 3])
 
 
 TARGET = Target("loss", "train", "<=", 0.1)

@@ -1,0 +1,111 @@
+"""Problems that the advice is judged on once, at the end, and that its method was never changed on.
+
+They were written down before any of them was run, targets included, from what is known of the data. Between them are
+regression, classification and language; SGD, momentum, Adam and AdamW; 800 to 60,000 examples; tanh, ReLU, convolution
+and attention; targets that are easy and hard, of the training loss and of test accuracy.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from gdjax import problems
+from gdjax.problem import Problem
+from gdjax.problems import datasets, models
+from gdjax.problems.datasets import Split
+
+CONTEXT = 8  # characters that the next is predicted from
+
+
+def moons() -> Problem:
+    """Two half moons in the plane, 800 examples, two layers of ReLU."""
+    from sklearn.datasets import make_moons
+
+    x, labels = make_moons(800, noise=0.2, random_state=0)
+    data = Split((jnp.asarray(x, float), jnp.asarray(labels, jnp.int32)), None)
+    return problems.classification(models.mlp((2, 16, 16, 2)), data, num_classes=2, name="moons-relu")
+
+
+def friedman() -> Problem:
+    """Friedman's first function of ten features, 4000 examples with noise of a fifth of its deviation, tanh."""
+    from sklearn.datasets import make_friedman1
+
+    x, y = make_friedman1(4000, noise=1.0, random_state=0)
+    data = Split((jnp.asarray(2 * x - 1, float), jnp.asarray((y - y.mean()) / y.std(), float)), None)
+    return problems.regression(models.mlp((10, 32, 1), activation=jnp.tanh), data, name="friedman-tanh")
+
+
+def income() -> Problem:
+    """Who earns more, from 123 features, 32,561 examples, by a layer of tanh."""
+    model = models.mlp((123, 16, 2), activation=jnp.tanh)
+    return problems.classification(model, datasets.a9a(), num_classes=2, name="a9a-tanh")
+
+
+def numerals() -> Problem:
+    """MNIST, 60,000 examples, a layer of 64 ReLU."""
+    problem = problems.mnist_mlp((64,))
+    return Problem(problem.init, problem.loss, problem.train, problem.test, problem.metrics, name="mnist-relu")
+
+
+def rows_of_digits() -> Problem:
+    """The rows of 8 x 8 digits, 1440 examples, attend to one another: one block of one head, averaged."""
+    width = 32
+
+    def init(key):
+        shapes = {"embed": (8, width), "place": (8, width), "qkv": (width, 3 * width), "mix": (width, width)}
+        keys = dict(zip((*shapes, "up"), jax.random.split(key, 5), strict=True))
+        weights = {name: jax.random.normal(keys[name], shape) / shape[0] ** 0.5 for name, shape in shapes.items()}
+        return weights | {"up": jax.random.normal(keys["up"], (width, width)) / width**0.5, "head": jnp.zeros((32, 10))}
+
+    def apply(params, x):
+        h = x.reshape(8, 8) @ params["embed"] + params["place"]
+        q, k, v = jnp.split(h @ params["qkv"], 3, axis=-1)
+        h = h + jax.nn.softmax(q @ k.T / width**0.5) @ v @ params["mix"]
+        return jax.nn.gelu(h @ params["up"]).mean(0) @ params["head"]
+
+    return problems.classification(models.Model(init, apply), datasets.digits(), num_classes=10, name="digits-rows")
+
+
+def turbine() -> Problem:
+    """The output of a power plant, 8192 examples, by two layers of 16 ReLU, to what a line cannot reach."""
+    return problems.regression(models.mlp((4, 16, 16, 1)), datasets.power_plant(), name="power-plant-deep")
+
+
+def characters() -> Problem:
+    """The next character of Shakespeare from eight before it, 20,000 examples: embeddings and a layer of tanh."""
+    size = datasets.NUM_SHAKESPEARE_CHARACTERS
+    rows = np.asarray(datasets.tiny_shakespeare(num_tokens=CONTEXT).train)[:20_000]
+    data = Split((jnp.asarray(rows[:, :-1]), jnp.asarray(rows[:, -1])), None)
+    layers = models.mlp((CONTEXT * 16, 64, size), activation=jnp.tanh)
+
+    def init(key):
+        embed_key, layers_key = jax.random.split(key)
+        return {"embed": jax.random.normal(embed_key, (size, 16)), "layers": layers.init(layers_key)}
+
+    def apply(params, tokens):
+        return layers.apply(params["layers"], params["embed"][tokens].reshape(-1))
+
+    return problems.classification(models.Model(init, apply), data, num_classes=size, name="shakespeare-tanh")
+
+
+def small_images() -> Problem:
+    """8 x 8 digits as images, 1440 examples, a small convolutional network."""
+    parts = (part and (part[0].reshape(-1, 8, 8, 1), part[1]) for part in datasets.digits())
+    model = models.cnn((8, 8, 1), channels=(8, 16), num_groups=4)
+    return problems.classification(model, Split(*parts), num_classes=10, name="digits-cnn")
+
+
+# {name: (problem, target, optimiser for the advice, the same for the judge, a rate to begin with)}
+UNSEEN = {
+    "moons-relu": (moons, "loss<=0.15", "sgd", optax.sgd, 0.1),
+    "friedman-tanh": (friedman, "loss<=0.05", "momentum", partial(optax.sgd, momentum=0.9), 0.01),
+    "a9a-tanh": (income, "test_accuracy>=0.845", optax.adamw, optax.adamw, 0.003),
+    "mnist-relu": (numerals, "test_accuracy>=0.95", "momentum", partial(optax.sgd, momentum=0.9), 0.01),
+    "digits-rows": (rows_of_digits, "loss<=0.3", "adam", optax.adam, 0.003),
+    "power-plant-deep": (turbine, "loss<=0.029", "adam", optax.adam, 0.003),
+    "shakespeare-tanh": (characters, "loss<=2.3", "sgd", optax.sgd, 0.1),
+    "digits-cnn": (small_images, "loss<=0.1", "sgd", optax.sgd, 0.1),
+}

@@ -1,0 +1,214 @@
+"""The end of the search for a target: batch sizes that may be the fastest are tuned, and what would win is confirmed.
+
+Three seeds are enough to say which rates are worth more seeds. The least of many noisy means is too good to be true, so
+whatever leads is run with more seeds, and leads after that or not: more seeds are spent only where the answer depends
+on them. A rate that some seed does not survive is no candidate, however fast the others are.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from gdjax import tuning
+from gdjax.advise._choices import Choice
+from gdjax.tuning import Tuning
+
+TUNING = 2**0.5  # factor between the rates that are tried in the end
+NO_BETTER = 1.5  # such a rate is not waited for longer than this, in times of the best one's updates
+NEAR = 1.5  # times the least time to target, at which a batch size may still be the fastest once it is tuned
+MAX_TUNED = 5  # batch sizes
+NUM_CONFIRMED = 10  # seeds in all that what is advised is run with
+ADDED = 5, 2  # seeds at a time, to those of the tuning; no more than the programs are compiled for
+MAX_CONFIRMED = 6  # rates
+MAX_LOWER = 4  # further rates below, where none is survived by all seeds
+AS_FAST, SLOWER = 0.01, 0.05  # of a run, by which a lower rate may be slower: in any case, and within the noise
+ROUNDS = 3  # of timing, all in turn
+
+
+class Candidate(NamedTuple):
+    """A batch size and a rate, with the updates that its seeds took [S] and the seconds of an update."""
+
+    batch_size: int
+    learning_rate: float
+    costs: np.ndarray
+    seconds_per_update: float
+
+    @property
+    def reliable(self) -> bool:
+        """Whether all seeds arrived, none much later than the others."""
+        return bool(tuning.Target.fair(self.costs))
+
+    @property
+    def seconds(self) -> float:
+        """Mean time to the target, infinite where it is not reliable."""
+        return float(self.costs.mean()) * self.seconds_per_update if self.reliable else math.inf
+
+    @property
+    def score(self) -> float:
+        """What candidates are compared by: the mean time and its deviation from seed to seed, added.
+
+        Beside the rates that diverge a few seeds take much longer than most, and the mean of ten says little of how
+        many: where seeds differ, the next ones will.
+        """
+        deviation = self.costs.std(ddof=1) if self.reliable and len(self.costs) > 1 else 0.0
+        return self.seconds + float(deviation) * self.seconds_per_update
+
+
+class Race(NamedTuple):
+    """What won.
+
+    Attributes:
+        batch_size, learning_rate: of the winner.
+        costs: updates to the target of all its seeds.
+        seconds_per_update: of its updates, timed in turn with the others.
+        others: the best candidate of every other batch size that was tuned.
+        tunings: {batch size: Tuning}.
+        unknown: what could not be established.
+    """
+
+    batch_size: int
+    learning_rate: float
+    costs: np.ndarray
+    seconds_per_update: float
+    others: tuple[Candidate, ...]
+    tunings: Mapping[int, Tuning]
+    unknown: tuple[str, ...]
+
+
+def race(
+    choices: Sequence[Choice],
+    pick: Choice,
+    runs: Mapping[int, Tuning],
+    run: Callable[..., Tuning],
+    late: Callable[[float], bool],
+    show: Callable[[str], None],
+) -> Race | None:
+    """Tune the pick and its neighbours as long as one may be faster, and confirm what leads.
+
+    Args:
+        choices: all, ascending.
+        pick: the fastest as it is known.
+        runs: of what was verified, at one rate each.
+        run: `(choice, learning_rates, *, num_seeds, draw, **limits) -> Tuning`; draw 0 are the seeds of `runs`.
+        late: whether so many seconds are no longer there.
+        show: is told what is being done.
+
+    Returns:
+        The winner, or None where the pick was never run.
+    """
+    if pick.batch_size not in runs:
+        return None
+    usable = [choice for choice in choices if choice.fits and choice.speed.time_again]
+    tunings, unknown = _tuned(usable, pick, runs, run, late, show)
+    speeds = _timed_in_turn([choice for choice in usable if choice.batch_size in tunings])
+    entries = [
+        Candidate(size, float(rate), costs, speeds[size])
+        for size, tuned in tunings.items()
+        for rate, costs in zip(tuned.learning_rates, tuned.costs, strict=True)
+    ]
+    by_size = {choice.batch_size: choice for choice in usable}
+    confirmed: list[Candidate] = []
+    lower = 0
+    while True:
+        winner = _leader(entries)
+        if winner.seconds == math.inf and lower < MAX_LOWER and not late(0.0):
+            lower += 1
+            below = min(entry.learning_rate for entry in entries if entry.batch_size == pick.batch_size) / TUNING
+            tried = run(by_size[pick.batch_size], np.asarray([below]), num_seeds=len(runs[pick.batch_size].costs[0]))
+            entries.append(Candidate(pick.batch_size, below, tried.costs[0], speeds[pick.batch_size]))
+            continue
+        if winner.seconds == math.inf or len(winner.costs) >= NUM_CONFIRMED:
+            break
+        enough = len(confirmed) == MAX_CONFIRMED
+        if enough or late(NUM_CONFIRMED * winner.seconds):
+            reason = f"{MAX_CONFIRMED} other rates had them" if enough else "the budget did not allow them"
+            unknown += [f"more than {len(winner.costs)} seeds at batch size {winner.batch_size}: {reason}"]
+            break
+        show(f"confirming batch size {winner.batch_size}")
+        entries.remove(winner)
+        confirmed.append(_confirmed(winner, by_size[winner.batch_size], run))
+        entries.append(confirmed[-1])
+    if tunings[winner.batch_size].at_edge:
+        unknown += [f"the best learning rate at batch size {winner.batch_size}: it is at the edge of those tried"]
+    if not winner.reliable:
+        unknown += ["a learning rate that every seed survives: none was found"]
+    others = tuple(
+        min((entry for entry in entries if entry.batch_size == size), key=lambda entry: entry.score)
+        for size in sorted(tunings)
+        if size != winner.batch_size
+    )
+    return Race(*winner, others, tunings, tuple(unknown))
+
+
+def _tuned(usable, pick, runs, run, late, show) -> tuple[dict[int, Tuning], list[str]]:
+    """Return tunings of the pick, and of a neighbour of the fastest as long as one may be faster."""
+    sizes = [choice.batch_size for choice in usable]
+    tunings: dict[int, Tuning] = {}
+    size, unknown = pick.batch_size, []
+    while size is not None:
+        choice = usable[sizes.index(size)]
+        if tunings and late(4 * len(runs[pick.batch_size].costs[0]) * choice.seconds[1]):
+            unknown.append(f"the best learning rate at batch size {size}: the budget did not allow it")
+            break
+        show(f"tuning batch size {size}")
+
+        def at(rates, choice=choice, **limits):
+            return run(choice, rates, num_seeds=len(runs[pick.batch_size].costs[0]), **limits)
+
+        begun = runs[size] if size in runs else at(np.asarray([choice.learning_rate]))
+        tunings[size] = tuning.widen(at, begun, TUNING, late=NO_BETTER)
+        times = {b: tunings[b].losses.min() * usable[sizes.index(b)].speed.seconds_per_update for b in tunings}
+        best = min(times, key=times.__getitem__)
+        i = sizes.index(best)
+        near = [usable[j] for j in (i - 1, i + 1) if 0 <= j < len(usable) and sizes[j] not in tunings]
+        near = [choice for choice in near if _hoped(choice) <= NEAR * times[best]]
+        size = min(near, key=_hoped).batch_size if near and len(tunings) < MAX_TUNED else None
+    return tunings, unknown
+
+
+def _hoped(choice: Choice) -> float:
+    """Return the time at an untuned batch size: measured where its predicted rate arrived, else predicted."""
+    return choice.measured_seconds if math.isfinite(choice.measured_seconds) else choice.seconds[1]
+
+
+def _timed_in_turn(choices: Sequence[Choice]) -> dict[int, float]:
+    """Return seconds per update, the least of several rounds: whatever else the machine does only adds to a time."""
+    rounds = [[choice.speed.time_again() for choice in choices if choice.speed.time_again] for _ in range(ROUNDS)]
+    least = np.min(rounds, axis=0).tolist()
+    return {choice.batch_size: seconds for choice, seconds in zip(choices, least, strict=True)}
+
+
+def _leader(entries: Sequence[Candidate]) -> Candidate:
+    """Return the fastest, or a lower rate at its batch size that is as fast but for the noise over seeds."""
+    best = min(entries, key=lambda entry: entry.score)
+    if best.seconds == math.inf:
+        return best
+    as_fast = [entry for entry in entries if entry.batch_size == best.batch_size and _within_noise(entry, best)]
+    return min(as_fast, key=lambda entry: entry.learning_rate)
+
+
+def _within_noise(entry: Candidate, best: Candidate) -> bool:
+    """Return whether what a candidate takes longer than the best, seed by seed, is no more than noise."""
+    if entry is best:
+        return True
+    if not entry.reliable:
+        return False
+    shared = min(len(entry.costs), len(best.costs))
+    slower = np.log(entry.costs[:shared]) - np.log(best.costs[:shared])
+    noise = slower.std(ddof=1) / shared**0.5 if shared > 1 else 0.0
+    return bool(slower.mean() <= np.clip(noise, AS_FAST, SLOWER))
+
+
+def _confirmed(winner: Candidate, choice: Choice, run: Callable[..., Tuning]) -> Candidate:
+    """Return the candidate with more seeds: those of `ADDED`, until one does not arrive."""
+    costs = winner.costs
+    most = math.ceil(tuning.Target.ASTRAY * float(np.median(costs))) * winner.batch_size
+    for draw, num_seeds in enumerate(ADDED, start=1):
+        rates = np.asarray([winner.learning_rate])
+        found = run(choice, rates, num_seeds=num_seeds, draw=draw, max_examples=most)
+        costs = np.append(costs, found.costs[0])
+        if not np.isfinite(costs).all():
+            break
+    return winner._replace(costs=costs)
