@@ -66,10 +66,10 @@ def digits(num_digits, key):
     return [Problem(model.init, loss, (features, of)) for of in (labels, random)]
 
 
-def train(problem, batch_size, learning_rate, num_records, every, point):
+def train(problem, batch_size, learning_rate, num_records, every, point, *, momentum=None):
     """Return learning rate times largest eigenvalue and times batch sharpness, and the loss, each [num_records]."""
     init_key, stream_key, probe_key, start_key = jax.random.split(point["key"], 4)
-    method = descent.method(gradients.mean(problem.loss), optax.sgd(learning_rate))
+    method = descent.method(gradients.mean(problem.loss), optax.sgd(learning_rate, momentum=momentum))
     top = curvature.top_eigenpairs(problem.loss, num_iterations=4)
     sharpness = curvature.batch_sharpness(problem.loss)
     data, num_examples = problem.train, problem.num_examples

@@ -18,7 +18,7 @@ from gdjax import advise, problems, report, tuning
 from gdjax.commands import experiment
 from gdjax.theory import scaling
 
-TARGET = "loss<=0.05"
+TARGET, OPTIMIZERS = "loss<=0.05", ("sgd", "momentum", "adam")
 FACTOR, NUM_RATES, MAX_EPOCHS = 2.0, 6, 200
 
 
@@ -41,7 +41,8 @@ def main(options: experiment.Options) -> experiment.Result:
     target = tuning.parse_target(TARGET, problem)
     sizes = [32, 128] if options.smoke else advise.default_batch_sizes(problem.num_examples)
     rows, optima, laws = [], {}, {}
-    for name, (make, usual) in list(tuning.OPTIMIZERS.items())[: 1 if options.smoke else None]:
+    for name in OPTIMIZERS[: 1 if options.smoke else None]:
+        make, usual = tuning.named(name)
         rate = usual / 16 * sizes[0]  # a usual rate is meant for B = 32
         found = tuned_at_every_size(problem, make, rate, target, sizes, 3, jax.random.key(options.seed))
         optima[name] = {size: tuned.optimum() for size, tuned in found.items()}

@@ -28,7 +28,7 @@ A problem supplies the loss of one example; everything else is derived. A stream
 
     host
     privacy        what clipping and noise promise
-    kernels        a loop of small operations as one kernel of a CPU
+    kernels        programs as a CPU runs them fastest
     timing         compilation and run time, apart
     report         run folders with provenance, and figures
     commands       the command line

@@ -45,7 +45,9 @@ def replays():
 
 @pytest.fixture
 def listening():
-    """Hear Ctrl-C, which a shell tells the processes in its background to ignore."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Hear Ctrl-C and a lost terminal, which a shell or nohup may have told the processes to ignore."""
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {signum: signal.signal(signum, handler) for signum, handler in handlers.items()}
     yield
-    signal.signal(signal.SIGINT, before)
+    for signum, handler in before.items():
+        signal.signal(signum, handler)

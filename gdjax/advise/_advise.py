@@ -50,6 +50,7 @@ def batch_size(
     sizes: Sequence[int] | None = None,
     seconds: float = 120.0,
     memory: float | None = None,
+    average: float | None = None,
     seed: int = 0,
     progress: Progress = lambda stage, fraction: None,
 ) -> Advice:
@@ -59,11 +60,13 @@ def batch_size(
         problem: what to train.
         goal: a target to reach, 'loss<=0.05' or 'accuracy>=0.95' or a `tuning.Target`, or `tuning.Budget(num_examples)`
             to spend.
-        optimizer: 'sgd', 'momentum', 'adam', or a function learning_rate -> optax transformation.
+        optimizer: as `tuning.tune`, by name ('adamw', 'muon', ...), with a schedule by `tuning.named`, or a factory.
         sizes: the batch sizes to choose from; default the powers of two below N, and N; no larger than the examples
             that may be spent.
         seconds: that all of it may take; what they do not allow is in `Advice.unknown`.
         memory: bytes that one gradient may need, for larger ones are microbatched; default a quarter of what is free.
+        average: half-life, in examples, of an average of the parameters along each run, which is then what must reach
+            the target, in place of the last parameters.
         seed: of parameters and streams.
         progress: called now and then with what is being done and the fraction of the seconds that are spent.
 
@@ -82,7 +85,7 @@ def batch_size(
     microbatches = tuning.microbatch_sizes(problem, sizes, memory=memory)
     # One gradient a problem and division of batches, so that the programs made of it are found again.
     gradient = kept(problem, ("estimator", *microbatches.items()), lambda: tuning.estimator(problem, microbatches))
-    search = tuning.searching(problem, make, goal, num_runs=NUM_RUNS, gradient=gradient)
+    search = tuning.searching(problem, make, goal, num_runs=NUM_RUNS, gradient=gradient, average=average)
     time_all = partial(
         tuning.speeds,
         problem,
@@ -180,7 +183,7 @@ def _noise_scales(
 
     measure = kept(problem, ("noise scale", sample), make)
     trainer = tuning.training(problem, optimizer, asked.goal, num_runs=NUM_RUNS, gradient=gradient)
-    run, scales = trainer.start(np.asarray([rate]), num_seeds=1, key=run_key), []
+    run, scales = trainer.start(np.asarray([rate]), num_seeds=1, key=run_key, horizon=2 * every), []
     only = np.arange(len(run.seeds)) == 0
     for end in (0, every, 2 * every):
         if end > run.num_updates:

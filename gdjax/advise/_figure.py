@@ -1,4 +1,4 @@
-"""The figure of an advice."""
+"""The figures of an advice, and of rules."""
 
 from typing import TYPE_CHECKING
 
@@ -6,6 +6,7 @@ import numpy as np
 
 from gdjax import report
 from gdjax.advise._answer import Advice
+from gdjax.advise._outcomes import Rules
 from gdjax.tuning import Budget
 
 if TYPE_CHECKING:
@@ -65,4 +66,37 @@ def advice(found: Advice, title: str) -> "Figure":
     for axis in (costs, speed, times, trade):
         axis.set(xscale="log", yscale="log")
         axis.legend(frameon=False, fontsize="small")
+    return figure
+
+
+def regrets(found: Rules, title: str) -> "Figure":
+    """Draw the regret of every rule that was run, in loss and in examples, and the loss along its runs."""
+    figure, (loss, examples, runs) = report.panels(3, title=title, width=5, height=4.6)
+    names = [" = ".join((outcome.rule, *outcome.same)) for outcome in found.run]
+    intervals = [(outcome.loss_regret, outcome.examples_regret) for outcome in found.run]
+    for axis, which, scale in ((loss, 0, 1.0), (examples, 1, 100.0)):
+        for i, pair in enumerate(intervals):
+            interval = pair[which]
+            if interval is None or not np.isfinite(interval.mean):
+                axis.annotate("diverged", (0, i), color=report.COLOURS[1], va="center", fontsize="small")
+                continue
+            mean, low, high = (scale * x for x in interval)
+            style = {"color": report.COLOURS[0], "capsize": 3, "fmt": "o"}
+            axis.errorbar(mean, i, xerr=[[mean - low], [high - mean]], **style)
+        axis.axvline(0, color="gray", linewidth=1)
+        axis.set_yticks(range(len(names)), names if which == 0 else [""] * len(names))
+        axis.set_ylim(len(names) - 0.5, -0.5)
+    loss.set_xlabel(f"loss over that of the rate tuned at B = {found.batch_size}\n(mean, 90 % interval)")
+    examples.set_xlabel("examples over those of the tuned rate (%)\n(mean, 90 % interval)")
+    for axis, which in ((loss, 0), (examples, 1)):
+        means = [abs(pair[which].mean) for pair in intervals if pair[which]]  # pyright: ignore
+        largest = max((mean for mean in means if np.isfinite(mean)), default=1.0) * (100 if which else 1)
+        axis.set_xscale("symlog", linthresh=max(largest / 10, 1e-6))
+    for i, outcome in enumerate((*found.run, found.tuned)):
+        line = report.LINES[i // len(report.COLOURS) % len(report.LINES)]
+        report.band(runs, found.examples[1:], outcome.losses[:, 1:], outcome.rule, i, line=line)  # pyright: ignore
+    runs.set(xlabel="examples seen", ylabel="training loss (median and range of seeds)")
+    report.log_scales(runs, "xy")
+    runs.tick_params(axis="x", which="both", labelrotation=45)  # it may span less than a decade
+    runs.legend(frameon=False, fontsize="x-small")
     return figure

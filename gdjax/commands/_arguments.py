@@ -28,6 +28,15 @@ from gdjax.commands._session import say
 STATUSES = "Exit status: 0 done, 1 failure, 2 bad input, 130 interrupted."
 
 
+def called(name: str) -> Any:
+    """Return what gives an option another name than that of its field, which may not be a word of Python."""
+    try:
+        from tyro.conf import arg
+    except ModuleNotFoundError:  # `parse` says so
+        return name
+    return arg(name=name)
+
+
 def parse(
     kinds: Mapping[str, type] | type, *, prog: str, description: str, arguments: Sequence[str] | None = None
 ) -> Any:

@@ -49,15 +49,18 @@ def optimizer(spec: str) -> "str | Optimizer":
     """Return the name of a built-in optimiser as it is, and import what has a colon.
 
     Raises:
-        ValueError: as `imported`, and where it does not make an optax transformation of a learning rate.
+        ValueError: as `imported`, and where it does not make an optax transformation of a learning rate, or of that and
+            a number of updates.
     """
     import optax
+
+    from gdjax import tuning
 
     if ":" not in spec:
         return spec
     factory = imported(spec, "optimizer")
     try:
-        made = factory(0.1)
+        made = tuning.made(factory, 0.1, 100)
     except (Exception, SystemExit) as error:
         raise ValueError(f"optimizer={spec!r}: calling it with a learning rate raised {error!r}") from error
     if not isinstance(made, optax.GradientTransformation):

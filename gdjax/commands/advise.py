@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from gdjax.commands import _specs
+from gdjax.commands._optimizer import Descent, half_life
 from gdjax.commands._session import Common, progress, saving
 
 if TYPE_CHECKING:
@@ -32,8 +33,10 @@ class Advise:
     The advice is the fastest batch size whose loss is within the interval, over seeds, of the least one."""
     problem: str = "digits-mlp"
     """A built-in name, or package.module:attribute, as `gdjax compare --help` says."""
-    optimizer: str = "sgd"
-    """sgd, momentum, adam, or package.module:factory, a function learning_rate -> optax transformation."""
+    descent: Descent = Descent()
+    ema: str | None = None
+    """Half-life, in examples, of an average of the parameters along each run, or 'mean': it is then what must reach
+    the target, in place of the last parameters. Default: none."""
     batch_sizes: tuple[int | Literal["full"], ...] = ()
     """Batch sizes to choose from. Default: the powers of two below N, and N."""
     budget: float = 120.0
@@ -67,10 +70,11 @@ class Advise:
                 found = advise.batch_size(
                     problem,
                     tuning.Budget(self.examples or 0) if self.target is None else self.target,
-                    optimizer=_specs.optimizer(self.optimizer),
+                    optimizer=self.descent.factory(),
                     sizes=sizes or None,
                     seconds=self.budget,
                     memory=self.memory and 1e9 * self.memory,
+                    average=half_life(self.ema),
                     seed=self.seed,
                     progress=show,
                 )

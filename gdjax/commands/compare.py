@@ -8,6 +8,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal
 
 from gdjax.commands import _specs
+from gdjax.commands._optimizer import Descent, half_life
 from gdjax.commands._session import Common, progress, saving, say
 
 if TYPE_CHECKING:
@@ -35,8 +36,10 @@ class Compare:
     with --data, mnist-mlp, fashion-mnist-cnn, cifar10-cnn, a9a-logistic, power-plant, tiny-shakespeare."""
     batch_sizes: tuple[int | Literal["full"], ...] = ()
     """Examples per update, 'full' for all of them. Default: 1 32 full."""
-    optimizer: str = "sgd"
-    """sgd, momentum, adam, or package.module:factory, a function learning_rate -> optax transformation."""
+    descent: Descent = Descent()
+    ema: str | None = None
+    """Half-life, in examples, of an average of the parameters along each run, or 'mean': it is evaluated beside the
+    last parameters. Default: none."""
     learning_rate: float | None = None
     """One learning rate for all batch sizes. Default: tuned for each on a logarithmic grid, by final training loss."""
     num_epochs: int | None = None
@@ -64,7 +67,7 @@ class Compare:
             if self.cache is not None:
                 timing.keep_compiled(self.cache)
             problem = _specs.problem(self.problem)
-            optimizer = _specs.optimizer(self.optimizer)
+            optimizer = self.descent.factory()
             kept = report.journal(save.folder / ROWS, self._identity())
             with progress() as show:
                 if kept.rows:
@@ -122,6 +125,7 @@ class Compare:
             num_seeds=self.num_seeds,
             budget=self.budget,
             memory=self.memory and 1e9 * self.memory,
+            average=half_life(self.ema),
             progress=lambda stage: show(stage, 0.0),
         )
 

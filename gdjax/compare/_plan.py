@@ -26,7 +26,8 @@ class Plan:
     """What a comparison will do.
 
     Attributes:
-        optimizer: learning_rate -> optax transformation.
+        optimizer: learning_rate, or (learning_rate, num_updates), -> optax transformation.
+        average: half-life in examples of the average that is evaluated beside the last parameters, or None.
         speeds: of the batch sizes that are run, as `tuning.speeds` measured them.
         skipped: {batch size: why it is not run}.
         microbatches: {batch size: examples that its gradient holds at a time, None for all}.
@@ -41,6 +42,7 @@ class Plan:
     """
 
     optimizer: tuning.Optimizer
+    average: float | None
     speeds: tuple[tuning.Speed, ...]
     skipped: dict[int, str]
     microbatches: dict[int, int | None]
@@ -91,6 +93,7 @@ def plan(
     num_seeds: int | None = None,
     budget: float = 60.0,
     memory: float | None = None,
+    average: float | None = None,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> Plan:
     """Time a few updates at every batch size, and choose epochs, seeds and rates that fit the budget.
@@ -98,12 +101,14 @@ def plan(
     Args:
         problem: what is to be trained.
         sizes: batch sizes; default (1, 32, N).
-        optimizer: a name, or a function learning_rate -> optax transformation.
+        optimizer: as `tuning.tune`: by name, with a schedule by `tuning.named`, or a factory.
         learning_rate: one rate for all batch sizes, instead of tuning.
         num_epochs: passes over the data that every batch size sees, whatever that takes; default to fit, at most 64.
         num_seeds: initial parameters and streams drawn; default to fit, at most 3.
         budget: seconds that all of it should take.
         memory: bytes that one gradient may need; default a quarter of what is free.
+        average: half-life, in examples, of an average of the parameters along each run, evaluated beside the last
+            ones; infinity is their plain mean.
         progress: called with what is being done.
 
     Raises:
@@ -111,7 +116,7 @@ def plan(
             memory limit that not even one example fits into.
     """
     sizes = default_batch_sizes(problem.num_examples) if sizes is None else tuple(sizes)
-    _check(sizes, problem.num_examples, learning_rate, num_epochs, num_seeds, budget, memory)
+    _check(sizes, problem.num_examples, learning_rate, num_epochs, num_seeds, budget, memory, average)
     make, usual = tuning.named(optimizer)
     microbatches = tuning.microbatch_sizes(problem, sizes, memory=memory)
     rates = default_learning_rates(usual)
@@ -148,6 +153,7 @@ def plan(
     full = seconds(NUM_EPOCHS, *DESIGNS[0], usable)
     return Plan(
         optimizer=make,
+        average=average,
         speeds=tuple(kept_speeds),
         skipped=skipped,
         microbatches=microbatches,
@@ -206,7 +212,7 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
 
 
-def _check(sizes, num_examples: int, learning_rate, num_epochs, num_seeds, budget: float, memory) -> None:
+def _check(sizes, num_examples: int, learning_rate, num_epochs, num_seeds, budget: float, memory, average) -> None:
     for size in sizes:
         if not 1 <= size <= num_examples:
             raise ValueError(f"batch_size={size} must be between 1 and N={num_examples}, the training examples")
@@ -218,6 +224,8 @@ def _check(sizes, num_examples: int, learning_rate, num_epochs, num_seeds, budge
         limit = (2**31 - 1) // entries  # examples seen are counted in int32
         if value is not None and not 1 <= value <= limit:
             raise ValueError(f"{name}={value} must be at least 1 and at most {limit}")
+    if average is not None and not average > 0:
+        raise ValueError(f"average={average}, a half-life in examples, must be positive")
     for name, value in (("budget", budget), ("memory", memory)):
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name}={value} must be positive and finite")

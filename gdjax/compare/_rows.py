@@ -41,7 +41,8 @@ class Row:
         at_edge: whether the best rate is still the largest or smallest that was tried.
         examples_seen: int [E], where the run was evaluated, from 0.
         losses: [S, E], mean loss over the training examples.
-        metrics: {name: [S, E]}, mean over the examples of `metrics_on`.
+        metrics: {name: [S, E]}, mean over the examples of `metrics_on`; with an average the loss too, and all of them
+            at its parameters, as 'loss of the average'.
         metrics_on: 'test', or 'train' where the problem has no test examples.
         gradient_noise: E|g_B - g|^2 / |g|^2 over the batches of an epoch of `num_noise` examples, at the initial
             parameters; NaN where a batch is larger than that, and 0 where it is all N.
@@ -136,7 +137,7 @@ def batch_sizes(
         done: rows of an earlier call with the same plan and seed; their batch sizes are not run again.
         keep: called with every row when it is known.
         progress: called with what is being done and the fraction that is done, now and then.
-        **options: as in `plan`: optimizer, learning_rate, num_epochs, num_seeds, budget, memory.
+        **options: as in `plan`: optimizer, learning_rate, num_epochs, num_seeds, budget, memory, average.
 
     Returns:
         One Row for every batch size of the plan, in its order.
@@ -249,10 +250,13 @@ def _trainer(problem: Problem, what: Plan, num_runs: int) -> Any:
 
     def evaluate(params, examples):
         train, test = examples
-        return {
-            "loss": problem.evaluate(params, train, names=("loss",))["loss"],
-            "metrics": problem.evaluate(params, test, names=tuple(problem.metrics)),
-        }
+        if what.average is None:
+            last, metrics = params, problem.evaluate(params, test, names=tuple(problem.metrics))
+        else:
+            last, mean = params
+            metrics = problem.evaluate(last, test)
+            metrics |= {f"{name} of the average": value for name, value in problem.evaluate(mean, test).items()}
+        return {"loss": problem.evaluate(last, train, names=("loss",))["loss"], "metrics": metrics}
 
     def make():
         examples = tuning.evaluation_examples(problem, "train"), tuning.evaluation_examples(problem, on)
@@ -264,10 +268,11 @@ def _trainer(problem: Problem, what: Plan, num_runs: int) -> Any:
             num_evaluated=len(jax.tree.leaves(examples[0])[0]),
             num_runs=num_runs,
             gradient=tuning.estimator(problem, what.microbatches),
+            average=what.average,
         )
 
     microbatches = tuple(what.microbatches.items())
-    return kept(problem, ("compare", what.optimizer, num_runs, microbatches), make)
+    return kept(problem, ("compare", what.optimizer, num_runs, microbatches, what.average), make)
 
 
 def _gradient_counts(problem: Problem, what: Plan, batch_size: int) -> tuple[float | None, int | None]:

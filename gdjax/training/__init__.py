@@ -15,12 +15,14 @@
 [9.73      3.368247  3.2517476] 3.9408767
 """
 
+from gdjax.training import average
 from gdjax.training._progress import Progress, progress
 from gdjax.training._run import Trained, run
 
 __all__ = [
     "Progress",
     "Trained",
+    "average",
     "progress",
     "run",
 ]

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from gdjax import batching, descent
 from gdjax.descent import Info, Method, Record, Rule, State
 from gdjax.problem import Batch
-from gdjax.training import _average
+from gdjax.training import average as averages
 from gdjax.training._feeding import Cut
 
 Program = Callable[..., tuple["Carry", "Output"]]
@@ -69,7 +69,6 @@ class Parts(NamedTuple):
         rules: in their order.
         averages: whether there is an average.
         mesh: devices that share a batch, or None.
-        batch_size: B.
         unroll: as in `descent.run`.
         fed: inputs are (batches [K, B, ...], examples), and else (data, window of a stream, place in it, examples).
     """
@@ -79,7 +78,6 @@ class Parts(NamedTuple):
     rules: tuple[Rule, ...]
     averages: bool
     mesh: Mesh | None
-    batch_size: int
     unroll: int
     fed: bool
 
@@ -105,7 +103,7 @@ def updates(parts: Parts, half_life: float | None) -> Updates:
         parts: with the method itself, not the averaged one.
         half_life: of the average in examples, or None.
     """
-    method = parts.method if half_life is None else _average.averaged(parts.method, half_life)
+    method = parts.method if half_life is None else averages.averaged(parts.method, half_life)
     parts = parts._replace(method=Method(method.init, jax.jit(method.step, inline=True)))
     options: dict[str, Any] = (
         {} if parts.mesh is None else {"out_shardings": NamedSharding(parts.mesh, PartitionSpec())}
@@ -119,7 +117,7 @@ def updates(parts: Parts, half_life: float | None) -> Updates:
 
 
 def _begin(parts: Parts, state: State) -> Carry:
-    state = _average.begun(state) if parts.averages else state
+    state = averages.begun(state) if parts.averages else state
     return Carry(state, tuple(rule.init() for rule in parts.rules), jnp.int32(len(parts.rules)))
 
 
@@ -172,14 +170,14 @@ def _program(parts: Parts, carry: Carry, inputs: Any, *, cut: Cut) -> tuple[Carr
 def _records(parts: Parts, record: Record, state: State, info: Info) -> Records:
     if not parts.averages:
         return Records(record(state, info), ())
-    state, average = _average.split(state)
-    averaged = state._replace(params=_average.in_place(average, state.params))
+    state, average = averages.split(state)
+    averaged = state._replace(params=averages.in_place(average, state.params))
     return Records(record(state, info), record(averaged, info))
 
 
 def _judged(parts: Parts, carry: Carry, info: Info) -> Carry:
     """Ask the rules about the state and the info."""
-    state = _average.split(carry.state)[0] if parts.averages else carry.state
+    state = averages.split(carry.state)[0] if parts.averages else carry.state
     steps = [rule.step(memory, state, info) for rule, memory in zip(parts.rules, carry.memories, strict=True)]
     stops = jnp.asarray([*(stop for _, stop in steps), True])
     return Carry(carry.state, tuple(memory for memory, _ in steps), jnp.argmax(stops).astype(jnp.int32))
@@ -187,8 +185,8 @@ def _judged(parts: Parts, carry: Carry, info: Info) -> Carry:
 
 def _taken(parts: Parts, cut: Cut, data: Batch, window: jax.Array, first: jax.Array):
     """Return data on the device, the indices of the batches [K, B], and how a batch is taken."""
-    entries = lax.dynamic_slice_in_dim(window, first, cut.blocks * cut.length * parts.batch_size)
-    batches = batching.batches(entries, parts.batch_size)
+    entries = lax.dynamic_slice_in_dim(window, first, cut.blocks * cut.length * cut.batch_size)
+    batches = batching.batches(entries, cut.batch_size)
     return data, batches, lambda data, indices: _shared(parts, batching.take(data, indices))
 
 

@@ -11,8 +11,8 @@
 """
 
 from gdjax.tuning._goals import Budget, Goal, Target, evaluation_examples, parse_target
-from gdjax.tuning._optimizers import OPTIMIZERS, named
-from gdjax.tuning._runs import Optimizer, trainer
+from gdjax.tuning._optimizers import OPTIMIZERS, Optimizer, made, named
+from gdjax.tuning._runs import trainer
 from gdjax.tuning._search import Search, Tuning, minimise, search, search_grid, widen
 from gdjax.tuning._speed import Speed, estimator, microbatch_sizes, speeds
 from gdjax.tuning._tune import grid, searching, training, tune
@@ -29,6 +29,7 @@ __all__ = [
     "estimator",
     "evaluation_examples",
     "grid",
+    "made",
     "microbatch_sizes",
     "minimise",
     "named",

@@ -11,17 +11,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import lax
 
 from gdjax import batching, descent, gradients
 from gdjax._trees import kept
 from gdjax.gradients import Gradient
 from gdjax.problem import Batch, Params, Problem
+from gdjax.training import average as averages
 from gdjax.tuning import _faults
-
-Optimizer = Callable[[Any], optax.GradientTransformation]
-"""learning_rate -> optax transformation; the rate is traced."""
+from gdjax.tuning._optimizers import Optimizer, Recipe, made, needs_num_updates
 
 # Examples in memory at once, in all runs together, at least one run's batch: a GPU is idle without many. On a CPU runs
 # side by side are no faster, and runs one after another need not go on where they have arrived.
@@ -35,7 +33,8 @@ class Runs(NamedTuple):
 
     Attributes:
         states: descent.State, [L].
-        learning_rates: [L].
+        learning_rates: [L], or [L, K] for an optimiser of K numbers.
+        horizon: updates that a schedule is made for, or None.
         stream_keys: of each seed.
         seeds: int [L], the seed of each run.
         streams: int32[S, W], the part of each seed's stream that updates are being made from.
@@ -45,6 +44,7 @@ class Runs(NamedTuple):
 
     states: descent.State
     learning_rates: jax.Array
+    horizon: int | None
     stream_keys: jax.Array
     seeds: np.ndarray
     streams: jax.Array | None
@@ -56,9 +56,11 @@ class Trainer(NamedTuple):
     """How runs begin and go on.
 
     Attributes:
-        start: `(learning_rates [R], *, num_seeds, key) -> Runs`, evaluated.
+        start: `(learning_rates [R], *, num_seeds, key, horizon=None) -> Runs`, evaluated. Where the optimiser needs
+            the number of updates that a run is to make, that is the horizon.
         advance: `(runs, num_updates, active [L], *, batch_size) -> Runs` after so many updates, evaluated; runs that
-            are not active are left where they are, or go on unevaluated. The runs given are used up.
+            are not active are left where they are, or go on unevaluated. The runs given are used up. The batch size is
+            a number, or the `batching.Phases` of all updates from the start.
         num_examples: N.
         num_evaluated: examples in an evaluation.
         fault: params -> which example's loss, gradient or metric is not finite there, in words, or None.
@@ -80,80 +82,97 @@ def trainer(
     num_evaluated: int,
     num_runs: int = 0,
     gradient: Callable[[int], Gradient] | None = None,
+    average: float | None = None,
 ) -> Trainer:
     """Return how runs of gradient descent on `problem` begin and go on.
 
     Args:
         problem: what to train.
-        optimizer: learning_rate -> optax transformation.
-        evaluate: (params, examples) -> pytree of scalars.
+        optimizer: learning_rate -> optax transformation, or (learning_rate, num_updates) -> one. The rate may be a row
+            of K numbers.
+        evaluate: (params, examples) -> pytree of scalars. With an `average` it is given the pair of the last
+            parameters and the averaged ones.
         examples: what it is given.
         num_evaluated: how many these are, for who decides how often.
         num_runs: L, at least; more than are asked for are never active.
         gradient: batch size -> estimator; default `gradients.mean` of the problem's loss.
+        average: half-life, in examples, of the weights with which the parameters are averaged along the run;
+            infinity is their plain mean. Default none.
     """
     length = problem.num_examples
     # One seed at a time: one program serves any number of them.
     init = kept(problem.init, "tuning", lambda: jax.jit(problem.init))
-    begin, train = _training(
-        problem, optimizer, gradient or (lambda batch_size: gradients.mean(problem.loss, weight=problem.weight))
-    )
-    evaluate_runs = _evaluating(evaluate)
+    gradient = gradient or (lambda batch_size: gradients.mean(problem.loss, weight=problem.weight))
+    begin, train = _training(problem, optimizer, gradient, average)
+    evaluate_runs = _evaluating(evaluate, averaged=average is not None)
 
     @partial(jax.jit, static_argnames="entries")
     def window(key, start, *, entries):
         return batching.reshuffled(key, length, start=start, length=entries)
 
-    def start(learning_rates: np.ndarray, *, num_seeds: int, key: jax.Array) -> Runs:
+    def start(learning_rates: np.ndarray, *, num_seeds: int, key: jax.Array, horizon: int | None = None) -> Runs:
+        if horizon is None and needs_num_updates(optimizer):
+            raise ValueError("horizon=None: this optimiser needs the number of updates that its schedule is made for")
+        if not needs_num_updates(optimizer):
+            horizon = None  # one program for all
         init_key, stream_key = jax.random.split(key)
         num_rates = len(learning_rates)
         total = max(num_runs, num_seeds * num_rates)
         seeds = np.minimum(np.arange(total) // num_rates, num_seeds - 1)
         params = list(map(init, jax.random.split(init_key, num_seeds)))
-        rates = jnp.asarray(np.resize(learning_rates, total), float)
-        states = begin([params[seed] for seed in seeds], rates)
+        rates = jnp.asarray(np.resize(learning_rates, (total, *np.shape(learning_rates)[1:])), float)
+        states = begin([params[seed] for seed in seeds], rates, horizon)
         used = np.arange(total) < num_seeds * num_rates
-        shapes = jax.eval_shape(evaluate, params[0], examples)
+        pair = params[0] if average is None else (params[0], params[0])
+        shapes = jax.eval_shape(evaluate, pair, examples)
         unknown = jax.tree.map(lambda x: jnp.full(total, jnp.inf, x.dtype), shapes)
-        values = evaluate_runs(states.params, unknown, used, examples)
-        return Runs(states, rates, jax.random.split(stream_key, num_seeds), seeds, None, values, 0)
+        values = evaluate_runs(states, unknown, used, examples)
+        return Runs(states, rates, horizon, jax.random.split(stream_key, num_seeds), seeds, None, values, 0)
 
-    def advance(runs: Runs, num_updates: int, active: np.ndarray, *, batch_size: int) -> Runs:
-        most = max(1, min(length, WINDOW) // batch_size)  # updates that a window holds
+    def advance(runs: Runs, num_updates: int, active: np.ndarray, *, batch_size: int | batching.Phases) -> Runs:
+        phases = batching.Phases.of(batch_size)
         states, streams, done = runs.states, runs.streams, runs.num_updates
         end = done + num_updates
         while done < end:
-            first = done % most
+            size, begin, last = phases.at(done)
+            most = max(1, min(length, WINDOW) // size)  # updates that a window holds
+            first = (done - begin) % most
             if first == 0 or streams is None:
-                begun = batching.Count.of((done - first) * batch_size)
-                streams = jnp.stack([window(key, begun, entries=most * batch_size) for key in runs.stream_keys])
-            count = min(end - done, most - first)
+                begun = batching.Count.of(phases.examples(done - first))
+                streams = jnp.stack([window(key, begun, entries=most * size) for key in runs.stream_keys])
+            count = min(end - done, most - first, (last or end) - done)
             given = states, runs.learning_rates, runs.seeds, active, streams, first, count, problem.train
-            states = train(*given, batch_size=batch_size)
+            states = train(*given, horizon=runs.horizon, batch_size=size)
             done += count
-        values = evaluate_runs(states.params, runs.values, active, examples)
+        values = evaluate_runs(states, runs.values, active, examples)
         return runs._replace(states=states, streams=streams, values=values, num_updates=done)
 
     return Trainer(start, advance, length, num_evaluated, partial(_faults.fault, problem))
 
 
-def _training(problem: Problem, optimizer: Optimizer, gradient: Callable[[int], Gradient]) -> tuple[Callable, Callable]:
+def _training(
+    problem: Problem, optimizer: Optimizer, gradient: Callable[[int], Gradient], average: float | None
+) -> tuple[Callable, Callable]:
     """Return the programs that begin runs, and that make `count` updates from the `first` of a window on."""
+    # A schedule of optax branches on its length: only ours serves all lengths by one program.
+    fixed = () if isinstance(optimizer, Recipe) else ("horizon",)
 
-    @jax.jit
-    def begin(params: Sequence[Any], learning_rates):
-        def start(params, rate):
-            return descent.method(gradients.mean(problem.loss, weight=problem.weight), optimizer(rate)).init(params)
+    def method_of(rate, horizon, batch_size: int) -> descent.Method:
+        method = descent.method(gradient(batch_size), made(optimizer, rate, horizon))
+        return method if average is None else averages.averaged(method, average)
 
-        return jax.vmap(start)(jax.tree.map(lambda *leaves: jnp.stack(leaves), *params), learning_rates)
+    @partial(jax.jit, static_argnames=fixed)
+    def begin(params: Sequence[Any], learning_rates, horizon):
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
+        return jax.vmap(lambda params, rate: method_of(rate, horizon, 1).init(params))(stacked, learning_rates)
 
-    @partial(jax.jit, static_argnames="batch_size", donate_argnums=0)
-    def train(states, learning_rates, seeds, active, streams, first, count, data, *, batch_size):
+    @partial(jax.jit, static_argnames=("batch_size", *fixed), donate_argnums=0)
+    def train(states, learning_rates, seeds, active, streams, first, count, data, *, horizon, batch_size):
         in_flight = IN_FLIGHT.get(jax.default_backend(), ACCELERATOR_IN_FLIGHT)
-        at_once = _largest_divisor(len(learning_rates), in_flight // batch_size)
+        at_once = _largest_divisor(len(seeds), in_flight // batch_size)
 
         def run(state, learning_rate, seed, active):
-            method = descent.method(gradient(batch_size), optimizer(learning_rate))
+            method = method_of(learning_rate, horizon, batch_size)
             batches = streams[seed].reshape(-1, batch_size)
             # Side by side, runs would select at every update what to keep.
             budget = count if at_once > 1 else jnp.where(active, count, 0)
@@ -165,15 +184,23 @@ def _training(problem: Problem, optimizer: Optimizer, gradient: Callable[[int], 
     return begin, train
 
 
-def _evaluating(evaluate: Callable) -> Callable:
+def _evaluating(evaluate: Callable, *, averaged: bool) -> Callable:
     """Return the program that evaluates the runs that are active and keeps the values [L] of the others."""
 
-    @jax.jit
-    def evaluate_runs(params, values, active, examples):
-        def run(params, value, active):
-            return lax.cond(active, lambda: evaluate(params, examples), lambda: value)
+    def parameters(state: descent.State) -> Any:
+        if not averaged:
+            return state.params
+        state, average = averages.split(state)
+        mean = averages.in_place(average, state.params)
+        begun = average.num_updates > 0  # before that, there is nothing to average
+        return state.params, jax.tree.map(lambda mean, last: jnp.where(begun, mean, last), mean, state.params)
 
-        return lax.map(lambda each: run(*each), (params, values, active))
+    @jax.jit
+    def evaluate_runs(states, values, active, examples):
+        def run(state, value, active):
+            return lax.cond(active, lambda: evaluate(parameters(state), examples), lambda: value)
+
+        return lax.map(lambda each: run(*each), (states, values, active))
 
     return evaluate_runs
 

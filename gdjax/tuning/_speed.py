@@ -21,7 +21,7 @@ from gdjax import batching, descent, gradients, sweep, timing
 from gdjax._trees import kept
 from gdjax.gradients import Gradient
 from gdjax.problem import Problem, merge, trainable
-from gdjax.tuning._runs import Optimizer
+from gdjax.tuning._optimizers import Optimizer, made
 
 TIMED_EXAMPLES, TIMING_SECONDS = 1024, 0.1  # in one timed run of updates, and for all repeats of it
 LONGEST = 1.0  # seconds that one update may take to be timed; the time of a larger batch is taken in proportion
@@ -83,7 +83,8 @@ def speeds(
     draw = np.random.default_rng(0)
     at = gradient or (lambda batch_size: gradients.mean(problem.loss, weight=problem.weight))
     init = kept(problem.init, "tuning", lambda: jax.jit(problem.init))
-    method = descent.method(gradients.mean(problem.loss, weight=problem.weight), optimizer(learning_rate))
+    transform = made(optimizer, learning_rate, TIMED_EXAMPLES)
+    method = descent.method(gradients.mean(problem.loss, weight=problem.weight), transform)
     state = method.init(init(jax.random.key(0)))
     for size in sizes:
         progress(f"timing batch size {size}")
@@ -102,7 +103,7 @@ def speeds(
             program = kept(
                 problem,
                 ("speed", optimizer, learning_rate, size, num_updates, known.microbatch_size),
-                partial(_compiled, at(size), optimizer(learning_rate), num_updates, arguments),
+                partial(_compiled, at(size), transform, num_updates, arguments),
             )
             again = partial(_per_update, program, arguments, num_updates)
             measured = {"compile_seconds": program.compile_seconds, "memory": program.temporary_bytes}

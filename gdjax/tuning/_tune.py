@@ -8,13 +8,15 @@ from typing import Any
 import jax
 import numpy as np
 
+from gdjax import batching
 from gdjax._trees import kept
 from gdjax.gradients import Gradient
 from gdjax.problem import Problem
 from gdjax.tuning import _goals, _search
-from gdjax.tuning._goals import Budget, Goal
-from gdjax.tuning._optimizers import named
-from gdjax.tuning._runs import Optimizer, Trainer, trainer
+from gdjax.tuning._goals import Budget, Goal, Target
+from gdjax.tuning._horizons import over_horizons
+from gdjax.tuning._optimizers import Optimizer, named, needs_num_updates
+from gdjax.tuning._runs import Trainer, trainer
 from gdjax.tuning._search import Search, Tuning
 
 FACTOR = 10**0.5  # between neighbouring rates of the default grid
@@ -26,7 +28,8 @@ def tune(
     problem: Problem,
     optimizer: str | Optimizer = "sgd",
     *,
-    batch_size: int,
+    batch_size: int | None = None,
+    schedule: Sequence[tuple[int, int]] | None = None,
     key: jax.Array,
     num_epochs: float | None = None,
     target: str | Goal | None = None,
@@ -39,8 +42,11 @@ def tune(
 
     Args:
         problem: what to train.
-        optimizer: a name from `OPTIMIZERS`, or a function learning_rate -> optax transformation; the rate is traced.
-        batch_size: B, examples per update.
+        optimizer: a name from `OPTIMIZERS`, what `named` makes of one, or a function learning_rate, or
+            (learning_rate, num_updates), -> optax transformation; the rate is traced. With a schedule, the updates to a
+            target are the fewest over the numbers of updates that the schedule may be made for.
+        batch_size: B, examples per update; or
+        schedule: phases [(num_updates, B), ...] in one stream; the last goes on until the runs end.
         key: typed PRNG key of parameters and streams.
         num_epochs: passes over the data, for the least training loss at their end; or
         target: what to reach in the fewest updates, as 'loss<=0.05', a `Target`, or a `Budget`.
@@ -58,8 +64,12 @@ def tune(
     """
     if (num_epochs is None) == (target is None):
         raise ValueError(f"give num_epochs={num_epochs} or target={target!r}, one of the two")
-    if not 1 <= batch_size <= problem.num_examples:
-        raise ValueError(f"batch_size={batch_size} must be between 1 and N={problem.num_examples}")
+    if (batch_size is None) == (schedule is None):
+        raise ValueError(f"give batch_size={batch_size} or schedule={schedule!r}, one of the two")
+    for size in [batch_size] if batch_size is not None else batching.Phases.of(schedule or ()).sizes:
+        if not 1 <= size <= problem.num_examples:
+            raise ValueError(f"batch_size={size} must be between 1 and N={problem.num_examples}")
+    cut = batch_size if schedule is None else batching.Phases.of(schedule)
     if num_seeds < 1:
         raise ValueError(f"num_seeds={num_seeds} must be at least 1")
     make, usual = named(optimizer)
@@ -72,7 +82,7 @@ def tune(
         goal = _goals.parse_target(target, problem) if isinstance(target, str) else target or Budget(0)
     run = searching(problem, make, goal, num_runs=num_seeds * len(rates))
     limits: dict[str, Any] = {"max_examples": round(max_epochs * problem.num_examples), "deadline": deadline}
-    return _search.search_grid(run, rates, batch_size=batch_size, num_seeds=num_seeds, key=key, **limits)
+    return _search.search_grid(run, rates, batch_size=cut, num_seeds=num_seeds, key=key, **limits)
 
 
 def grid(usual: float) -> np.ndarray:
@@ -90,10 +100,14 @@ def searching(
     *,
     num_runs: int = 0,
     gradient: Callable[[int], Gradient] | None = None,
+    average: float | None = None,
 ) -> Search:
     """Return the search for a goal, see `search`: its programs are kept with the problem and used again."""
-    runs = training(problem, optimizer, goal, num_runs=num_runs, gradient=gradient)
-    return _search.search(runs, goal, lambda values: values)
+    runs = training(problem, optimizer, goal, num_runs=num_runs, gradient=gradient, average=average)
+    run = _search.search(runs, goal, lambda values: values)
+    if isinstance(goal, Target) and needs_num_updates(optimizer):
+        return over_horizons(run, runs, goal)
+    return run
 
 
 def training(
@@ -103,23 +117,29 @@ def training(
     *,
     num_runs: int = 0,
     gradient: Callable[[int], Gradient] | None = None,
+    average: float | None = None,
 ) -> Trainer:
-    """Return the trainer whose runs are evaluated as a goal asks, kept with the problem."""
+    """Return the trainer whose runs are evaluated as a goal asks, kept with the problem.
+
+    With an `average`, a half-life in examples, it is the averaged parameters that are evaluated.
+    """
 
     def make():
         examples = _goals.evaluation_examples(problem, goal.on)
         return trainer(
             problem,
             optimizer,
-            evaluate=partial(_evaluated, problem, goal.metric),
+            evaluate=partial(_evaluated, problem, goal.metric, average is not None),
             examples=examples,
             num_evaluated=len(jax.tree.leaves(examples)[0]),
             num_runs=num_runs,
             gradient=gradient,
+            average=average,
         )
 
-    return kept(problem, ("trainer", optimizer, goal.metric, goal.on, num_runs, gradient), make)
+    return kept(problem, ("trainer", optimizer, goal.metric, goal.on, num_runs, gradient, average), make)
 
 
-def _evaluated(problem: Problem, metric: str, params, examples):
+def _evaluated(problem: Problem, metric: str, averaged: bool, params, examples):
+    params = params[1] if averaged else params
     return problem.evaluate(params, examples, names=(metric,))[metric]

@@ -22,7 +22,7 @@ from gdjax.problems import models
 N, B, T, RATE = 24, 4, 9, 0.05
 
 
-def tiny(dtype):
+def tiny(dtype, weight=None):
     model = models.mlp((3, 4, 2))
     x = jax.random.normal(jax.random.key(1), (N, 3), dtype)
     y = jax.random.normal(jax.random.key(2), (N, 2), dtype)
@@ -30,7 +30,9 @@ def tiny(dtype):
     def init(key):
         return jax.tree.map(lambda leaf: leaf.astype(dtype), model.init(key))
 
-    return Problem(init, lambda params, e: ((model.apply(params, e[0]) - e[1]) ** 2).sum(), (x, y), name="tiny")
+    return Problem(
+        init, lambda params, e: ((model.apply(params, e[0]) - e[1]) ** 2).sum(), (x, y), name="tiny", weight=weight
+    )
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +41,13 @@ def problem():
 
 
 def by_hand(problem, params, batches):
-    """Return the parameters after plain gradient descent, one numpy update for each batch."""
-    gradient = jax.jit(jax.grad(lambda p, batch: jax.vmap(problem.loss, (None, 0))(p, batch).mean()))
+    """Return the parameters after plain gradient descent on sum w l / sum w, one numpy update for each batch."""
+
+    def mean_loss(params, batch):
+        weights = jnp.ones_like(batch[0][:, 0]) if problem.weight is None else jax.vmap(problem.weight)(batch)
+        return jnp.average(jax.vmap(problem.loss, (None, 0))(params, batch), weights=weights)
+
+    gradient = jax.jit(jax.grad(mean_loss))
     for indices in np.asarray(batches):
         grad = gradient(params, jax.tree.map(lambda x, i=indices: x[i], problem.train))
         params = jax.tree.map(lambda p, g: np.asarray(p) - np.asarray(RATE * np.asarray(g), p.dtype), params, grad)
@@ -59,7 +66,8 @@ def assert_equal(found, expected):
 
 
 @pytest.mark.parametrize("name", variants.VARIANTS)
-def test_every_variant_makes_the_updates_of_descent(problem, name):
+def test_every_variant_makes_the_updates_of_descent(name):
+    problem = tiny(float, weight=lambda example: 0.5 + example[1][0] ** 2)
     params, data, batches = inputs(problem, B, T)
     run = variants.VARIANTS[name](problem, RATE)
     found, records = (run if name == "python-loop" else jax.jit(run))(params, data, batches)
@@ -154,6 +162,18 @@ def test_rows_follow_from_what_was_measured(monkeypatch):
     assert scan["compile_seconds"] > 0
 
 
+def test_runs_are_as_long_as_an_accelerator_needs(monkeypatch):
+    """A run of a hundredth of the seconds wanted gets a hundred times the updates, and one that is long enough none."""
+    clocked(monkeypatch, ["scan"])
+    monkeypatch.setattr(bench, "RUN_SECONDS", {"cpu": 4.0})
+    problem, least = bench.mlp(4, 2), bench.MAX_UPDATES
+    for seconds, updates in ((0.04, 100 * least), (5.0, least)):
+        monkeypatch.setattr(timing, "timed", lambda run, *args, seconds=seconds: (run(*args), seconds))
+        [row] = bench.measure(problem, {"scan": variants.scan}, 1, budget=0.0, ceilings=timing.Ceilings(1.0, 1.0))
+        assert updates <= row["num_updates"] <= updates + 4
+
+
+@pytest.mark.slow
 def test_lanes_are_compared_with_the_scans_one_after_another(monkeypatch):
     """Both run 2 batch sizes over the same examples, at least one batch of the largest, by a microbatch of 2."""
     seen = clocked(monkeypatch, ["scan", "lanes"])
@@ -232,6 +252,7 @@ def mine(problem, learning_rate):
 """
 
 
+@pytest.mark.slow
 def test_the_command_keeps_its_result_and_compares_it_with_an_earlier_one(monkeypatch, tmp_path, capsys):
     (tmp_path / "my_bench.py").write_text(MINE)
     monkeypatch.chdir(tmp_path)

@@ -15,7 +15,6 @@ import pytest
 from gdjax import commands, compare
 from gdjax.commands import _arguments as arguments
 from gdjax.commands import _session as command
-from gdjax.commands._hosts import Hosts
 from gdjax.commands._session import Common
 from gdjax.commands.compare import Compare
 
@@ -97,6 +96,7 @@ def test_compare_runs_a_problem_beside_the_caller_and_keeps_what_it_found(folder
         assert claim["claim"] in done.stdout.replace("\n             ", " ")
 
 
+@pytest.mark.slow
 def test_json_to_standard_output_is_alone_there_whatever_a_problem_prints(gdjax, folder):
     one_size = ("--problem", "my_module:prints", "--batch-sizes", "40", "--num-epochs", "2", "--learning-rate", "0.1")
     status, printed, complained = gdjax("compare", *one_size, "--json", "-")
@@ -299,7 +299,11 @@ def test_x64_is_set_before_the_command_runs(request):
 def test_help_lists_every_option_with_its_text_and_the_exit_statuses(gdjax):
     def fields(kind):
         for field in dataclasses.fields(kind):
-            yield from fields(field.type) if field.type in (Common, Hosts) else [field.name.replace("_", "-")]
+            yield from (
+                fields(field.type)
+                if dataclasses.is_dataclass(field.type)
+                else [field.name.rstrip("_").replace("_", "-")]
+            )
 
     for name, kind in commands.COMMANDS.items():
         status, printed, complained = gdjax(name, "--help")

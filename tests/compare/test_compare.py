@@ -166,7 +166,7 @@ def test_a_diverged_run_is_reported_as_diverged():
         ({"num_seeds": 0}, "num_seeds=0 must be at least 1"),
         ({"budget": 0.0}, "budget=0.0 must be positive and finite"),
         ({"memory": -1.0}, "memory=-1.0 must be positive and finite"),
-        ({"optimizer": "rms"}, "optimizer='rms' is not one of sgd, momentum, adam"),
+        ({"optimizer": "rms"}, "optimizer='rms' is not one of sgd, momentum, nesterov, adam"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_compiles(problem, arguments, message):
@@ -348,6 +348,7 @@ def test_rows_that_are_known_are_not_run_again_and_every_row_is_kept(problem, ro
     np.testing.assert_array_equal(again[2].losses, rows[2].losses)
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_fit_is_taken_in_pieces_and_gives_the_same_row():
     data = datasets.gaussian_classification(jax.random.key(0), num_examples=256, dimension=3)
     problem = problems.classification(models.mlp((3, 64, 2)), data, num_classes=2)

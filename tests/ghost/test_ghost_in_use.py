@@ -41,6 +41,7 @@ def materialised_norms(params, batch):
     return jax.tree.map(lambda g: (g.reshape(len(g), -1) ** 2).sum(1), oracle(loss, params, batch)[1])
 
 
+@pytest.mark.slow
 def test_with_sq_norms_is_mean_with_norms_beside_it(params, batch):
     estimate, mean = gradients.with_sq_norms(loss)(params, batch), gradients.mean(loss)(params, batch)
     assert_close(tuple(estimate[:2]), tuple(mean[:2]))
@@ -48,6 +49,7 @@ def test_with_sq_norms_is_mean_with_norms_beside_it(params, batch):
     assert_close(estimate.aux.losses, oracle(loss, params, batch)[0])
 
 
+@pytest.mark.slow
 def test_with_sq_norms_scans_over_steps_and_vmaps_over_seeds(batch):
     def train(key, estimator):
         method = descent.method(estimator(loss), optax.sgd(0.05, momentum=0.9))
@@ -66,6 +68,7 @@ def test_with_sq_norms_scans_over_steps_and_vmaps_over_seeds(batch):
     assert history.num_examples.low.shape == (2, 10)
 
 
+@pytest.mark.slow
 def test_clipped_equals_optax_on_materialised_gradients(params, batch):
     _, grads = oracle(loss, params, batch)
     norms = jax.vmap(optax.tree.norm)(grads)
@@ -90,6 +93,7 @@ def test_infinite_max_norm_is_plain_sgd_and_zero_gradients_are_safe(params, batc
     np.testing.assert_array_equal(zero.grad, np.zeros(4))
 
 
+@pytest.mark.slow
 def test_noise_has_the_deviation_of_dp_sgd_and_comes_from_the_batch(params):
     """Deviation sigma C / L on every component, independent between leaves and components."""
     gradient = gradients.clipped(
@@ -154,6 +158,7 @@ def test_a_batch_sharded_over_devices_gives_the_same(measure, name):
 @pytest.mark.parametrize(
     "name", ["mlp", "transformer", "rnn", "convolution_2d_strided_channels_last", "normalisations"]
 )
+@pytest.mark.slow
 def test_in_float32_norms_are_exact_to_rounding(name):
     with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         params, batch, its_loss = PROGRAMS[name]()
@@ -181,6 +186,7 @@ def test_squares_of_a_bfloat16_model_are_added_in_float32():
         assert (norms.dtype, grad.dtype) == (jnp.float32, params.dtype)
 
 
+@pytest.mark.slow
 def test_a_bfloat16_model_with_float32_parameters_agrees_to_its_own_rounding():
     def its_loss(p, x):
         low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), (p, x))
@@ -277,6 +283,7 @@ def test_results_are_not_differentiated_wrongly_but_refused(params, batch):
 
 
 @pytest.mark.parametrize("measure", [ghost.sq_norms, ghost.second_moments, ghost.gram])
+@pytest.mark.slow
 def test_parameters_may_be_wider_or_narrower_than_the_computation(measure):
     """Float64 parameters, float32 activations, a product kept in float32 from bfloat16 factors."""
 

@@ -230,6 +230,7 @@ def test_the_step_is_traced_once_and_a_chunk_compiled_once(run, caplog):
     assert len([text for text in compiled(caplog) if "_program" in text]) == 2
 
 
+@pytest.mark.slow
 def test_a_second_call_with_the_same_functions_and_shapes_compiles_nothing(run, problem, key, data, caplog, tmp_path):
     rules = {"diverged": descent.diverged()}
     on_host = jax.tree.map(np.asarray, data)
@@ -342,6 +343,7 @@ def test_without_a_folder_signals_do_what_they_always_do(run):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # an old tqdm, of its own
+@pytest.mark.usefixtures("listening")
 def test_a_standard_error_that_is_closed_or_lost_keeps_no_run_from_its_end(run, straight, tmp_path, monkeypatch):
     class Lost:
         def isatty(self):
