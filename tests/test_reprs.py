@@ -45,7 +45,7 @@ def test_a_noise_scale_is_its_sentence_and_of_many_its_fields(numbers):
 
 @pytest.mark.slow
 def test_advice_is_a_table_in_a_notebook():
-    found = advise.batch_size(problems.least_squares(), "loss<=0.01", sizes=(1, 16, 256), seconds=40)
+    found = advise.batch_size(problems.least_squares(), "loss<=0.01", sizes=(1, 16, 256), seconds=150)
     page = found._repr_html_()
     assert page.count("<tr>") == 1 + len(found.choices)
     assert html.unescape(page).startswith(f"<p>{found.sentence()}</p>")
