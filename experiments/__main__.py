@@ -1,7 +1,8 @@
-"""List the experiments, run all of them, or write the gallery.
+"""List the experiments, run all of them, or write the gallery or the ledger.
 
 `python -m experiments` prints names and questions; `python -m experiments all [--smoke ...]` runs every one, each in a
-process of its own; `python -m experiments gallery` writes experiments/README.md from the committed results.
+process of its own; `python -m experiments gallery` writes experiments/README.md from the committed results, and
+`python -m experiments ledger` experiments/LEDGER.md: published claims beside what came out here.
 """
 
 import ast
@@ -10,6 +11,8 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+
+from experiments.__ledger__ import ledger
 
 FOLDER = Path(__file__).parent
 
@@ -64,11 +67,14 @@ def main() -> None:
             sys.exit(1 if run_all(arguments) else 0)
         case ["gallery"]:
             (FOLDER / "README.md").write_text(gallery())
+        case ["ledger"]:
+            (FOLDER / "LEDGER.md").write_text(ledger())
         case ["-h" | "--help"]:
             print(__doc__)
         case [other, *_]:
             one = f"python -m experiments.{other if other in experiments() else 'NAME'}"
-            print(f"experiments: {other!r} is not 'all' or 'gallery'; one experiment is {one}", file=sys.stderr)
+            known = "'all', 'gallery' or 'ledger'"
+            print(f"experiments: {other!r} is not {known}; one experiment is {one}", file=sys.stderr)
             sys.exit(2)
 
 

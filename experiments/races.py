@@ -251,7 +251,7 @@ def race_norms(model: str, num_examples: int, key, seconds: float) -> list[dict[
 def main(options: experiment.Options) -> experiment.Result:
     warnings.filterwarnings("ignore", category=UserWarning, module="sklearn")  # of batches larger than what is fitted
     races = dict.fromkeys(list(UPDATES)[:2], 4) if options.smoke else UPDATES
-    key, ceilings = jax.random.key(options.seed), timing.ceilings(**({"product_size": 64} if options.smoke else {}))
+    key, ceilings = jax.random.key(options.seed), timing.ceilings(product_size=64 if options.smoke else None)
     rows, seconds = [], 0.01 if options.smoke else SECONDS
     setting: dict[str, Any] = {"race": "setting", "torch": None, "cpu_count": os.cpu_count()}
     if torch is None:

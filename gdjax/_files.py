@@ -66,7 +66,7 @@ def check_replaceable(path: Path, name: str) -> None:
 
 
 @contextlib.contextmanager
-def alone(folder: Path, argument: str) -> Iterator[None]:
+def alone(folder: Path, argument: str, *, wait: float = 0.0) -> Iterator[None]:
     """Keep other processes out of a folder by `filelock`, which the system releases when the process ends, however.
 
     Beside the file `lock` lies `lock.holder`, the name of the process, while it works there. Found by the next one, it
@@ -75,6 +75,7 @@ def alone(folder: Path, argument: str) -> Iterator[None]:
     Args:
         folder: it must be there.
         argument: what the caller's argument for the folder is called, for errors.
+        wait: seconds, for another process to leave it.
 
     Raises:
         ValueError: where another process, or another part of this one, is in it, and where it cannot be locked.
@@ -85,7 +86,7 @@ def alone(folder: Path, argument: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("folders are locked by filelock: pip install 'gdjax[experiments]'") from error
     named = f"{argument}={str(folder)!r}"
-    lock, holder = filelock.FileLock(folder / "lock", timeout=0), folder / "lock.holder"
+    lock, holder = filelock.FileLock(folder / "lock", timeout=wait), folder / "lock.holder"
     with contextlib.ExitStack() as held:
         try:
             held.enter_context(lock)

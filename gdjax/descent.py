@@ -154,8 +154,10 @@ def run(
         method: from `method`.
         state: where to start, `method.init(params)` or the state of an earlier run.
         data: examples, every leaf [N, ...].
-        batches: int32[T, B], indices in [0, N), from `batching.batches`. They are not checked against N. With another
-            `fetch`, any pytree whose leaves have T entries on axis 0.
+        batches: int32[T, B], indices in [0, N), from `batching.batches`. They are not checked against N. Or a list of
+            such arrays, phases of different B one after the other, as `batching.Phases.batches` cuts them: each is a
+            loop of its own, compiled once for its B, whose last update is recorded. With another `fetch`, any pytree
+            whose leaves have T entries on axis 0.
         record: (state after the update, info of the update) -> pytree.
         every: updates between records. The last update is always recorded, whether or not `every` divides T.
         unroll: updates in one iteration of the compiled loop: more take longer to compile, and may run faster where
@@ -171,6 +173,13 @@ def run(
     for name, number in (("every", every), ("unroll", unroll)):
         if number < 1:
             raise ValueError(f"{name}={number} must be at least 1 update")
+    if fetch is batching.take and isinstance(batches, list) and {getattr(part, "ndim", 0) for part in batches} == {2}:
+        options: dict[str, Any] = {"every": every, "unroll": unroll}
+        histories = []
+        for part in batches:
+            state, history = run(method, state, data, part, record, **options)
+            histories.append(history)
+        return state, jax.tree.map(lambda *parts: jnp.concatenate(parts), *histories)
     batches = _checked(data, batches, fetch)
 
     def make():

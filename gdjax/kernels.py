@@ -1,4 +1,4 @@
-"""Programs in the form that XLA compiles best for a CPU: products of two dimensions, and loops as one kernel.
+"""Programs in the form that XLA compiles best: on a CPU products of two dimensions, and loops as one kernel.
 
 The gradient of a dense layer over [B, T, D] is summed over two axes at once, which XLA does by copying a transpose,
 three times as slow as the same sum over one axis of [B T, D]: `for_cpu` writes such products as products of matrices,
@@ -10,6 +10,8 @@ batch size 1 a small network has some 25 of them in an update, and starting them
 of two matrices (hence, in most models, batches of more than one example), convolutions, sorting (hence, drawing a
 stream). It is not done by itself: there are loops on which XLA's compiler does not refuse but ends the process, such
 as one that carries a constant, and which these are is not known from their operations.
+
+On a GPU `LOOPS_IN_GRAPHS` are compiler options that make a loop one launch.
 
 >>> import jax.numpy as jnp
 >>> one = one_kernel(lambda x: jax.lax.fori_loop(0, 3, lambda i, x: x @ jnp.ones((2, 2)), x))
@@ -36,19 +38,27 @@ from jax.interpreters import batching, mlir
 LOOPS = ("scan", "while")
 CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
 CALLS |= {"custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr", "custom_vjp_call_jaxpr": "fun_jaxpr"}
+LOOPS_IN_GRAPHS = {
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
+}
+"""Compiler options by which a whole loop is one launch of a CUDA graph, where XLA's default launches one for every
+iteration: `jax.jit(function, compiler_options=LOOPS_IN_GRAPHS)`, without effect elsewhere. For all programs of a
+process it is XLA_FLAGS=--xla_gpu_enable_command_buffer=... . XLA leaves WHILE out by default, and that the results are
+the same has not been confirmed on a device: hence it has to be asked for."""
 
 
 def one_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return `function` of arrays, to be compiled for a CPU as one kernel; elsewhere as it is.
 
-    It makes no use of more than one core. What it computes is what `function` does, but for the order of sums.
+    Which of the two is decided when the program is lowered, for the platform that it is lowered for. It makes no use of
+    more than one core. What it computes is what `function` does, but for the order of sums.
 
     Where something inside is left to a library, compilation ends in a `jax.errors.JaxRuntimeError`: "Fusion kind not
     implemented on CPU", or "Failed to materialize symbols".
 
     Source: the mark that XLA's own SmallWhileLoopHoistingPass puts on loops that touch little memory.
     """
-    return _marked(function) if jax.default_backend() == "cpu" else function
+    return lambda *args: lax.platform_dependent(*args, cpu=_marked(function), default=function)
 
 
 def _marked(function: Callable[..., Any]) -> Callable[..., Any]:

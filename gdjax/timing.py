@@ -19,6 +19,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -81,7 +82,7 @@ class Ceilings(NamedTuple):
     """What a device does at best, measured.
 
     Attributes:
-        flops_per_second: of a large matrix product in float32, at jax's default precision.
+        flops_per_second: of a large matrix product in float32, at jax's default precision or that asked for.
         bytes_per_second: read and written by a large copy.
     """
 
@@ -205,21 +206,31 @@ def ratios_in_turn(functions: Sequence[Callable[[], Any]], *, repeats: int = 7) 
     return [ratio(times, last) for times in series]
 
 
-def ceilings(*, product_size: int | None = None, copy_size: int | None = None, budget: float = 1.0) -> Ceilings:
-    """Measure what the default device does at best, each by its fastest run.
+def ceilings(
+    *,
+    product_size: int | None = None,
+    copy_size: int | None = None,
+    budget: float = 1.0,
+    precision: jax.lax.PrecisionLike = None,
+) -> Ceilings:
+    """Measure what the default device does at best, each by its fastest run, on random numbers.
+
+    Ones take a GPU less power than numbers that mean something, and it runs the faster for it.
 
     Args:
         product_size: rows of two square matrices; default 2048 on a CPU, 8192 elsewhere.
         copy_size: numbers that are read, negated and written; default 2^26 on a CPU, 2^28 elsewhere.
         budget: seconds for each of the two.
+        precision: of the product, as `jax.numpy.matmul` takes it: "highest" is float32 in full on any device.
     """
     device = jax.default_backend()
     n = product_size or PRODUCT_SIZE.get(device, ACCELERATOR_PRODUCT_SIZE)
     m = copy_size or COPY_SIZE.get(device, ACCELERATOR_COPY_SIZE)
-    x, y = jnp.ones((n, n), jnp.float32), jnp.ones(m, jnp.float32)
-    return Ceilings(
-        2 * n**3 / _fastest(jnp.matmul, x, x, budget=budget), 8 * m / _fastest(jnp.negative, y, budget=budget)
-    )
+    keys = jax.random.split(jax.random.key(0), 3)
+    left, right = (jax.random.normal(key, (n, n), jnp.float32) for key in keys[:2])
+    numbers = jax.random.normal(keys[2], (m,), jnp.float32)
+    product = _fastest(partial(jnp.matmul, precision=precision), left, right, budget=budget)
+    return Ceilings(2 * n**3 / product, 8 * m / _fastest(jnp.negative, numbers, budget=budget))
 
 
 def keep_compiled(folder: str | os.PathLike) -> None:

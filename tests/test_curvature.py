@@ -73,6 +73,7 @@ def test_eigenpairs_are_those_of_the_dense_hessian(net, k):
     assert top.residuals.max() < max(1e-6, 32 * precision.EPS * expected[0])
 
 
+@pytest.mark.slow
 def test_residual_bounds_the_error_of_a_call_that_is_too_short(net):
     params, batch, hessian = net
     start = curvature.random_vectors(jax.random.key(2), params, num_vectors=2)
@@ -96,6 +97,7 @@ def test_residual_bounds_the_error_of_a_call_that_is_too_short(net):
         ((4.0,), 1),
     ],
 )
+@pytest.mark.slow
 def test_spectra_that_break_krylov_methods(spectrum, k):
     curvatures = jnp.asarray(spectrum)
     start = curvature.random_vectors(jax.random.key(3), curvatures, num_vectors=k)
@@ -131,6 +133,7 @@ def test_warm_start_is_worth_its_iterations(net):
 
 
 @pytest.mark.usefixtures("replays")
+@pytest.mark.slow
 def test_eigenpairs_map_over_lanes_and_are_traced_once(net):
     _, batch, _ = net
     keys = jax.random.split(jax.random.key(4), 3)
@@ -144,6 +147,7 @@ def test_eigenpairs_map_over_lanes_and_are_traced_once(net):
         precision.assert_close(found, np.linalg.eigvalsh(dense(params, batch))[:-3:-1], rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_parameters_of_half_precision_are_iterated_in_float32():
     params = {"a": jnp.ones(6, jnp.bfloat16), "b": jnp.ones(3, jnp.float32)}
     curvatures = jnp.asarray([8.0, 2.0, 1.0, 1.0, 1.0, 1.0], jnp.bfloat16)
@@ -248,6 +252,7 @@ def test_a_hessian_that_is_not_finite_is_not_given_a_number():
 
 
 @pytest.mark.parametrize("unit", [1e-30, 1e-20, 1e15, 1e30])
+@pytest.mark.slow
 def test_every_unit_gives_the_same_curvature_in_float32(unit):
     """H is 1 to 30 times the unit, whose square float32 does not hold; the rows of the start are of another."""
     with jax.enable_x64(False):  # sums too

@@ -66,6 +66,7 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
 @pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS)
+@pytest.mark.slow
 def test_a_method_is_init_and_step_and_a_step_equals_optax(estimator, optimizer, examples):
     method = descent.method(estimator(mlp_loss), optimizer)
     params = MODEL.init(jax.random.key(1))
@@ -149,6 +150,7 @@ def test_batch_descent_is_deterministic_gradient_descent_whatever_the_order(stre
 
 @pytest.mark.usefixtures("replays")
 @pytest.mark.parametrize("batch_size", [1, 5])
+@pytest.mark.slow
 def test_a_run_in_chunks_is_bit_for_bit_the_run_in_one_piece(batch_size, examples, key):
     """The chunks draw their own windows of the stream, which cross the ends of epochs."""
     method = descent.method(gradients.mean(mlp_loss), optax.sgd(0.01, momentum=0.9))

@@ -48,6 +48,7 @@ def plain():
 
 @pytest.mark.usefixtures("replays")
 @pytest.mark.parametrize("library", [equinox, linen, flax_nnx, plain])
+@pytest.mark.slow
 def test_a_model_of_another_library_trains_and_a_step_is_the_gradient_of_the_batch_loss(library, key):
     # Their code mixes float32 with float64, and ranks.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):

@@ -78,6 +78,19 @@ class Advice:
         """The choices that were run and arrived."""
         return [choice for choice in self.choices if np.isfinite(choice.measured_seconds)]
 
+    def table(self) -> list[dict[str, Any]]:
+        """Return a row for every batch size, of numbers alone, for `csv.DictWriter` or `pandas.DataFrame`."""
+        names = ("batch_size", "learning_rate", "measured_updates", "measured_seconds", "expected_seconds")
+        rows = []
+        for choice in self.choices:
+            row: dict[str, Any] = {name: getattr(choice, name) for name in names}
+            row |= dict(zip(("updates_low", "updates", "updates_high"), choice.updates, strict=True))
+            row |= dict(zip(("seconds_low", "seconds", "seconds_high"), choice.seconds, strict=True))
+            speed = choice.speed
+            row |= {name: getattr(speed, name) for name in ("seconds_per_update", "memory", "microbatch_size", "fits")}
+            rows.append(row | {"advised": choice.batch_size == self.batch_size})
+        return rows
+
     def summary(self) -> dict[str, Any]:
         """Return everything, for a JSON file."""
         names = ("batch_size", "learning_rate", "fewest_examples", "least_memory", "pareto", "refitted", "unknown")

@@ -18,12 +18,14 @@ Array([3, 0, 3, 1, 2], dtype=int32)
 """
 
 from gdjax.batching._count import Count, position_keys
+from gdjax.batching._phases import Phases
 from gdjax.batching._poisson import Padded, poisson, take_padded
 from gdjax.batching._streams import batches, cyclic, reshuffled, shuffled_once, take, with_replacement
 
 __all__ = [
     "Count",
     "Padded",
+    "Phases",
     "batches",
     "cyclic",
     "poisson",

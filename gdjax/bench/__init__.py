@@ -1,6 +1,11 @@
-"""Ways to run the same updates, timed against one another and against what the device could do."""
+"""Ways to run the same updates, timed against one another and against what the device could do.
 
+`compile_for` compiles them for a device that need not be there.
+"""
+
+from gdjax.bench._aot import program_for
 from gdjax.bench._bench import BATCH_SIZES, BUDGET, MODELS, bench, compared, measure, mlp
+from gdjax.bench._forecast import compile_for
 from gdjax.bench._variants import VARIANTS, Variant
 
 __all__ = [
@@ -11,6 +16,8 @@ __all__ = [
     "Variant",
     "bench",
     "compared",
+    "compile_for",
     "measure",
     "mlp",
+    "program_for",
 ]

@@ -27,6 +27,8 @@ NUM_TOKENS, SEQUENCE = 65, 16
 LEARNING_RATE = 0.01
 BATCH_SIZES = (1, 32, 256)
 FLOPS_PER_RUN, MAX_UPDATES = 2e9, 1024  # a run is long beside its call and filling caches, short beside the budget
+RUN_SECONDS = {"cpu": 0.0}
+ACCELERATOR_RUN_SECONDS = 0.05  # below that the time of a call is counted too; what a flop takes says little there
 NUM_INPUTS = 2
 BUDGET = 0.3  # seconds of timed runs for each program
 
@@ -88,13 +90,9 @@ def bench(
         ValueError: before anything is timed, for an unknown name, one given twice, none, or a batch size outside
             1 ... N.
     """
-    _check_distinct(models=models, variants=variants, batch_sizes=batch_sizes)
-    loaded = _found("models", models, MODELS)
-    loaded = {name: x if isinstance(x, Problem) else x() for name, x in loaded.items()}
-    chosen = _found("variants", variants, {**_variants.VARIANTS, "lanes": None})
+    loaded, chosen = asked(models, variants, batch_sizes)
     with_lanes = "lanes" in chosen
     chosen = {name: variant for name, variant in chosen.items() if variant is not None and name != "lanes"}
-    _check_sizes(batch_sizes, loaded)
     progress("ceilings of the device", 0.0)
     ceilings = ceilings or timing.ceilings()
     num_groups = len(loaded) * (len(batch_sizes) * bool(chosen) + with_lanes)
@@ -123,6 +121,20 @@ def bench(
                 min_examples=max(batch_sizes),
             )[1:]
     return rows, ceilings
+
+
+def asked(
+    models: Sequence[str] | Mapping[str, Problem],
+    variants: Sequence[str] | Mapping[str, _variants.Variant | None],
+    batch_sizes: Sequence[int],
+) -> tuple[dict[str, Problem], dict[str, _variants.Variant | None]]:
+    """Return ({name: problem}, {name: variant}), checked as `bench` says."""
+    _check_distinct(models=models, variants=variants, batch_sizes=batch_sizes)
+    loaded = _found("models", models, MODELS)
+    loaded = {name: x if isinstance(x, Problem) else x() for name, x in loaded.items()}
+    chosen = _found("variants", variants, {**_variants.VARIANTS, "lanes": None})
+    _check_sizes(batch_sizes, loaded)
+    return loaded, chosen
 
 
 def measure(
@@ -165,9 +177,8 @@ def measure(
         runs = num_runs.get(name, 1)
         rows[name] = {"variant": name, "batch_size": batch_size, "num_runs": runs}
         num_updates = max(_num_updates(step.flops, runs), -(-min_examples // batch_size))
-        inputs = [_input(problem, batch_size, num_updates, jax.random.key(seed)) for seed in range(NUM_INPUTS)]
         try:
-            programs[name] = _program(variant(problem, LEARNING_RATE), inputs, step, alone=name == "python-loop")
+            programs[name] = _long_enough(problem, name, variant, batch_size, num_updates, step)
         except (ValueError, jax.errors.JaxRuntimeError) as error:
             rows[name] |= {"skipped": str(error).splitlines()[0]}
         except (Exception, SystemExit) as error:  # of a function that is no variant
@@ -245,6 +256,23 @@ def _step(problem: Problem, batch_size: int) -> timing.Compiled:
     method = _variants.plain_method(problem, LEARNING_RATE)
     state = jax.eval_shape(lambda key: method.init(problem.init(key)), jax.random.key(0))
     return timing.compiled(lambda state, batch: method.step(state, batch)[0], state, _first(problem.train, batch_size))
+
+
+def _long_enough(
+    problem: Problem, name: str, variant: _variants.Variant, batch_size: int, num_updates: int, step: timing.Compiled
+) -> Program:
+    """Return a variant whose run takes RUN_SECONDS at least: where it does not, with more updates."""
+
+    def program(num_updates: int) -> Program:
+        inputs = [_input(problem, batch_size, num_updates, jax.random.key(seed)) for seed in range(NUM_INPUTS)]
+        return _program(variant(problem, LEARNING_RATE), inputs, step, alone=name == "python-loop")
+
+    found = program(num_updates)
+    wanted = RUN_SECONDS.get(jax.default_backend(), ACCELERATOR_RUN_SECONDS)
+    if not wanted:
+        return found
+    missing = wanted / timing.timed(found.run, *found.inputs[0])[1]
+    return found if missing <= 1 else program(_variants.UNROLL * round(num_updates * missing / _variants.UNROLL + 0.5))
 
 
 def _program(run: Callable, inputs: list[tuple], step: timing.Compiled, *, alone: bool) -> Program:

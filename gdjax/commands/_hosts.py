@@ -10,8 +10,9 @@ ValueError: coordinator='10.0.0.1:1234', num_processes=2, process_id=None: give 
 where the cluster tells them
 
 All processes run the same program with the same arguments. `training.run` over a mesh of `jax.devices()` shares each
-batch among all of them. All else, `sweep.map` and the command line included, each process computes by itself, the same
-everywhere, on its own devices (`jax.local_devices()`), unless it is given a part by `jax.process_index()`.
+batch among all of them, and `sweep.map` with a store in a folder that all of them see shares its chunks. All else, the
+command line included, each process computes by itself, the same everywhere, on its own devices (`jax.local_devices()`),
+unless it is given a part by `jax.process_index()`.
 """
 
 import contextlib

@@ -1,10 +1,12 @@
 """`gdjax advise`. Nothing heavy is imported before it runs, so that --help answers at once."""
 
+import csv
 import dataclasses
+import io
 import shutil
 import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from gdjax.commands import _specs
 from gdjax.commands._optimizer import Descent, half_life
@@ -19,7 +21,8 @@ class Advise:
     """Advise which batch size reaches a target first on this device: predict from a few tunings, then verify.
 
     Times the training step at every batch size, tunes the learning rate at a few, fits how many updates each takes,
-    runs the best and others with fresh seeds, and prints predicted beside measured. Saves result.json and figure.png.
+    runs the best and others with fresh seeds, and prints predicted beside measured. What is advised is reached by ten
+    seeds. Saves result.json, table.csv and figure.png.
     """
 
     target: str | None = None
@@ -41,6 +44,10 @@ class Advise:
     memory: float | None = None
     """Gigabytes that one gradient may need; larger batches are added up in pieces.
     Default: a quarter of what is free."""
+    cost: float | None = None
+    """Price of this device per hour, in any currency: what a run costs is printed too."""
+    dry_run: bool = False
+    """Print what would be done and how long it may take, train nothing, and save nothing."""
     seed: int = 0
     """Seed of parameters and streams."""
     common: Common = Common()
@@ -51,6 +58,11 @@ class Advise:
 
         if (self.target is None) == (self.examples is None):
             raise ValueError("give exactly one of --target 'loss<=0.05', to reach, and --examples 8192, to spend")
+        if self.cost is not None and not self.cost >= 0:
+            raise ValueError(f"cost={self.cost} must be a price per hour, 0 or more")
+        if self.dry_run:
+            print(self._plan())
+            return
         with saving("advise", self, seed=self.seed) as save:
             problem = _specs.problem(self.problem)
             sizes = [problem.num_examples if size == "full" else size for size in self.batch_sizes or ()]
@@ -67,7 +79,44 @@ class Advise:
                     progress=show,
                 )
             title = f"{problem.name}, {found.goal}"
-            save(found.summary() | {"problem": problem.name}, _report(found), lambda: advise.advice(found, title))
+            text = _report(found) + self._price(found)
+            files = {"table.csv": _csv(found.table())}
+            save(found.summary() | {"problem": problem.name}, text, lambda: advise.advice(found, title), files)
+
+    def _plan(self) -> str:
+        """Return what would be done, by what costs nothing to know."""
+        from gdjax import advise, tuning
+
+        problem = _specs.problem(self.problem)
+        count = problem.num_examples
+        sizes = [count if size == "full" else size for size in self.batch_sizes] or advise.default_batch_sizes(count)
+        goal = f"{self.examples} examples" if self.target is None else f"{tuning.parse_target(self.target, problem)}"
+        pieces = tuning.microbatch_sizes(problem, sizes, memory=self.memory and 1e9 * self.memory)
+        whole = [size for size in sizes if pieces[size] is None]
+        split = ", ".join(f"{size} in pieces of {piece}" for size, piece in pieces.items() if piece is not None)
+        lines = [
+            f"Advice for {problem.name}, N = {count}, {goal}, in {self.budget:g} s at most:",
+            f"- tune the learning rate at about three of B = {', '.join(map(str, sizes))}, at most five, from 32 on;",
+            "- time the training step at every one, and predict the rest;",
+            "- run the fastest, its neighbours and the ends with three fresh seeds, at most seven batch sizes;",
+            "- tune what may be the fastest again, and confirm it with ten seeds.",
+            f"Largest gradient in one piece: B = {max(whole, default=0)}" + (f"; {split}." if split else "."),
+        ]
+        return "\n".join(lines)
+
+    def _price(self, found: "Advice") -> str:
+        seconds = found[found.batch_size].expected_seconds
+        if self.cost is None:
+            return ""
+        return f"\nAt {self.cost:g} an hour a run costs {self.cost * seconds / 3600:.3g}: the fastest is the cheapest."
+
+
+def _csv(rows: list[dict[str, Any]]) -> bytes:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
 
 
 def _report(found: "Advice") -> str:
@@ -86,7 +135,9 @@ def _report(found: "Advice") -> str:
         lines += [f"Gradients of B = {', '.join(pieces)} are added up in pieces that fit into memory."]
     lines += ["", *(f"Noise scale after {updates} updates: {scale}" for updates, scale in found.noise_scales)]
     fewest = "" if spent else f"Fewest examples: B = {found.fewest_examples}. "
-    lines += [f"{fewest}Least memory: B = {found.least_memory}."]
+    whole = [choice.batch_size for choice in found.choices if choice.fits and not choice.speed.microbatch_size]
+    most = f" Largest gradient in one piece: B = {max(whole)}." if whole else ""
+    lines += [f"{fewest}Least memory: B = {found.least_memory}.{most}"]
     lines += [f"Not established: {what}." for what in found.unknown]
     sentence = textwrap.fill(found.sentence(), max(60, shutil.get_terminal_size().columns))
     return "\n".join([*lines, "", sentence])

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gdjax.commands import _compiled as compiled
 from gdjax.commands import _specs as specs
 from gdjax.commands._session import Common, progress, saving
 
@@ -32,8 +33,9 @@ WIDTHS = (6, 11, 5, 12, 20, 9, 10, 9, 11)
 class Bench:
     """Time ways to run gradient descent against one another and against what this device does at best.
 
-    Compilation is not counted, every run is waited for and repeated until its median is known. Prints a table, and
-    saves result.json and figure.png.
+    Compilation is not counted, every run is waited for and repeated until its median is known. With --target they are
+    compiled for a device that need not be there, and nothing is run. Prints a table, and saves result.json and
+    figure.png.
     """
 
     models: tuple[str, ...] = ("mlp-small", "mlp-large", "cnn", "transformer")
@@ -42,10 +44,16 @@ class Bench:
     """Of python-loop, scan, scan-unrolled, one-kernel, vmapped-seeds, sharded, microbatched, lanes, and
     'per-example: vmap', 'per-example: ghost'. Default: all.
     Or module:function of your own, (problem, learning_rate) -> run (see gdjax.variants)."""
+    problem: str | None = None
+    """One problem, in place of --models."""
     batch_sizes: tuple[int, ...] = (1, 32, 256)
     """Examples per update."""
+    target: str | None = None
+    """Compile for h100, v5e, v5p or v6e, or what a file describes (gdjax/bench/targets): kernels, memory, the largest
+    batch that fits. Needs gdjax[aot-cuda] or gdjax[aot-tpu], and no such device."""
     devices: int | None = None
-    """Split a CPU into so many devices, for `sharded`; the other variants may be slower then."""
+    """Split a CPU into so many devices, for `sharded`; the other variants may be slower then. With --target: so many
+    of those."""
     compare: Path | None = None
     """An earlier result.json: print ratios to it, and mark changes beyond the noise of both."""
     profile: str | None = None
@@ -57,16 +65,31 @@ class Bench:
     def run(self) -> None:
         from gdjax import bench, report, timing
 
-        if self.devices is not None:
+        if self.target is None and self.devices is not None:
             split_cpu(self.devices)
         earlier = None if self.compare is None else _earlier(self.compare)
+        if self.target is not None:
+            compiled.check(self.target, self.profile, earlier)
         with saving("bench", self, seed=0) as save:
             if self.cache is not None:
                 timing.keep_compiled(self.cache)
-            models = {name: specs.model(name) for name in self.models}
+            names = self.models if self.problem is None else (self.problem,)
+            models = {name: specs.model(name) for name in names}
             chosen = {name: specs.variant(name) for name in self.variants or (*bench.VARIANTS, "lanes")}
-            if len(models) < len(self.models) or len(chosen) < len(self.variants):
+            if len(models) < len(names) or len(chosen) < len(self.variants):
                 raise ValueError(f"models={self.models} and variants={self.variants} must each be different")
+            if self.target is not None:
+                with progress() as show:
+                    rows, largest = bench.compile_for(
+                        self.target,
+                        models,
+                        chosen,
+                        self.batch_sizes,
+                        num_devices=1 if self.devices is None else self.devices,
+                        progress=show,
+                    )
+                save(*compiled.shown(self.target, rows, largest, earlier))
+                return
             with (
                 progress() as show,
                 timing.profiled(self.profile) if self.profile is not None else contextlib.nullcontext(),

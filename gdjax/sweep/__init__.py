@@ -6,8 +6,9 @@
 ((2, 3), (2, 3))
 """
 
+from gdjax.sweep._grid import Grid, grid
 from gdjax.sweep._programs import free_bytes
-from gdjax.sweep._sweep import Grid, grid, map  # noqa: A004
+from gdjax.sweep._sweep import map  # noqa: A004
 
 __all__ = [
     "Grid",

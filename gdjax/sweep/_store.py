@@ -1,8 +1,9 @@
-"""A folder of finished chunks that survives a crash: who made it, what is in it, and one writer at a time.
+"""A folder of finished chunks that survives a crash: who made it, what is in it, and who computes what is missing.
 
     store.json                     the identity of the work, what must be equal for results to be mixed; its checksum
     chunk-00003-5f0c83b2....npz    the arrays of one chunk; the name carries their checksum
-    lock, lock.holder              while somebody writes, and who
+    chunk-00003.lock               while somebody computes that chunk
+    lock, lock.holder              while somebody opens the store, and who
 
 Every file appears whole or not at all. A chunk is read only if its bytes have the checksum of its name, which covers
 the identity and the chunk's position too: a file that was cut short, changed, or carried here from another folder is
@@ -18,9 +19,10 @@ Traceback (most recent call last):
 ValueError: store='...' holds results of another sweep: jax was '0.10.2' and is '0.12.0'. Use a folder of its own for \
 each sweep, or repeat what the first was given
 
-One process at a time works on a store. Its lock ends with the process, however that ends. Over NFS Linux keeps it on
-the server, so that it holds between machines; on file systems that do not share locks between machines (some Lustre
-mounts, FUSE, object stores) it holds only within each of them.
+Any number of processes work on a store, each on chunks of which it holds the lock. A lock ends with its process,
+however that ends. Over NFS Linux keeps it on the server, so that it holds between machines. On file systems that do not
+share locks between machines (some Lustre mounts, FUSE, object stores) two may compute the same chunk: that costs time,
+and changes nothing, for they write the same bytes under the same name.
 """
 
 import contextlib
@@ -37,13 +39,17 @@ import numpy as np
 from gdjax import _files
 
 LOCK = ("lock", "lock.holder")
+TEMPORARY = (".chunk-", ".store.json.", ".lock.holder.")
 Identity = Mapping[str, str | int | bool]
 """What must be equal for results to be mixed, each entry under the name that an error calls it."""
 
 
+OPENING = 60.0  # seconds that somebody else may take to open the same store
+
+
 @contextlib.contextmanager
-def locked(path: str | os.PathLike) -> Iterator[Path]:
-    """Create the folder if there is none, keep all others out of it, and yield it.
+def locked(path: str | os.PathLike, *, wait: float = OPENING) -> Iterator[Path]:
+    """Create the folder if there is none, keep all others from opening it, and yield it.
 
     The lock of a process that died is taken over with a warning, and what that process was writing is removed.
 
@@ -51,13 +57,44 @@ def locked(path: str | os.PathLike) -> Iterator[Path]:
         ValueError: where the folder cannot be written, is no store and not empty, or is in use.
     """
     folder = _files.writable_folder(path, "store").absolute()
-    others = sorted(file.name for file in folder.iterdir() if file.name not in LOCK and not _is_temporary(file))
+    names = [file.name for file in folder.iterdir()]
+    others = sorted(name for name in names if name not in LOCK and not name.startswith(TEMPORARY))
     if others and "store.json" not in others:
         raise ValueError(f"store={str(path)!r} is no store, but a folder with other files ({others[0]}): use another")
-    with _files.alone(folder, "store"):
-        for file in filter(_is_temporary, folder.iterdir()):
+    with _files.alone(folder, "store", wait=wait):
+        for file in [*folder.glob(".store.json.*"), *folder.glob(".lock.holder.*")]:
             file.unlink()
         yield folder
+
+
+@contextlib.contextmanager
+def claimed(folder: Path, index: int) -> Iterator[bool]:
+    """Keep all others from chunk `index`, and yield whether that was possible: not while another process computes it.
+
+    What a process that died was writing of it is removed.
+    """
+    import filelock  # `locked` has said so where it is not installed
+
+    path = folder / f"{_prefix(index)}.lock"
+    lock = filelock.FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        yield False
+        return
+    try:
+        for file in folder.glob(f".{_prefix(index)}-*"):
+            file.unlink()
+        yield True
+    finally:
+        path.unlink(missing_ok=True)  # while it is held: whoever opened it before finds the chunk done, or makes it too
+        lock.release()
+
+
+def tidied(folder: Path) -> None:
+    """Remove the locks of processes that died, once no chunk is missing."""
+    for file in [*folder.glob("chunk-*.lock"), *folder.glob(".chunk-*")]:
+        file.unlink(missing_ok=True)
 
 
 def recorded(folder: Path) -> dict[str, Any]:
@@ -113,10 +150,10 @@ def write(folder: Path, key: str, index: int, arrays: Sequence[np.ndarray]) -> N
         file.write(content)
 
 
-def listed(folder: Path) -> dict[int, list[Path]]:
-    """Return the files of every chunk by its number: looked up once, for a folder can hold very many."""
+def listed(folder: Path, index: int | None = None) -> dict[int, list[Path]]:
+    """Return the files of every chunk, or of one, by its number: looked up once, for a folder can hold very many."""
     files: dict[int, list[Path]] = {}
-    for path in folder.glob("chunk-*-*.npz"):
+    for path in folder.glob("chunk-*-*.npz" if index is None else f"{_prefix(index)}-*.npz"):
         number = path.name.split("-")[1]
         if number.isdecimal():
             files.setdefault(int(number), []).append(path)
@@ -131,7 +168,7 @@ def read(key: str, index: int, files: Mapping[int, Sequence[Path]]) -> list[np.n
             with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
                 return [arrays[name] for name in arrays.files]
         warnings.warn(f"{path} is damaged, or of another store: it is removed and computed again", stacklevel=2)
-        path.unlink()
+        path.unlink(missing_ok=True)
     return None
 
 
@@ -140,7 +177,11 @@ def _key(identity: dict[str, Any]) -> str:
 
 
 def _name(key: str, index: int, content: bytes) -> str:
-    return f"chunk-{index:05d}-{_files.digest(key.encode(), str(index).encode(), content)}.npz"
+    return f"{_prefix(index)}-{_files.digest(key.encode(), str(index).encode(), content)}.npz"
+
+
+def _prefix(index: int) -> str:
+    return f"chunk-{index:05d}"
 
 
 @contextlib.contextmanager
@@ -150,7 +191,3 @@ def _explained(folder: Path, what: str) -> Iterator[None]:
     except OSError as error:
         message = f"{what} could not be written into store={str(folder)!r} ({error.strerror}): make room and run again"
         raise OSError(error.errno, f"{message}. The chunks there are intact") from error
-
-
-def _is_temporary(file: Path) -> bool:
-    return file.name.startswith((".chunk-", ".store.json.", ".lock.holder."))

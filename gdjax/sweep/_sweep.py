@@ -3,6 +3,7 @@
 `map` computes a function of one point at all of them: `jax.vmap` within a chunk, one chunk after the other through one
 compiled program, the points of a chunk spread over the devices.
 
+>>> from gdjax.sweep import grid
 >>> def descend(point):  # three updates on x^2 / 2
 ...     return {"end": point["start"] * (1 - point["rate"]) ** 3}
 >>> rates_and_starts = grid(rate=[0.1, 0.5], start=[1.0, 2.0, 3.0])
@@ -11,75 +12,39 @@ array([[0.729, 1.458, 2.187],
        [0.125, 0.25 , 0.375]], dtype=float32)
 
 With `store`, a folder, every finished chunk is kept there. The same call again computes what is missing, and the end
-is bit for bit that of a sweep that was never interrupted. What could change a bit is recorded and compared: points,
-program, the arrays it closes over, chunk size, number and kind of devices, versions, x64. A sweep is resumed on as many
-devices as it began on, since the compiler may sum in another order for another number of points on each (seen on a CPU:
-256 points like 32, but 1024 unlike them). Not recorded, for it cannot be seen: what functions called back on the host
-do, XLA's flags, and the model of a CPU.
+is bit for bit that of a sweep that was never interrupted. Processes that make the same call at the same time, the
+hosts of a `jax.distributed` group, the tasks of a cluster's array, or two terminals, share the chunks: each computes
+those that no other has or is at, and returns all results. They talk by the folder alone. Whoever is slow or dies delays
+only what it was at, for others take over what it leaves.
+
+What could change a bit is recorded and compared: points, program, the arrays it closes over, chunk size, number and
+kind of devices, versions, x64. A sweep is resumed by any number of processes, each on as many devices as it began on,
+since the compiler may sum in another order for another number of points on each (seen on a CPU: 256 points like 32, but
+1024 unlike them). Not recorded, for it cannot be seen: what functions called back on the host do, XLA's flags, and the
+model of a CPU.
 """
 
 import math
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from gdjax import _files, report
 from gdjax.sweep import _programs as programs
 from gdjax.sweep import _store as stores
+from gdjax.sweep._grid import Grid, named, num_points_of
+
+SHORTEST_PAUSE, LONGEST_PAUSE = 0.05, 2.0  # seconds between two looks for chunks that other processes are at
 
 Points = Any
 """A pytree of arrays and typed PRNG keys with a leading axis P on every leaf, one entry a point."""
-
-
-class Grid(NamedTuple):
-    """A full product of axes, made by `grid`.
-
-    Attributes:
-        axes: {name: pytree of arrays and typed keys [A, ...]}, the entries of each axis.
-    """
-
-    axes: dict[str, Any]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Lengths of the axes, [A1, A2, ...]: the leading axes of the results of `map`."""
-        return tuple(_num_points(axis, name) for name, axis in self.axes.items())
-
-    @property
-    def points(self) -> dict[str, Any]:
-        """All points, a dict of arrays [P, ...], P = A1 A2 ...; row-major: the last axis varies fastest."""
-        rows = np.indices(self.shape).reshape(len(self.axes), -1)
-        return {
-            name: jax.tree.map(lambda leaf, row=row: leaf[row], axis)
-            for (name, axis), row in zip(self.axes.items(), rows, strict=True)
-        }
-
-
-def grid(**axes: Any) -> Grid:
-    """Return the full product of named axes.
-
-    Args:
-        axes: sequences of numbers, arrays [A] or [A, ...], typed keys [A], or pytrees of arrays that share the axis A.
-
-    Raises:
-        ValueError: without an axis, and for an axis that is empty, a scalar or not numbers.
-    """
-    if not axes:
-        raise ValueError("grid needs an axis, for instance grid(learning_rate=[0.1, 0.3])")
-    arrays = {
-        name: programs.numbers(axis, name) if type(axis) in (list, tuple, range, np.ndarray) else axis
-        for name, axis in axes.items()
-    }
-    for name, axis in arrays.items():
-        _num_points(axis, name)
-    return Grid({name: jax.tree.map(jnp.asarray, axis) for name, axis in arrays.items()})
 
 
 def map(  # noqa: A001
@@ -99,14 +64,16 @@ def map(  # noqa: A001
     those before it in the store.
 
     All results are held in the host's memory: for more than fits there, let `fn` return a summary, or call `map` for
-    parts of the grid. Of several hosts, each computes its own part, with a store of its own. Keys of the
-    implementations 'rbg' and 'unsafe_rbg' draw otherwise under `vmap` than alone (so does jax), hence in other chunks.
+    parts of the grid. Several hosts share a `store` in a folder that all of them see; without one, each computes
+    everything. Keys of the implementations 'rbg' and 'unsafe_rbg' draw otherwise under `vmap` than alone (so does jax),
+    hence in other chunks.
 
     Args:
         fn: one point -> pytree of arrays. A point of a grid is a dict with an entry for every axis.
         grid: from `grid`; or, for points that are no product, any pytree of arrays and typed keys [P, ...].
-        store: folder of finished chunks, made where there is none. Where it holds all of them nothing is compiled, and
-            where `fn` was mapped before in this process, nothing is traced.
+        store: folder of finished chunks, made where there is none, and shared by all processes that make this call.
+            Where it holds all chunks nothing is compiled, and where `fn` was mapped before in this process, nothing is
+            traced. A new function is: the program of what is stored is compared with its own.
         chunk_size: points computed together, a multiple of the number of devices. By default that of the store, else
             chosen by the compiler's own count of the program's memory. The last chunk is filled up by repeating its
             last point.
@@ -117,13 +84,13 @@ def map(  # noqa: A001
 
     Raises:
         ValueError: before anything is compiled, for no points, leaves that disagree about P, a chunk size that is not a
-            multiple of the devices, and a store that cannot be written, is in use, or was made by another sweep.
+            multiple of the devices, and a store that cannot be written, or was made by another sweep.
         OSError: where a chunk cannot be written, for instance on a full disk.
         ModuleNotFoundError: for a store, without filelock.
     """
     points = grid.points if isinstance(grid, Grid) else grid
-    num_points = _num_points(points, "points")
-    data = jax.tree_util.tree_map_with_path(lambda path, x: programs.numbers(x, f"points{_named(path)}"), points)
+    num_points = num_points_of(points, "points")
+    data = jax.tree_util.tree_map_with_path(lambda path, x: programs.numbers(x, f"points{named(path)}"), points)
     leaves = jax.tree.leaves(data)
     mesh = _checked_mesh(mesh)
     chunk_size = _checked_size(chunk_size, num_points, mesh.size)
@@ -132,28 +99,31 @@ def map(  # noqa: A001
         program = programs.compiled(fn, function, leaves, chunk_size, num_points, mesh)
         results = _all_chunks(lambda: program, program.size, function.results, leaves)
     else:
-        with stores.locked(store) as folder:
-            results = _stored(fn, points, data, chunk_size, mesh, folder)
+        results = _stored(fn, points, data, chunk_size, mesh, store)
     if not isinstance(grid, Grid):
         return results
     return jax.tree.map(lambda x: x.reshape(*grid.shape, *x.shape[1:]), results)
 
 
-def _stored(fn, points: Points, data: Points, chunk_size: int | None, mesh: Mesh, folder: Path) -> Any:
-    """Return the results of all points with the chunks of a store that is locked."""
+def _stored(fn, points: Points, data: Points, chunk_size: int | None, mesh: Mesh, store: str | os.PathLike) -> Any:
+    """Return the results of all points with the chunks of a store, which others may work on at the same time."""
     leaves = jax.tree.leaves(data)
     made = report.provenance(arguments={}, seed=0, wall_seconds=0)
     known = _identity(data, points, mesh, made) | ({"chunk_size": chunk_size} if chunk_size else {})
-    stores.check(folder, known)
+    with stores.locked(store) as folder:
+        stores.check(folder, known)
     function = programs.traced(fn, points)
     known |= _identity_of(fn, function, leaves)
     stores.check(folder, known)
-    chunk_size = stores.recorded(folder).get("chunk_size", chunk_size)
-    compiled = partial(programs.compiled, fn, function, leaves, chunk_size, len(leaves[0]), mesh)
-    chunk_size = chunk_size or compiled().size
+    compiled = partial(programs.compiled, fn, function, leaves, num_points=len(leaves[0]), mesh=mesh)
+    asked = stores.recorded(folder).get("chunk_size", chunk_size)
+    size = asked or compiled(asked).size
     notes = {name: made[name] for name in ("versions", "device", "commit", "gdjax_commit", "command")}
-    key = stores.claim(folder, known | {"chunk_size": chunk_size}, made_by=notes)
-    return _all_chunks(compiled, chunk_size, function.results, leaves, (folder, key))
+    with stores.locked(store):
+        recorded = stores.recorded(folder).get("chunk_size", size)  # another may have been faster
+        key = stores.claim(folder, known | {"chunk_size": recorded}, made_by=notes)
+    make = partial(compiled, asked if recorded == size else recorded)
+    return _all_chunks(make, recorded, function.results, leaves, (folder, key))
 
 
 def _all_chunks(
@@ -164,26 +134,63 @@ def _all_chunks(
     store: tuple[Path, str] | None = None,
 ) -> Any:
     """Return the results of all points, reading the chunks that the store has and writing those that it lacks."""
-    num_points, program = len(data[0]), None
+    num_points = len(data[0])
     leaves, tree = jax.tree.flatten(shapes)
     results = [np.empty((num_points, *leaf.shape), leaf.dtype) for leaf in leaves]
-    files = stores.listed(store[0]) if store else {}
+    programs_made: list[programs.Program] = []
+
+    def computed(index: int) -> list[np.ndarray]:
+        if not programs_made:
+            programs_made.append(compiled())
+        rows = np.minimum(np.arange(index * size, (index + 1) * size), num_points - 1)
+        count = min(size, num_points - index * size)
+        return [_fetched(x)[:count] for x in programs_made[0]([leaf[rows] for leaf in data])]
+
+    num_chunks = math.ceil(num_points / size)
     with report.progress_bar(total=num_points, unit=" points") as bar:
-        for index, start in enumerate(range(0, num_points, size)):
-            stop = min(start + size, num_points)
-            chunk = stores.read(store[1], index, files) if store else None
-            if chunk is None:
-                program = program or compiled()
-                rows = np.minimum(np.arange(start, start + size), num_points - 1)
-                chunk = [_fetched(x)[: stop - start] for x in program([leaf[rows] for leaf in data])]
-                if store:
-                    stores.write(*store, index, chunk)
-            elif not bar.disable:
-                bar.initial += stop - start  # what was read does not count for the rate
+        for index, chunk, was_there in _shared(num_chunks, computed, *store) if store else _alone(num_chunks, computed):
+            rows = slice(index * size, min((index + 1) * size, num_points))
+            if was_there and not bar.disable:
+                bar.initial += rows.stop - rows.start  # what was read does not count for the rate
             for result, part in zip(results, chunk, strict=True):
-                result[start:stop] = part.view(result.dtype)  # NumPy's files do not know bfloat16 and its like
-            bar.update(stop - start)
+                result[rows] = part.view(result.dtype)  # NumPy's files do not know bfloat16 and its like
+            bar.update(rows.stop - rows.start)
     return tree.unflatten(results)
+
+
+Chunks = Iterator[tuple[int, list[np.ndarray], bool]]
+"""(number, arrays, whether it was read from a store) of every chunk once, in any order."""
+
+
+def _alone(num_chunks: int, computed: Callable[[int], list[np.ndarray]]) -> Chunks:
+    for index in range(num_chunks):
+        yield index, computed(index), False
+
+
+def _shared(num_chunks: int, computed: Callable[[int], list[np.ndarray]], folder: Path, key: str) -> Chunks:
+    """Read the chunks that are there, compute those that nobody is at, and wait for the others.
+
+    The processes of a `jax.distributed` group begin at different chunks, and so do not ask for the same ones.
+    """
+    first = jax.process_index() * num_chunks // jax.process_count()
+    missing, pause = [*range(first, num_chunks), *range(first)], SHORTEST_PAUSE
+    while missing:
+        files, left = stores.listed(folder), []
+        for index in missing:
+            chunk, was_there = stores.read(key, index, files), True
+            if chunk is None:
+                with stores.claimed(folder, index) as mine:
+                    if mine and (chunk := stores.read(key, index, stores.listed(folder, index))) is None:
+                        chunk, was_there = computed(index), False
+                        stores.write(folder, key, index, chunk)
+            if chunk is None:
+                left.append(index)
+            else:
+                yield index, chunk, was_there
+        pause = SHORTEST_PAUSE if len(left) < len(missing) else min(2 * pause, LONGEST_PAUSE)
+        if missing := left:
+            time.sleep(pause)
+    stores.tidied(folder)
 
 
 def _fetched(x: jax.Array) -> np.ndarray:
@@ -194,7 +201,7 @@ def _fetched(x: jax.Array) -> np.ndarray:
 def _identity(data: Points, points: Points, mesh: Mesh, made: dict[str, Any]) -> dict[str, str | int | bool]:
     """Return what identifies a sweep before anything is traced."""
     device = mesh.devices.flat[0]
-    values = {f"points{_named(path)}": x for path, x in jax.tree_util.tree_leaves_with_path(data)}
+    values = {f"points{named(path)}": x for path, x in jax.tree_util.tree_leaves_with_path(data)}
     return {
         **{name: made["versions"][name] for name in ("gdjax", "jax", "jaxlib")},
         "device": f"{device.platform} {device.device_kind}",
@@ -210,22 +217,9 @@ def _identity(data: Points, points: Points, mesh: Mesh, made: dict[str, Any]) ->
 
 def _identity_of(fn, function: programs.Function, leaves: list[np.ndarray]) -> dict[str, str]:
     """Return what identifies the function: its program, the arrays that it closes over, and its results."""
-    results = [f"{_named(path)} {_shown(x)}" for path, x in jax.tree_util.tree_leaves_with_path(function.results)]
+    results = [f"{named(path)} {_shown(x)}" for path, x in jax.tree_util.tree_leaves_with_path(function.results)]
     program, arrays = programs.fingerprint(fn, function, leaves)
     return {"results of fn": ", ".join(results), "program of fn": program, "arrays in fn": arrays}
-
-
-def _num_points(points: Points, name: str) -> int:
-    sizes = {f"{name}{_named(path)}": np.shape(x)[:1] for path, x in jax.tree_util.tree_leaves_with_path(points)}
-    shown = ", ".join(f"{path}: {size[0] if size else 'scalar'}" for path, size in sizes.items())
-    if not sizes or () in sizes.values() or len(set(sizes.values())) > 1:
-        raise ValueError(
-            f"every leaf of {name} must be an array with the same leading axis, but found {shown or 'no array'}"
-        )
-    [(num_points,)] = set(sizes.values())
-    if num_points == 0:
-        raise ValueError(f"{name} has 0 entries on its leading axis ({shown}): nothing to run")
-    return num_points
 
 
 def _checked_size(chunk_size: int | None, num_points: int, num_devices: int) -> int | None:
@@ -244,14 +238,10 @@ def _checked_mesh(mesh: Mesh | None) -> Mesh:
     devices = jax.local_devices() if mesh is None else list(mesh.devices.flat)
     if elsewhere := [device for device in devices if device.process_index != jax.process_index()]:
         raise ValueError(
-            f"mesh has {len(elsewhere)} devices of other processes: let each process run its own part of the points on "
-            "its jax.local_devices(), with a store of its own"
+            f"mesh has {len(elsewhere)} devices of other processes: give each process its own jax.local_devices(), and "
+            "all of them one store, by which they share the points"
         )
     return Mesh(np.asarray(devices), ("points",))
-
-
-def _named(path: Any) -> str:
-    return jax.tree_util.keystr(path)
 
 
 def _shown(array: Any) -> str:

@@ -34,6 +34,7 @@ from gdjax.theory._laws import (
     temperature,
     updates_to_target,
 )
+from gdjax.theory._twin import twin
 
 __all__ = [
     "Adam",
@@ -65,5 +66,6 @@ __all__ = [
     "sqrt_rule",
     "stream_order",
     "temperature",
+    "twin",
     "updates_to_target",
 ]

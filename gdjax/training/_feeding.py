@@ -1,12 +1,16 @@
 """How a run is cut into programs, and what they are fed: from the device or from host memory, on one or many devices.
 
->>> plan = Plan(batch_size=2, num_updates=11, every=4, chunk_updates=9, first_example=0, mesh=None)
+>>> phases = batching.Phases.of(2)
+>>> plan = Plan(phases=phases, num_updates=11, every=4, chunk_updates=9, first_example=0, mesh=None)
 >>> for cut in plan.cuts(done=0):
 ...     print(cut)
-Cut(first=0, blocks=2, length=4, recorded=True, judged=True)
-Cut(first=8, blocks=1, length=3, recorded=True, judged=False)
+Cut(first=0, blocks=2, length=4, batch_size=2, recorded=True, judged=True)
+Cut(first=8, blocks=1, length=3, batch_size=2, recorded=True, judged=False)
 >>> list(plan._replace(chunk_updates=3).cuts(done=6))[0]  # less than a block at a time
-Cut(first=6, blocks=1, length=2, recorded=True, judged=True)
+Cut(first=6, blocks=1, length=2, batch_size=2, recorded=True, judged=True)
+>>> ramp = plan._replace(phases=batching.Phases.of([(5, 2), (6, 8)]))
+>>> [(cut.first, cut.end, cut.batch_size) for cut in ramp.cuts(done=0)]
+[(0, 4, 2), (4, 5, 2), (5, 8, 8), (8, 11, 8)]
 """
 
 import operator
@@ -38,6 +42,7 @@ class Cut(NamedTuple):
         first: updates before it.
         blocks: their number.
         length: updates of a block, from one record to the next, or a part of that.
+        batch_size: B of all of them.
         recorded: whether there is a record at the end of a block.
         judged: whether rules are asked there. They are not at a record that only the end of the run makes, so that a
             run of more updates is the same up to there.
@@ -46,6 +51,7 @@ class Cut(NamedTuple):
     first: int
     blocks: int
     length: int
+    batch_size: int
     recorded: bool
     judged: bool
 
@@ -58,7 +64,7 @@ class Cut(NamedTuple):
 class Plan(NamedTuple):
     """How the updates are cut and where they run."""
 
-    batch_size: int
+    phases: batching.Phases
     num_updates: int
     every: int
     chunk_updates: int
@@ -69,17 +75,22 @@ class Plan(NamedTuple):
         """Return the sharding of an array over the mesh, replicated where no axes are given."""
         return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec(*axes))
 
+    def position(self, done: int) -> int:
+        """Return where in the stream a run is after `done` updates."""
+        return self.first_example + self.phases.examples(done)
+
     def cuts(self, done: int) -> Iterator[Cut]:
-        """Yield what is left after `done` updates: as many blocks as a chunk holds, or a chunk of a block."""
+        """Yield what is left after `done` updates: as many blocks as a chunk and a phase hold, or a part of a block."""
         while done < self.num_updates:
-            to_record = self.every - done % self.every
-            whole = min(self.chunk_updates, self.num_updates - done) // self.every
+            size, _, end = self.phases.at(done)
+            most = min(self.chunk_updates, (end or self.num_updates) - done, self.num_updates - done)
+            to_record, whole = self.every - done % self.every, most // self.every
             if to_record == self.every and whole:
-                cut = Cut(done, whole, self.every, recorded=True, judged=True)
+                cut = Cut(done, whole, self.every, size, recorded=True, judged=True)
             else:
                 left = min(to_record, self.num_updates - done)
-                length = min(left, self.chunk_updates)
-                cut = Cut(done, 1, length, recorded=length == left, judged=length == to_record)
+                length = min(left, most)
+                cut = Cut(done, 1, length, size, recorded=length == left, judged=length == to_record)
             yield cut
             done = cut.end
 
@@ -88,33 +99,36 @@ class Plan(NamedTuple):
         return -(-done // self.every) if done == self.num_updates else done // self.every
 
 
-def planned(state: State, data: Batch, mesh: Mesh | None, **numbers: int) -> Plan:
+def planned(
+    state: State, data: Batch, mesh: Mesh | None, phases: batching.Phases, num_updates: int, **numbers: int
+) -> Plan:
     """Check the numbers and put them together.
 
     Raises:
         ValueError: as `training.run` says.
     """
-    for name, number in numbers.items():
+    for name, number in {"num_updates": num_updates, **numbers}.items():
         if operator.index(number) < 1:
             raise ValueError(f"{name}={number} must be at least 1")
-    batch_size, num_updates = (numbers[name] for name in ("batch_size", "num_updates"))
     problem.num_examples(data)
-    first_example = int(state.num_examples)
-    if first_example + batch_size * num_updates >= MAX_POSITION:
+    plan = Plan(phases, num_updates, first_example=int(state.num_examples), mesh=mesh, **numbers)
+    last = phases.parts[-1][1]
+    if (beyond := plan.position(num_updates) - MAX_POSITION) >= 0:
         raise ValueError(
-            f"num_updates={num_updates} of batch_size={batch_size} after {first_example} examples go past position "
-            f"2^63 of the stream: at most {(MAX_POSITION - 1 - first_example) // batch_size} updates"
+            f"num_updates={num_updates} of batch_size={last} after {plan.first_example} examples go past position "
+            f"2^63 of the stream: at most {num_updates - 1 - beyond // last} updates"
         )
     if mesh is not None and set(mesh.axis_types) != {AxisType.Auto}:
         raise ValueError(
             f"mesh must have Auto axes, but has {mesh.axis_types}: make_mesh(..., axis_types=(AxisType.Auto,))"
         )
-    if mesh is not None and batch_size % mesh.size:
-        raise ValueError(
-            f"batch_size={batch_size} cannot be shared equally by the {mesh.size} devices of the mesh: the next that "
-            f"can is {-(-batch_size // mesh.size) * mesh.size}"
-        )
-    return Plan(first_example=first_example, mesh=mesh, **numbers)
+    for size in phases.sizes:
+        if mesh is not None and size % mesh.size:
+            raise ValueError(
+                f"batch_size={size} cannot be shared equally by the {mesh.size} devices of the mesh: the next that "
+                f"can is {-(-size // mesh.size) * mesh.size}"
+            )
+    return plan
 
 
 def from_device(data, key, plan: Plan, stream: Stream, done: int, examples: Any) -> Iterator[Any]:
@@ -142,8 +156,8 @@ def from_host(data, key, plan: Plan, stream: Stream, done: int, examples: Any) -
     def gathered(index: int):
         cut = cuts[index]
         window, first = window_of(cut)
-        end = first + (cut.end - cut.first) * plan.batch_size
-        indices = np.asarray(window)[first:end].reshape(-1, plan.batch_size)
+        end = first + (cut.end - cut.first) * cut.batch_size
+        indices = np.asarray(window)[first:end].reshape(-1, cut.batch_size)
         return jax.tree.map(partial(_batches, indices=indices, plan=plan), data)
 
     ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
@@ -156,17 +170,17 @@ def _windows(stream: Stream, key, num_examples: int, plan: Plan, done: int) -> C
 
     It holds several epochs of a small data set, or one chunk, whichever is more.
     """
-    longest = max(1, min(plan.chunk_updates, plan.num_updates)) * plan.batch_size
-    entries = max(longest, min(WINDOW_EPOCHS * num_examples, MAX_WINDOW, plan.num_updates * plan.batch_size))
+    total = plan.phases.examples(plan.num_updates)
+    longest = min(total, plan.chunk_updates * plan.phases.sizes[-1])
+    entries = max(longest, min(WINDOW_EPOCHS * num_examples, MAX_WINDOW, total))
     key = placed(key, plan.sharding())
     make = partial(jax.jit, partial(stream, num_examples=num_examples, length=entries))
     drawn = kept(stream, ("training", num_examples, entries), make)
-    last = plan.first_example + plan.num_updates * plan.batch_size + entries
+    last = plan.first_example + total + entries
     held: list[Any] = [-entries, None]  # its first position, and the window
 
     def window_of(cut: Cut):
-        first = plan.first_example + cut.first * plan.batch_size
-        end = plan.first_example + cut.end * plan.batch_size
+        first, end = plan.position(cut.first), plan.position(cut.end)
         if end > held[0] + entries:
             held[:] = first, drawn(key, start=np.int32(first) if last <= NARROW else batching.Count.of(first))
         return held[1], np.int32(first - held[0])

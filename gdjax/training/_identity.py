@@ -24,7 +24,7 @@ def of(program: Any, task: Any, plan: _feeding.Plan, stream, until: Mapping, ema
     }
     return shapes | {
         "key": f"{jax.random.key_impl(task.key)} {jax.random.key_data(task.key)}",
-        "batch_size": plan.batch_size,
+        "batch_size": plan.phases.identity,
         "every": plan.every,
         "until": ", ".join(until) or "empty",
         "ema": str(ema),

@@ -25,7 +25,7 @@ import dataclasses
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -99,9 +99,10 @@ def run(
     data: Batch | None = None,
     *,
     key: jax.Array,
-    batch_size: int,
+    batch_size: int | None = None,
     num_updates: int | None = None,
     num_epochs: int | None = None,
+    schedule: Sequence[tuple[int, int]] | None = None,
     record: Record | None = None,
     every: int | None = None,
     gradient: Callable[..., Gradient] | None = None,
@@ -139,10 +140,13 @@ def run(
         batch_size: B, examples per update.
         num_updates: T, updates of the whole run, those before a resume included; or
         num_epochs: passes over the N examples, T = N * num_epochs // B.
+        schedule: in place of the three above, phases [(num_updates, B), ...] of the whole run, in one stream without a
+            seam. What B compiles, it compiles once. A schedule of the rate given to optax counts updates, whatever
+            their B; `batching.Phases.counted` makes examples of them. A resumed run may make its last phase longer.
         record: (state after the update, info of the update) -> pytree of arrays; default what `problem.evaluate` says
             of the state, with the examples seen beside it, and for a method the loss of the batch.
-        every: updates between records; default N // B for a problem, an epoch, and 1 for a method. The last update is
-            always recorded.
+        every: updates between records; default N // B for a problem, an epoch (at the mean B of a schedule), and 1 for
+            a method. The last update is always recorded.
         gradient: for a problem, an estimator's factory from `gradients`, loss -> estimator; default `gradients.mean`.
         stream: from `batching`.
         unroll: as in `descent.run`.
@@ -171,29 +175,28 @@ def run(
         OSError: where a checkpoint cannot be written, as on a full disk. Those before it are intact.
     """
     _check(until, ema, checkpoint_seconds)
+    phases = _phases(schedule, batch_size, num_updates, num_epochs)
     if isinstance(problem_or_method, Problem):
-        task = _of_problem(problem_or_method, optimizer_or_state, data, key, batch_size, gradient, record)
+        task = _of_problem(problem_or_method, optimizer_or_state, data, key, phases, gradient, record)
     else:
         task = _of_method(problem_or_method, optimizer_or_state, data, key, gradient, record)
-    numbers = {
-        "batch_size": batch_size,
-        "num_updates": _count(num_updates, num_epochs, num_examples(task.data), batch_size),
-        "every": task.every if every is None else every,
-        "chunk_updates": chunk_updates,
-    }
-    plan = _feeding.planned(task.state, task.data, mesh, **numbers)
+    total = phases.num_updates if schedule is not None else None
+    total = total or _count(num_updates, num_epochs, num_examples(task.data), phases.sizes[0])
+    numbers = {"every": task.every if every is None else every, "chunk_updates": chunk_updates}
+    plan = _feeding.planned(task.state, task.data, mesh, phases, total, **numbers)
     on_host = any(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(task.data))
     _check_installed(saves=folder is not None, feeds=on_host)
 
     rules = tuple(until.values())
-    parts = _updates.Parts(
-        task.method, task.record_of, rules, ema is not None, mesh, batch_size, unroll=unroll, fed=on_host
-    )
-    same = ("training", task.of, rules, ema, mesh, batch_size, unroll, on_host)
+    parts = _updates.Parts(task.method, task.record_of, rules, ema is not None, mesh, unroll=unroll, fed=on_host)
+    same = ("training", task.of, rules, ema, mesh, unroll, on_host)
     updates = kept(task.method.step, same, lambda: _updates.updates(parts, ema))
     carry = _feeding.placed(updates.begin(task.state), plan.sharding())
-    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), _dtype(x)), task.data)
-    described = updates.describe.trace(carry, batch, task.examples)
+    described, *others = (
+        updates.describe.trace(carry, _batch_shapes(task.data, size), task.examples) for size in phases.sizes
+    )
+    if any(other.out_info != described.out_info for other in others):
+        raise ValueError(f"record must return the same shapes at every batch size of schedule={schedule!r}")
     with contextlib.ExitStack() as stack:
         checkpoints, received = None, []
         if folder is not None:
@@ -228,15 +231,32 @@ def _check(until: Mapping[str, Rule], ema: float | None, checkpoint_seconds: flo
         raise ValueError(f"checkpoint_seconds={checkpoint_seconds} must be at least 0")
 
 
-def _of_problem(problem, optimizer, data, key, batch_size, gradient, record) -> Task:
+def _phases(schedule, batch_size: int | None, num_updates: int | None, num_epochs: int | None) -> batching.Phases:
+    """Return the batch sizes of the run, from one of the two ways to say them."""
+    if (schedule is None) == (batch_size is None) or (schedule is not None and (num_updates or num_epochs)):
+        raise ValueError(
+            f"give batch_size={batch_size} with num_updates or num_epochs, or schedule={schedule!r}, one of the two"
+        )
+    if schedule is not None:
+        return batching.Phases.of(schedule)
+    if batch_size is None or batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    return batching.Phases.of(batch_size)
+
+
+def _batch_shapes(data: Batch, batch_size: int) -> Batch:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), _dtype(x)), data)
+
+
+def _of_problem(problem, optimizer, data, key, phases, gradient, record) -> Task:
     """Return the task of a problem, as `descent.train` begins it; the method is kept with the problem."""
     if data is not None:
         raise ValueError("data comes with a method: a problem has its own; run(problem, optimizer, key=...)")
     if isinstance(optimizer, State) or not hasattr(optimizer, "update"):
         raise ValueError(f"optimizer={optimizer!r} must be an optax transformation: run(problem, optimizer, key=...)")
-    if not 1 <= batch_size <= problem.num_examples:
+    if phases.sizes[-1] > problem.num_examples:
         raise ValueError(
-            f"batch_size={batch_size} must be between 1 and N={problem.num_examples}, the training examples"
+            f"batch_size={phases.sizes[-1]} must be between 1 and N={problem.num_examples}, the training examples"
         )
     if record is None and any(isinstance(leaf, np.memmap) for leaf in jax.tree.leaves(problem.train)):
         raise ValueError(
@@ -255,7 +275,8 @@ def _of_problem(problem, optimizer, data, key, batch_size, gradient, record) -> 
     method = kept(problem, ("training", optimizer, gradient), make)
     _check_key(key)
     init_key, stream_key = jax.random.split(key)
-    state, every = method.init(problem.init(init_key)), max(1, problem.num_examples // batch_size)
+    state = method.init(problem.init(init_key))
+    every = max(1, problem.num_examples * phases.num_updates // phases.examples(phases.num_updates))
     if record is not None:
         return Task(method, state, problem.train, stream_key, lambda _: record, (), every, record)
     return Task(method, state, problem.train, stream_key, evaluation, (problem.train, problem.test), every, problem)

@@ -69,7 +69,6 @@ class Parts(NamedTuple):
         rules: in their order.
         averages: whether there is an average.
         mesh: devices that share a batch, or None.
-        batch_size: B.
         unroll: as in `descent.run`.
         fed: inputs are (batches [K, B, ...], examples), and else (data, window of a stream, place in it, examples).
     """
@@ -79,7 +78,6 @@ class Parts(NamedTuple):
     rules: tuple[Rule, ...]
     averages: bool
     mesh: Mesh | None
-    batch_size: int
     unroll: int
     fed: bool
 
@@ -187,8 +185,8 @@ def _judged(parts: Parts, carry: Carry, info: Info) -> Carry:
 
 def _taken(parts: Parts, cut: Cut, data: Batch, window: jax.Array, first: jax.Array):
     """Return data on the device, the indices of the batches [K, B], and how a batch is taken."""
-    entries = lax.dynamic_slice_in_dim(window, first, cut.blocks * cut.length * parts.batch_size)
-    batches = batching.batches(entries, parts.batch_size)
+    entries = lax.dynamic_slice_in_dim(window, first, cut.blocks * cut.length * cut.batch_size)
+    batches = batching.batches(entries, cut.batch_size)
     return data, batches, lambda data, indices: _shared(parts, batching.take(data, indices))
 
 

@@ -56,6 +56,14 @@ class Target(_Goal):
     on: str
     relation: str
     value: float
+    ASTRAY = 3.0  # a seed that needs this many times the updates of the median counts as one that does not arrive
+
+    @staticmethod
+    def fair(costs: np.ndarray) -> Any:
+        """Return where all seeds, the last axis of `costs`, arrive, none at ASTRAY times the median."""
+        with np.errstate(invalid="ignore"):
+            median = np.median(costs, axis=-1, keepdims=True)
+            return (np.isfinite(costs) & (costs <= Target.ASTRAY * median)).all(-1)
 
     def __str__(self) -> str:
         return f"{self.on}_{self.metric}{self.relation}{self.value:g}"
@@ -71,9 +79,9 @@ class Target(_Goal):
             value = float(f"{(math.ceil if self.relation == '<=' else math.floor)(value / unit) * unit:.2g}")
         return dataclasses.replace(self, value=value)
 
-    def max_updates(self, batch_size: int, max_examples: int) -> int:
+    def max_updates(self, phases: batching.Phases, max_examples: int) -> int:
         """Return how many updates a run may make."""
-        return max(1, max_examples // batch_size)
+        return max(1, phases.updates(max_examples))
 
     def check_start(self, values: np.ndarray) -> None:
         """Raise ValueError where every run [S, R] meets the target before any update."""
@@ -121,10 +129,10 @@ class Budget(_Goal):
     def __str__(self) -> str:
         return f"train_loss after {self.num_examples} examples"
 
-    def max_updates(self, batch_size: int, max_examples: int) -> int:
+    def max_updates(self, phases: batching.Phases, max_examples: int) -> int:
         """Return how many updates a run makes, whatever `max_examples`."""
         del max_examples
-        return max(1, self.num_examples // batch_size)
+        return max(1, phases.updates(self.num_examples))
 
     def check_start(self, values: np.ndarray) -> None:
         """Nothing is reached before the end."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from gdjax import batching
 from gdjax.tuning._goals import Target
 from gdjax.tuning._runs import Trainer
 from gdjax.tuning._search import Search, Tuning
@@ -22,15 +23,18 @@ NUM_BISECTIONS = 2
 def over_horizons(run: Search, trainer: Trainer, goal: Target) -> Search:
     """Return a search like `run` whose costs are the least over horizons; it has no histories."""
 
-    def search(learning_rates: np.ndarray, *, batch_size: int, max_examples: int = 0, **limits: Any) -> Tuning:
-        most = goal.max_updates(batch_size, max_examples)
+    def search(learning_rates: np.ndarray, *, batch_size: Any, max_examples: int = 0, **limits: Any) -> Tuning:
+        phases = batching.Phases.of(batch_size)
+        most = goal.max_updates(phases, max_examples)
         known = limits.get("late", 2.0) * limits.get("least", math.inf)
         most = max(1, min(most, math.ceil(known) if known < math.inf else most))
-        horizon = min(most, max(1, trainer.num_evaluated // batch_size))  # shorter, evaluations would cost the most
+        horizon = min(
+            most, max(1, trainer.num_evaluated // phases.sizes[-1])
+        )  # shorter, evaluations would cost the most
         failed, found = 0, None
 
         def at(num_updates: int) -> Tuning:
-            one = run(learning_rates, batch_size=batch_size, max_examples=num_updates * batch_size, **limits)
+            one = run(learning_rates, batch_size=phases, max_examples=phases.examples(num_updates), **limits)
             return one if found is None else _least(found, one)
 
         def late() -> bool:

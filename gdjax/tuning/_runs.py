@@ -59,7 +59,8 @@ class Trainer(NamedTuple):
         start: `(learning_rates [R], *, num_seeds, key, horizon=None) -> Runs`, evaluated. Where the optimiser needs
             the number of updates that a run is to make, that is the horizon.
         advance: `(runs, num_updates, active [L], *, batch_size) -> Runs` after so many updates, evaluated; runs that
-            are not active are left where they are, or go on unevaluated. The runs given are used up.
+            are not active are left where they are, or go on unevaluated. The runs given are used up. The batch size is
+            a number, or the `batching.Phases` of all updates from the start.
         num_examples: N.
         num_evaluated: examples in an evaluation.
         fault: params -> which example's loss, gradient or metric is not finite there, in words, or None.
@@ -128,18 +129,20 @@ def trainer(
         values = evaluate_runs(states, unknown, used, examples)
         return Runs(states, rates, horizon, jax.random.split(stream_key, num_seeds), seeds, None, values, 0)
 
-    def advance(runs: Runs, num_updates: int, active: np.ndarray, *, batch_size: int) -> Runs:
-        most = max(1, min(length, WINDOW) // batch_size)  # updates that a window holds
+    def advance(runs: Runs, num_updates: int, active: np.ndarray, *, batch_size: int | batching.Phases) -> Runs:
+        phases = batching.Phases.of(batch_size)
         states, streams, done = runs.states, runs.streams, runs.num_updates
         end = done + num_updates
         while done < end:
-            first = done % most
+            size, begin, last = phases.at(done)
+            most = max(1, min(length, WINDOW) // size)  # updates that a window holds
+            first = (done - begin) % most
             if first == 0 or streams is None:
-                begun = batching.Count.of((done - first) * batch_size)
-                streams = jnp.stack([window(key, begun, entries=most * batch_size) for key in runs.stream_keys])
-            count = min(end - done, most - first)
+                begun = batching.Count.of(phases.examples(done - first))
+                streams = jnp.stack([window(key, begun, entries=most * size) for key in runs.stream_keys])
+            count = min(end - done, most - first, (last or end) - done)
             given = states, runs.learning_rates, runs.seeds, active, streams, first, count, problem.train
-            states = train(*given, horizon=runs.horizon, batch_size=batch_size)
+            states = train(*given, horizon=runs.horizon, batch_size=size)
             done += count
         values = evaluate_runs(states, runs.values, active, examples)
         return runs._replace(states=states, streams=streams, values=values, num_updates=done)
@@ -166,7 +169,7 @@ def _training(
     @partial(jax.jit, static_argnames=("batch_size", *fixed), donate_argnums=0)
     def train(states, learning_rates, seeds, active, streams, first, count, data, *, horizon, batch_size):
         in_flight = IN_FLIGHT.get(jax.default_backend(), ACCELERATOR_IN_FLIGHT)
-        at_once = _largest_divisor(len(learning_rates), in_flight // batch_size)
+        at_once = _largest_divisor(len(seeds), in_flight // batch_size)
 
         def run(state, learning_rate, seed, active):
             method = method_of(learning_rate, horizon, batch_size)

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from gdjax import batching
 from gdjax.tuning._goals import Budget, Goal
 from gdjax.tuning._runs import Runs, Trainer
 
 LATE = 2.0  # a rate that needs this many times the updates of the best one is not waited for
 MAX_MOVES = 8  # beyond the first grid of rates
-ASTRAY = 3.0  # a seed that needs this many times the updates of the median counts as one that does not arrive
 HURT = 1.25  # a higher rate must be worse by this before the search ends below it
 FLAT = 0.01  # rates that bring all runs within this of one value are too low to tell
 
@@ -37,7 +37,7 @@ class Tuning:
 
     Attributes:
         goal: the target to reach, or the budget to spend.
-        batch_size: B.
+        batch_size: B, or the `batching.Phases` of a schedule.
         learning_rates: [R].
         costs: [R, S], updates to the target or the loss after the budget, infinite where it was not reached or spent,
             or not waited for.
@@ -49,7 +49,7 @@ class Tuning:
     """
 
     goal: Goal
-    batch_size: int
+    batch_size: Any
     learning_rates: np.ndarray
     costs: np.ndarray
     diverged: np.ndarray
@@ -67,12 +67,9 @@ class Tuning:
 
     @property
     def losses(self) -> np.ndarray:
-        """The costs, the mean over seeds, [R]: infinite where a seed did not arrive, or at ASTRAY times the median."""
-        if isinstance(self.goal, Budget):
-            return self.costs.mean(1)
-        with np.errstate(invalid="ignore"):
-            astray = (self.costs > ASTRAY * np.median(self.costs, axis=1, keepdims=True)).any(1)
-        return np.where(astray, np.inf, self.costs.mean(1))
+        """The costs, the mean over seeds, [R]: infinite where a seed does not arrive, or much later than the others."""
+        means = self.costs.mean(1)
+        return means if isinstance(self.goal, Budget) else np.where(self.goal.fair(self.costs), means, np.inf)
 
     @property
     def found(self) -> bool:
@@ -126,7 +123,8 @@ Search = Callable[..., Tuning]
 def search(trainer: Trainer, goal: Goal, judged: Callable[[Any], Any]) -> Search:
     """Return `(learning_rates [R], *, batch_size, num_seeds, key, ...) -> Tuning`.
 
-    It trains every rate with every seed until the best rate and those beside it are known. Its further arguments are
+    It trains every rate with every seed until the best rate and those beside it are known. The batch size is a number
+    or the `batching.Phases` of a schedule. Its further arguments are
 
         max_examples: how many examples a run may see on the way to a target; a `Budget` says so itself.
         deadline: a time of `time.perf_counter`. Once it has passed, what is known so far is returned, and runs that had
@@ -134,6 +132,7 @@ def search(trainer: Trainer, goal: Goal, judged: Callable[[Any], Any]) -> Search
         least: updates that another rate, tried before, is known to take.
         late: no rate is waited for longer than this many times the updates of the best one, or `least`.
         every: updates between two looks at the runs, in place of the goal's own; then there is a `history`.
+        remember: whether there is one of the goal's own looks too.
         stop_diverged: whether a rate that diverges with one seed is left with the others.
         progress: called with the updates made and the best value.
 
@@ -150,7 +149,7 @@ def search(trainer: Trainer, goal: Goal, judged: Callable[[Any], Any]) -> Search
     def run(
         learning_rates: np.ndarray,
         *,
-        batch_size: int,
+        batch_size: int | batching.Phases,
         num_seeds: int,
         key: jax.Array,
         max_examples: int = 0,
@@ -158,12 +157,14 @@ def search(trainer: Trainer, goal: Goal, judged: Callable[[Any], Any]) -> Search
         least: float = math.inf,
         late: float = LATE,
         every: int | None = None,
+        remember: bool = False,
         stop_diverged: bool = True,
         progress: Callable[[int, float], None] = lambda updates, metric: None,
     ) -> Tuning:
         better = np.fmin if goal.relation == "<=" else np.fmax
         began, shape = time.perf_counter(), (num_seeds, len(learning_rates))
-        max_updates = goal.max_updates(batch_size, max_examples)
+        phases = batching.Phases.of(batch_size)
+        max_updates = goal.max_updates(phases, max_examples)
 
         # Every batch size and grid of rates has the same draws: the key is used again on purpose.
         def begin() -> Runs:
@@ -191,13 +192,13 @@ def search(trainer: Trainer, goal: Goal, judged: Callable[[Any], Any]) -> Search
             if not active.any():
                 break
             sizes = {"num_examples": trainer.num_examples, "num_evaluated": trainer.num_evaluated}
-            count = every or goal.next_look(done, batch_size=batch_size, **sizes)
+            count = every or goal.next_look(done, batch_size=phases.at(done)[0], **sizes)
             count = min(max(1, done) if done < fine else count, max_updates - done)
             runs = trainer.advance(runs, count, np.append(active.reshape(-1), unused), batch_size=batch_size)
             before, done = (done, values), runs.num_updates
             look = seen(runs)
             values = judged(look)
-            looks = [*looks, (done, look)] if every else looks
+            looks = [*looks, (done, look)] if every or remember else looks
             goal.note(costs, active, before, (done, values), ended=done == max_updates)
             if not (every or before[0]) and count > 1 and np.isfinite(costs).any() and done < max_updates:
                 # Between the start and the first look a line says little: look after 1, 2, 4, ... updates instead.
@@ -218,7 +219,7 @@ def search(trainer: Trainer, goal: Goal, judged: Callable[[Any], Any]) -> Search
             diverged.T,
             np.asarray([goal.best(column) for column in nearest.T]),
             time.perf_counter() - began,
-            _history(looks) if every else None,
+            _history(looks) if every or remember else None,
         )
 
     return run

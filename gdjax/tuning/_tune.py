@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from gdjax import batching
 from gdjax._trees import kept
 from gdjax.gradients import Gradient
 from gdjax.problem import Problem
@@ -27,7 +28,8 @@ def tune(
     problem: Problem,
     optimizer: str | Optimizer = "sgd",
     *,
-    batch_size: int,
+    batch_size: int | None = None,
+    schedule: Sequence[tuple[int, int]] | None = None,
     key: jax.Array,
     num_epochs: float | None = None,
     target: str | Goal | None = None,
@@ -43,7 +45,8 @@ def tune(
         optimizer: a name from `OPTIMIZERS`, what `named` makes of one, or a function learning_rate, or
             (learning_rate, num_updates), -> optax transformation; the rate is traced. With a schedule, the updates to a
             target are the fewest over the numbers of updates that the schedule may be made for.
-        batch_size: B, examples per update.
+        batch_size: B, examples per update; or
+        schedule: phases [(num_updates, B), ...] in one stream; the last goes on until the runs end.
         key: typed PRNG key of parameters and streams.
         num_epochs: passes over the data, for the least training loss at their end; or
         target: what to reach in the fewest updates, as 'loss<=0.05', a `Target`, or a `Budget`.
@@ -61,8 +64,12 @@ def tune(
     """
     if (num_epochs is None) == (target is None):
         raise ValueError(f"give num_epochs={num_epochs} or target={target!r}, one of the two")
-    if not 1 <= batch_size <= problem.num_examples:
-        raise ValueError(f"batch_size={batch_size} must be between 1 and N={problem.num_examples}")
+    if (batch_size is None) == (schedule is None):
+        raise ValueError(f"give batch_size={batch_size} or schedule={schedule!r}, one of the two")
+    for size in [batch_size] if batch_size is not None else batching.Phases.of(schedule or ()).sizes:
+        if not 1 <= size <= problem.num_examples:
+            raise ValueError(f"batch_size={size} must be between 1 and N={problem.num_examples}")
+    cut = batch_size if schedule is None else batching.Phases.of(schedule)
     if num_seeds < 1:
         raise ValueError(f"num_seeds={num_seeds} must be at least 1")
     make, usual = named(optimizer)
@@ -75,7 +82,7 @@ def tune(
         goal = _goals.parse_target(target, problem) if isinstance(target, str) else target or Budget(0)
     run = searching(problem, make, goal, num_runs=num_seeds * len(rates))
     limits: dict[str, Any] = {"max_examples": round(max_epochs * problem.num_examples), "deadline": deadline}
-    return _search.search_grid(run, rates, batch_size=batch_size, num_seeds=num_seeds, key=key, **limits)
+    return _search.search_grid(run, rates, batch_size=cut, num_seeds=num_seeds, key=key, **limits)
 
 
 def grid(usual: float) -> np.ndarray:

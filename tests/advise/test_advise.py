@@ -1,5 +1,6 @@
 """Advice: its parts on choices made up, then one real run and every mistake, by the command in this process."""
 
+import csv
 import json
 import math
 import os
@@ -197,12 +198,14 @@ def strict(text):
     return json.loads(text, parse_constant=refuse)
 
 
+@pytest.mark.slow
 def test_the_command_predicts_verifies_and_advises(command, monkeypatch, capsys, tmp_path):
     inner, kept = advise.batch_size, []
     monkeypatch.setattr(advise, "batch_size", lambda *args, **options: kept.append(inner(*args, **options)) or kept[0])
     command(
         *("--problem", "advised_module:problem", "--target", "loss<=0.02", "--batch-sizes", "4", "16", "full"),
         *("--optimizer", "advised_module:heavy_ball", "--budget", "100", "--out", "here", "--json", "-"),
+        *("--cost", "3600"),
     )
     printed = capsys.readouterr()
     result = strict(printed.out)
@@ -231,6 +234,12 @@ def test_the_command_predicts_verifies_and_advises(command, monkeypatch, capsys,
     again = search(rate, batch_size=16, num_seeds=3, key=fresh, max_examples=10**5)
     np.testing.assert_allclose(found[16].verified.costs, again.costs[0], rtol=1e-9)
 
+    with open(tmp_path / "here" / "table.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["batch_size"]) for row in rows if row["advised"] == "True"] == [found.batch_size]
+    for row, choice in zip(rows, found.choices, strict=True):
+        assert [float(row[name]) for name in ("updates_low", "updates", "updates_high")] == list(choice.updates)
+    assert f"At 3600 an hour a run costs {pick.expected_seconds:.3g}" in printed.err
     table = printed.err.splitlines()
     assert table[0].split()[:2] == ["B", "rate"]
     assert [line.split()[0] for line in table[1:4]] == ["4", "16", "48"]
@@ -250,6 +259,16 @@ def test_the_command_predicts_verifies_and_advises(command, monkeypatch, capsys,
     assert found.sentence() in " ".join(printed.err.split())
     assert [row["measured_updates"] for row in result["choices"]] == [c.measured_updates for c in found.choices]
     assert len(found.noise_scales) == 3
+
+
+def test_a_dry_run_says_what_would_be_done_and_trains_nothing(command, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(advise, "batch_size", None)
+    command("--problem", "advised_module:problem", "--target", "loss<=0.02", "--budget", "77", "--dry-run")
+    printed = capsys.readouterr().out
+    assert "N = 48, train_loss<=0.02, in 77 s at most" in printed
+    assert "B = 1, 2, 4, 8, 16, 32, 48" in printed
+    assert "Largest gradient in one piece: B = 48." in printed
+    assert os.listdir(tmp_path) == ["advised_module.py"]
 
 
 def test_with_a_budget_the_fastest_within_the_interval_of_the_least_loss_is_best():
@@ -272,6 +291,7 @@ def test_with_a_budget_the_fastest_within_the_interval_of_the_least_loss_is_best
         Spending(Budget(4096)).fit([4, 32], np.asarray([[1.0], [-1.0]]))
 
 
+@pytest.mark.slow
 def test_the_command_spends_a_budget(command, capsys):
     command(
         *("--problem", "advised_module:problem", "--examples", "200", "--batch-sizes", "4", "16", "full"),
@@ -315,6 +335,7 @@ SMALL = ("--problem", "advised_module:problem", "--batch-sizes", "8", "16", "--b
         ((*SMALL, "--target", "loss<=0.02", "--optimizer", "rms"), "optimizer='rms' is not one of sgd, momentum"),
         ((*SMALL, "--target", "loss<=0.02", "--optimizer", "advised_module:broken"), "raised RuntimeError('no')"),
         ((*SMALL, "--target", "loss<=0.02", "--optimizer", "advised_module:wrong"), "not an optax.Gradient"),
+        ((*SMALL, "--target", "loss<=0.02", "--cost", "-1"), "cost=-1.0 must be a price per hour"),
         (SMALL, "give exactly one of --target 'loss<=0.05', to reach, and --examples"),
         ((*SMALL, "--target", "loss<=0.02", "--examples", "200"), "give exactly one of --target"),
         ((*SMALL, "--examples", "7"), "examples=7 must be at least 8"),
@@ -386,6 +407,12 @@ def test_the_lower_rate_leads_where_two_are_within_the_noise():
         assert (_race._leader([best, lower]) is lower) == leads
     assert _race._leader([best, candidate([90, 90, np.inf], rate=0.2)]) is best
     assert _race._leader([best, candidate([101, 121, 141], rate=0.2, size=4)]) is best
+
+
+def test_where_seeds_differ_the_next_ones_will():
+    near_the_edge, calm = candidate([30, 30, 62], rate=0.4), candidate([42, 43, 44], rate=0.2)
+    assert near_the_edge.seconds < calm.seconds
+    assert _race._leader([near_the_edge, calm]) is calm
 
 
 def raced(updates, *, failing=(), sizes=(8, 16, 32, 64)):

@@ -77,6 +77,7 @@ def test_with_replacement_is_uniform_and_independent_of_position(key):
 @pytest.mark.parametrize("stream", STREAMS)
 @settings(max_examples=12)  # every shape compiles anew
 @given(num_examples=st.integers(1, 5), start=st.integers(0, 20), length=st.integers(1, 9), seed=st.integers(0, 99))
+@pytest.mark.slow
 def test_a_window_is_a_slice_of_the_endless_stream(stream, num_examples, start, length, seed):
     key = jax.random.key(seed)
     whole = np.asarray(stream(key, num_examples, num_epochs=-(-(start + length) // num_examples)))
@@ -96,6 +97,7 @@ def test_streams_of_different_keys_differ():
 
 
 @given(length=st.integers(1, 50), batch_size=st.integers(1, 50))
+@pytest.mark.slow
 def test_cut_keeps_order_and_accounts_for_every_entry(length, batch_size):
     stream = jnp.arange(length)
     if batch_size > length:
@@ -142,6 +144,7 @@ def test_a_stream_of_no_examples_is_refused(key):
         batching.reshuffled(key, 0, num_epochs=1)
 
 
+@pytest.mark.slow
 def test_an_order_that_is_looked_up_is_a_permutation_of_any_number():
     """Whatever numbers it is made of. One operation at a time and all in one shape: nothing is compiled for each N."""
     rng, places, which = np.random.default_rng(0), np.arange(300), jnp.asarray([[0], [1]])
@@ -213,6 +216,7 @@ def test_a_window_of_many_examples_is_a_slice_of_the_endless_stream(stream, key)
 
 
 @pytest.mark.parametrize("num_examples", [1, 7, LOOKED_UP, 10**7, 2**31 - 1, 2**31])
+@pytest.mark.slow
 def test_windows_lie_anywhere_below_2_to_the_63(num_examples, key):
     """Across 2^31, 2^32, 2^40 and 2^62, at a start that is known and one that is traced."""
     traced = {
@@ -297,3 +301,19 @@ def test_arrays_of_counts_and_what_is_no_count():
         Count.of(1.5)
     with pytest.raises(ValueError, match=r"divisor=0 must be between 1 and 2.31"):
         divmod(counts, 0)
+
+
+def test_phases_count_examples_as_a_loop_does():
+    phases = batching.Phases.of([(3, 2), (1, 7), (2, 4)])
+    sizes, seen = [2] * 3 + [7] + [4] * 5, 0  # the last goes on
+    assert (phases.num_updates, phases.sizes, phases.parts[0]) == (6, (2, 4, 7), (3, 2))
+    for t, size in enumerate(sizes):
+        assert phases.examples(t) == seen == float(phases.counted(t))
+        assert phases.at(t)[0] == size
+        assert [phases.updates(seen + more) for more in range(size + 1)] == [t] * size + [t + 1]
+        seen += size
+    cut = phases.batches(jnp.arange(21))
+    np.testing.assert_array_equal(np.concatenate([part.reshape(-1) for part in cut]), np.arange(21))
+    assert [part.shape for part in cut] == [(3, 2), (1, 7), (2, 4)]
+    with pytest.raises(ValueError, match=r"stream must have the 21 entries that the phases take, but has shape"):
+        phases.batches(jnp.arange(20))

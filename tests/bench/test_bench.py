@@ -162,6 +162,18 @@ def test_rows_follow_from_what_was_measured(monkeypatch):
     assert scan["compile_seconds"] > 0
 
 
+def test_runs_are_as_long_as_an_accelerator_needs(monkeypatch):
+    """A run of a hundredth of the seconds wanted gets a hundred times the updates, and one that is long enough none."""
+    clocked(monkeypatch, ["scan"])
+    monkeypatch.setattr(bench, "RUN_SECONDS", {"cpu": 4.0})
+    problem, least = bench.mlp(4, 2), bench.MAX_UPDATES
+    for seconds, updates in ((0.04, 100 * least), (5.0, least)):
+        monkeypatch.setattr(timing, "timed", lambda run, *args, seconds=seconds: (run(*args), seconds))
+        [row] = bench.measure(problem, {"scan": variants.scan}, 1, budget=0.0, ceilings=timing.Ceilings(1.0, 1.0))
+        assert updates <= row["num_updates"] <= updates + 4
+
+
+@pytest.mark.slow
 def test_lanes_are_compared_with_the_scans_one_after_another(monkeypatch):
     """Both run 2 batch sizes over the same examples, at least one batch of the largest, by a microbatch of 2."""
     seen = clocked(monkeypatch, ["scan", "lanes"])
@@ -240,6 +252,7 @@ def mine(problem, learning_rate):
 """
 
 
+@pytest.mark.slow
 def test_the_command_keeps_its_result_and_compares_it_with_an_earlier_one(monkeypatch, tmp_path, capsys):
     (tmp_path / "my_bench.py").write_text(MINE)
     monkeypatch.chdir(tmp_path)

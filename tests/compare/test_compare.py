@@ -348,6 +348,7 @@ def test_rows_that_are_known_are_not_run_again_and_every_row_is_kept(problem, ro
     np.testing.assert_array_equal(again[2].losses, rows[2].losses)
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_fit_is_taken_in_pieces_and_gives_the_same_row():
     data = datasets.gaussian_classification(jax.random.key(0), num_examples=256, dimension=3)
     problem = problems.classification(models.mlp((3, 64, 2)), data, num_classes=2)

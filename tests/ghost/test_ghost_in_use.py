@@ -41,6 +41,7 @@ def materialised_norms(params, batch):
     return jax.tree.map(lambda g: (g.reshape(len(g), -1) ** 2).sum(1), oracle(loss, params, batch)[1])
 
 
+@pytest.mark.slow
 def test_with_sq_norms_is_mean_with_norms_beside_it(params, batch):
     estimate, mean = gradients.with_sq_norms(loss)(params, batch), gradients.mean(loss)(params, batch)
     assert_close(tuple(estimate[:2]), tuple(mean[:2]))
@@ -48,6 +49,7 @@ def test_with_sq_norms_is_mean_with_norms_beside_it(params, batch):
     assert_close(estimate.aux.losses, oracle(loss, params, batch)[0])
 
 
+@pytest.mark.slow
 def test_with_sq_norms_scans_over_steps_and_vmaps_over_seeds(batch):
     def train(key, estimator):
         method = descent.method(estimator(loss), optax.sgd(0.05, momentum=0.9))
@@ -66,6 +68,7 @@ def test_with_sq_norms_scans_over_steps_and_vmaps_over_seeds(batch):
     assert history.num_examples.low.shape == (2, 10)
 
 
+@pytest.mark.slow
 def test_clipped_equals_optax_on_materialised_gradients(params, batch):
     _, grads = oracle(loss, params, batch)
     norms = jax.vmap(optax.tree.norm)(grads)
@@ -90,6 +93,7 @@ def test_infinite_max_norm_is_plain_sgd_and_zero_gradients_are_safe(params, batc
     np.testing.assert_array_equal(zero.grad, np.zeros(4))
 
 
+@pytest.mark.slow
 def test_noise_has_the_deviation_of_dp_sgd_and_comes_from_the_batch(params):
     """Deviation sigma C / L on every component, independent between leaves and components."""
     gradient = gradients.clipped(
@@ -154,6 +158,7 @@ def test_a_batch_sharded_over_devices_gives_the_same(measure, name):
 @pytest.mark.parametrize(
     "name", ["mlp", "transformer", "rnn", "convolution_2d_strided_channels_last", "normalisations"]
 )
+@pytest.mark.slow
 def test_in_float32_norms_are_exact_to_rounding(name):
     with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         params, batch, its_loss = PROGRAMS[name]()
@@ -181,6 +186,7 @@ def test_squares_of_a_bfloat16_model_are_added_in_float32():
         assert (norms.dtype, grad.dtype) == (jnp.float32, params.dtype)
 
 
+@pytest.mark.slow
 def test_a_bfloat16_model_with_float32_parameters_agrees_to_its_own_rounding():
     def its_loss(p, x):
         low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), (p, x))
@@ -245,6 +251,32 @@ def test_coverage_says_how_every_leaf_is_measured():
     assert len(lines) == 8  # no advice: the total is small
 
 
+def test_what_is_written_for_platforms_is_measured_by_the_rules_of_one():
+    """A branch that only another platform computes says the same: norms are those of the gradients of all examples."""
+
+    def its_loss(params, x):
+        def product(x, w):
+            return x @ w
+
+        first = lax.platform_dependent(x, params["first"], tpu=lambda x, w: w.T @ x, default=product)
+        looped, _ = lax.scan(
+            lambda h, _: (jnp.tanh(lax.platform_dependent(h, params["loop"], tpu=product, default=product)), None),
+            first,
+            None,
+            length=3,
+        )
+        return square(looped)
+
+    params = {"first": normal(0, 4, 5), "loop": normal(2, 5, 5)}
+    batch = normal(1, 6, 4)
+    found = ghost.sq_norms(its_loss)(params, batch).sq_norms
+    grads = jax.vmap(jax.grad(its_loss), (None, 0))(params, batch)
+    for name, g in grads.items():
+        precision.assert_close(found[name], jnp.square(g).sum((1, 2)), rtol=1e-10)
+    methods = {path: method for path, _, method, _ in ghost.coverage(its_loss, params, batch[0]).rows}
+    assert set(methods.values()) == {"dot_general"}
+
+
 def test_coverage_advises_where_the_measure_takes_more_than_ten_times_a_plain_gradient():
     def its_loss(w, x):
         return (w.at[x].get(mode="clip") ** 2).sum() + jnp.cumsum(w)[x[0]]
@@ -277,6 +309,7 @@ def test_results_are_not_differentiated_wrongly_but_refused(params, batch):
 
 
 @pytest.mark.parametrize("measure", [ghost.sq_norms, ghost.second_moments, ghost.gram])
+@pytest.mark.slow
 def test_parameters_may_be_wider_or_narrower_than_the_computation(measure):
     """Float64 parameters, float32 activations, a product kept in float32 from bfloat16 factors."""
 

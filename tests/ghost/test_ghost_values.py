@@ -23,6 +23,7 @@ def normal(seed, *shape):
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 @pytest.mark.parametrize("use", ["product", "table", "bias"])
+@pytest.mark.slow
 def test_sums_over_examples_are_taken_in_float32(use, dtype):
     """4096 gradients of 40 add up to 163840: infinite in float16, and 10240 where bfloat16 stops counting."""
     batch = jnp.full((4096, 2), 4, dtype)
@@ -54,6 +55,7 @@ def cancelling(kind):
 
 
 @pytest.mark.parametrize("kind", ["dense", "table"])
+@pytest.mark.slow
 def test_a_norm_that_is_small_by_cancellation_is_right_to_a_thousandth(monkeypatch, kind):
     monkeypatch.setattr(ghost_cost, "cheapest", lambda sizes, device: ghost_cost.Way("gram"))
     loss, w, batch, gradients = cancelling(kind)
@@ -111,6 +113,7 @@ def test_norms_beyond_the_largest_square():
 
 
 @pytest.mark.parametrize("bad", [jnp.inf, jnp.nan])
+@pytest.mark.slow
 def test_an_example_that_is_not_finite_spoils_no_other_and_can_be_dropped(bad, nans):
     """Dense over positions, a table, a bias and a penalty, so that every way of measuring sees it."""
 
@@ -135,6 +138,7 @@ def test_an_example_that_is_not_finite_spoils_no_other_and_can_be_dropped(bad, n
 
 
 @pytest.mark.parametrize("shape", [(4, 0), (0, 3), (0, 0)])
+@pytest.mark.slow
 def test_layers_without_features_have_no_gradient(shape):
     def loss(p, x):
         return ((x[:, : shape[0]] @ p["none"]).sum() + (x @ p["w"]) ** 2).sum()

@@ -54,6 +54,7 @@ def test_the_pair_averaged_over_every_batch_is_exact(replace, sizes):
 
 
 @pytest.mark.parametrize("num_examples", [24, 23])  # 23: the last group is filled up
+@pytest.mark.slow
 def test_all_examples_give_the_exact_scale_without_doubt(key, num_examples):
     data = population(num_examples)
     scale = noise.measure(linear_loss, PARAMS, data, key, num_examples=num_examples, microbatch_size=4)
@@ -87,6 +88,7 @@ def delete_a_group(grads, sizes, num_examples):
 
 
 @pytest.mark.parametrize("replace", [True, False])
+@pytest.mark.slow
 def test_the_interval_is_the_jackknife_of_explicit_gradients(key, replace):
     data = population(200, seed=1)
     scale = noise.measure(linear_loss, PARAMS, data, key, num_examples=62, replace=replace, microbatch_size=8)
@@ -109,6 +111,7 @@ def test_the_jackknife_of_a_mean_is_its_standard_error():
     precision.assert_close(deviations.T @ deviations, np.cov(values.T) / 12, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_the_ratio_has_no_upper_end_where_the_denominator_may_be_zero():
     cov = jnp.asarray([[1.0, 0.2], [0.2, 0.5]])
     ratio, low, high = jax.vmap(lambda d: intervals.fieller(10.0, d, cov, quantile=2.0))(jnp.asarray([8.0, 2.1, 1.9]))
@@ -170,6 +173,7 @@ def test_nine_intervals_in_ten_hold_the_scale_of_the_data(key, replace):
 
 
 @pytest.mark.usefixtures("replays")
+@pytest.mark.slow
 def test_gaussian_least_squares_has_its_exact_scales_inside_the_intervals(key):
     data = gaussian(key, 100_000)  # so many that their own scale is that of the distribution, to 1 %
     b_simple, b_noise = exact_scales()
@@ -190,6 +194,7 @@ def test_gaussian_least_squares_has_its_exact_scales_inside_the_intervals(key):
         assert abs(found.mean() - exact) <= 4 * found.std() / NUM_DRAWS**0.5
 
 
+@pytest.mark.slow
 def test_a_preconditioner_measures_the_reparametrised_problem(key):
     data = population(30)
     weights = {"bias": jnp.asarray(4.0), "weight": jnp.asarray([0.25, 1.0, 9.0])}
@@ -200,6 +205,7 @@ def test_a_preconditioner_measures_the_reparametrised_problem(key):
         noise.measure(linear_loss, PARAMS, data, key, num_examples=30, geometry={"bias": jnp.asarray(1.0)})
 
 
+@pytest.mark.slow
 def test_single_precision_leaves_of_two_kinds(key):
     params = {"bias": jnp.float32(0.3), "weight": PARAMS["weight"]}
 
@@ -225,6 +231,7 @@ def constant_loss(params, example):
         (lambda mean, x: mean * x, jnp.arange(40.0) - 12, "too noisy"),
     ],
 )
+@pytest.mark.slow
 def test_what_cannot_be_known_gets_a_verdict_and_never_a_nan(key, loss, data, verdict):
     scale = noise.measure(loss, jnp.asarray(0.0), data, key, num_examples=len(data), replace=True)
     assert scale.verdict == verdict

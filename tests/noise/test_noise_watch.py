@@ -95,6 +95,7 @@ def test_probe_averaged_over_every_batch_is_exact():
     precision.assert_close(mean_pair(states), moments(explicit_gradients(data)), rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_probe_measures_every_so_many_updates_and_decays_by_all_of_them():
     data = population(6)
     probe = noise.probe(linear_loss, every=3, sample_size=4, half_life=100.0)
@@ -138,6 +139,7 @@ def test_the_gradients_of_two_devices_are_the_parts(check_vma):
     precision.assert_close(mean_pair(states), moments(explicit_gradients(data)), rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_gradients_that_are_averaged_over_devices_are_refused():
     watch = noise.watch(half_life=1.0, axis_name="data", batch_size=4)
     mesh = jax.make_mesh((2,), ("data",), **AXES)

@@ -142,6 +142,7 @@ def test_a_convolution_equals_that_of_lax(key, shape, stride):
     precision.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_transformer_equals_its_formula(key):
     """Head by head and position by position, rotations as complex numbers."""
     model = models.transformer(num_tokens=7, width=8, num_layers=1, num_heads=2)
@@ -191,6 +192,7 @@ def cross_entropy(model):
 
 
 @pytest.mark.parametrize(("model", "num_classes"), [(CNN, 5), (READER, 11)], ids=["cnn", "transformer"])
+@pytest.mark.slow
 def test_a_new_model_is_undecided_every_weight_learns_and_ghost_needs_no_gradient_of_an_example(
     model, num_classes, key
 ):
@@ -239,6 +241,7 @@ NAMES = [pytest.param(name, marks=real(DATA_OF[name]) if name in DATA_OF else ()
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
 def test_the_loss_of_every_built_in_problem_falls(name, key):
     problem = problems.named(name)
     if problem.num_examples > 5000:
@@ -387,6 +390,7 @@ def test_regression_takes_models_of_a_scalar_and_of_one_number_and_no_others():
         problems.regression(models.Model(lambda key: w, lambda w, x: w * x), data)
 
 
+@pytest.mark.slow
 def test_logistic_has_the_optimum_of_scikit_learn(key):
     data = datasets.gaussian_classification(key, num_examples=200, dimension=3)
     problem = problems.logistic(data)

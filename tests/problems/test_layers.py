@@ -66,6 +66,7 @@ def test_a_layer_and_its_first_and_second_derivatives_are_those_of_its_formula(n
 
 @pytest.mark.parametrize(("dtype", "bound"), PRECISIONS)
 @pytest.mark.parametrize("name", ["cnn", "transformer"])
+@pytest.mark.slow
 def test_a_model_and_its_gradient_are_those_of_the_plain_layers(name, dtype, bound, key, monkeypatch):
     if name == "cnn":
         model, x = models.cnn((9, 8, 3), channels=(4, 8), num_groups=2), jax.random.normal(key, (3, 9, 8, 3), dtype)

@@ -81,9 +81,17 @@ def test_what_a_dead_process_was_writing_is_removed_and_nothing_else(tmp_path):
     with store.locked(tmp_path) as folder:
         store.write(folder, store.claim(folder, IDENTITY), 0, ARRAYS)
         before = sorted(folder.iterdir())
-        for name in (".chunk-00001-abc.npz.x7", ".store.json.y8"):
+        for name in (".chunk-00001-abc.npz.x7", ".chunk-00002-abc.npz.x7", ".store.json.y8", "chunk-00001.lock"):
             (folder / name).write_bytes(b"half")
     with store.locked(tmp_path) as folder:
+        assert not list(folder.glob(".store.json.*"))
+        assert len(list(folder.glob(".chunk-*"))) == 2  # somebody may be writing them
+        with store.claimed(folder, 1) as mine:
+            assert mine
+            assert [path.name for path in folder.glob(".chunk-*")] == [".chunk-00002-abc.npz.x7"]
+            with store.claimed(folder, 1) as twice, store.claimed(folder, 3) as other:
+                assert (twice, other) == (False, True)
+        store.tidied(folder)
         assert sorted(folder.iterdir()) == before
 
 
@@ -103,13 +111,13 @@ def test_the_second_process_is_refused_while_the_first_lives_and_takes_over_when
         assert holder.stdout
         assert holder.stdout.readline() == b"held\n"
         with pytest.raises(ValueError, match=rf"is in use by process {holder.pid} on \S+, begun 2"):
-            store.locked(tmp_path / "store").__enter__()
+            store.locked(tmp_path / "store", wait=0).__enter__()
         holder.kill()
     with (
         pytest.warns(UserWarning, match=rf"taken over from process {holder.pid} on .* ended without finishing"),
         store.locked(tmp_path / "store") as folder,
         pytest.raises(ValueError, match="is in use by process"),
-        store.locked(folder),
+        store.locked(folder, wait=0),
     ):
         pass
     with store.locked(tmp_path / "store"):  # and no warning after one that ended well

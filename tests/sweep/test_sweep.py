@@ -5,10 +5,12 @@ import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import weakref
 from functools import partial
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import chex
@@ -23,6 +25,8 @@ from jax.sharding import AxisType
 
 from gdjax import batching, descent, gradients, sweep
 from gdjax.sweep import _programs as programs
+from gdjax.sweep import _store as stores
+from gdjax.sweep import _sweep as sweep_module
 
 X = np.linspace(-1, 1, 15).reshape(5, 3)
 Y = np.asarray([1.0, -1.0, 0.5, 2.0, 0.0])
@@ -187,7 +191,7 @@ def test_a_point_that_diverges_leaves_the_others_bit_for_bit_as_they_are():
 
 def written(folder):
     """When each chunk was written: one that is computed again is a new file."""
-    return {int(path.name.split("-")[1]): path.stat().st_mtime_ns for path in folder.glob("chunk-*")}
+    return {int(path.name.split("-")[1]): path.stat().st_mtime_ns for path in folder.glob("chunk-*.npz")}
 
 
 def test_only_what_is_missing_or_damaged_is_computed_again(tmp_path):
@@ -374,11 +378,11 @@ def child(num_devices, place, death=1000, call=""):
 @pytest.mark.slow
 def test_killed_twice_and_resumed_on_eight_devices_as_one_that_was_not_and_as_on_two(tmp_path):
     """Killed once before a chunk is complete on disk, once before it has its name."""
-    assert child(8, tmp_path / "killed", 2, "fsync") == -signal.SIGKILL
-    assert len(list(tmp_path.glob("killed/chunk-*"))) == 0
+    assert child(8, tmp_path / "killed", 3, "fsync") == -signal.SIGKILL
+    assert len(list(tmp_path.glob("killed/chunk-*.npz"))) == 0
     assert len(list(tmp_path.glob("killed/.chunk-*"))) == 1
-    assert child(8, tmp_path / "killed", 2, "replace") == -signal.SIGKILL
-    assert len(list(tmp_path.glob("killed/chunk-*"))) == 1
+    assert child(8, tmp_path / "killed", 3, "replace") == -signal.SIGKILL
+    assert len(list(tmp_path.glob("killed/chunk-*.npz"))) == 1
     assert len(list(tmp_path.glob("killed/.chunk-*"))) == 1
     assert child(8, tmp_path / "killed") == child(8, tmp_path / "whole") == 0
     with np.load(tmp_path / "killed.npz") as killed, np.load(tmp_path / "whole.npz") as whole:
@@ -388,3 +392,133 @@ def test_killed_twice_and_resumed_on_eight_devices_as_one_that_was_not_and_as_on
             precision.assert_close(whole[name], here[name], rtol=1e-12, atol=1e-14)
     names = [sorted(path.name for path in tmp_path.glob(f"{sweep}/*")) for sweep in ("killed", "whole")]
     assert names[0] == names[1]  # of the chunks, their checksums
+
+
+def test_a_table_has_a_row_for_every_point_and_the_best_is_finite():
+    grid = sweep.grid(rate=[0.125, 0.5], start=np.ones((3, 2)), key=jax.random.split(jax.random.key(0), 2))
+    results = {"loss": np.arange(12.0).reshape(2, 3, 2), "path": np.arange(24).reshape(2, 3, 2, 2)}
+    rows = grid.table(results)
+    assert len(rows) == 12
+    assert rows[7] == {"rate": 0.5, "start": 0, "key": 1, "['loss']": 7.0, "['path']": [14, 15]}
+    assert grid.table(results["loss"])[7]["result"] == 7.0
+    losses = np.where(results["loss"] < 4, np.nan, results["loss"])
+    losses[1, 2, 1] = -np.inf
+    assert grid.best(losses) == (0, 2, 0)
+    assert grid.best(losses, largest=True) == (1, 2, 0)
+    assert np.argmin(losses) == 0  # the first that is no number
+    with pytest.raises(ValueError, match=r"values have the shape \(2, 3\), but the grid has \(2, 3, 2\)"):
+        grid.best(losses[:, :, 0])
+    with pytest.raises(ValueError, match="none of the 12 values is finite"):
+        grid.best(np.full((2, 3, 2), np.nan))
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_chunk_that_another_is_at_is_waited_for_and_computed_where_that_one_dies(finished, tmp_path, monkeypatch):
+    whole = sweep.map(train, POINTS, chunk_size=4, store=tmp_path)
+    [path] = tmp_path.glob("chunk-00002-*")
+    content = path.read_bytes()
+    path.unlink()
+    other, waited = stores.claimed(tmp_path, 2), []
+
+    def sleep(seconds):
+        waited.append(written(tmp_path))
+        if len(waited) == 3:
+            if finished:
+                path.write_bytes(content)
+            other.__exit__(None, None, None)
+
+    monkeypatch.setattr(sweep_module, "time", SimpleNamespace(sleep=sleep))
+    if finished:
+        monkeypatch.setattr(programs.Program, "__call__", never)
+    assert other.__enter__()
+    same(sweep.map(train, POINTS, store=tmp_path), whole)
+    assert len(waited) == 3
+    assert all(sorted(seen) == [0, 1, 3, 4, 5] for seen in waited)
+    assert path.read_bytes() == content
+    assert not list(tmp_path.glob("*.lock"))
+
+
+def test_a_chunk_that_another_finished_since_the_folder_was_listed_is_read(tmp_path, monkeypatch):
+    whole = sweep.map(train, POINTS, chunk_size=4, store=tmp_path)
+    [path] = tmp_path.glob("chunk-00002-*")
+    content, listed = path.read_bytes(), stores.listed
+    path.unlink()
+
+    def and_then_finished(folder, index=None):
+        found = listed(folder, index)
+        path.write_bytes(content)
+        return found
+
+    monkeypatch.setattr(stores, "listed", and_then_finished)
+    monkeypatch.setattr(programs.Program, "__call__", never)
+    same(sweep.map(train, POINTS, store=tmp_path), whole)
+
+
+GROUP = """
+import signal, sys, os
+import jax, numpy as np
+index, count, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[4]
+jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_enable_x64", sys.argv[5] == "True")
+if count > 1:
+    jax.distributed.initialize(sys.argv[3], count, index, heartbeat_timeout_seconds=10)
+from gdjax import sweep
+from gdjax.sweep import _store
+sys.path[:0] = ["tests", "tests/sweep"]
+import test_sweep, time
+write, wrote = _store.write, []
+def slowly(folder, key, index, chunk):
+    time.sleep(0.05)
+    wrote.append(index)
+    write(folder, key, index, chunk)
+_store.write = slowly
+result = sweep.map(test_sweep.train, test_sweep.POINTS, chunk_size=2, store=store)
+np.savez(f"{store}-{index}-of-{count}.npz", wrote=wrote, **result)
+print("done", flush=True)
+os._exit(0)
+"""
+
+
+def group(count, store):
+    """Start the processes of a group that share a store."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        coordinator = f"localhost:{probe.getsockname()[1]}"
+    root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
+    command = [sys.executable, "-W", "ignore", "-c", GROUP]
+    return [
+        subprocess.Popen([*command, *map(str, (i, count, coordinator, store, precision.X64))], cwd=root)
+        for i in range(count)
+    ]
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_chunks_and_both_return_all_results(tmp_path):
+    for process in group(2, tmp_path / "shared") + group(1, tmp_path / "alone"):
+        assert process.wait(timeout=120) == 0
+    parts = [np.load(tmp_path / f"{name}.npz") for name in ("shared-0-of-2", "shared-1-of-2", "alone-0-of-1")]
+    results = [{name: part[name] for name in ("w", "losses")} for part in parts]
+    same(results[0], results[2])
+    same(results[1], results[2])
+    wrote = [part["wrote"].tolist() for part in parts]
+    assert sorted(wrote[0] + wrote[1]) == wrote[2] == list(range(11))
+    assert min(map(len, wrote)) >= 2
+    assert [path.name for path in sorted((tmp_path / "shared").iterdir())] == [
+        path.name for path in sorted((tmp_path / "alone").iterdir())
+    ]
+
+
+@pytest.mark.slow
+def test_where_one_of_two_processes_is_killed_a_later_call_of_one_computes_what_is_missing(tmp_path):
+    first, second = group(2, tmp_path / "killed")
+    while not list(tmp_path.glob("killed/chunk-*.npz")):
+        assert first.poll() is None
+    second.kill()
+    first.kill()
+    assert first.wait() == second.wait() == -signal.SIGKILL
+    assert len(list(tmp_path.glob("killed/chunk-*.npz"))) < 11
+    for process in group(1, tmp_path / "killed") + group(1, tmp_path / "alone"):
+        assert process.wait(timeout=120) == 0
+    with np.load(tmp_path / "killed-0-of-1.npz") as killed, np.load(tmp_path / "alone-0-of-1.npz") as alone:
+        assert len(killed["wrote"]) < 11
+        same({name: killed[name] for name in ("w", "losses")}, {name: alone[name] for name in ("w", "losses")})

@@ -101,6 +101,7 @@ def test_one_coordinate_has_the_critical_batch_size_of_sgd():
     precision.assert_close(gains[0] / gains[1], 0.5, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_best_rate_lowers_the_loss_most_and_q_times_it_keeps_q_of_2_minus_q():
     direction = adaptive.sign(GRAD, UNIT, batch_size=16)
     best = adaptive.best_learning_rate(direction, GRAD, DENSE)
@@ -179,6 +180,7 @@ def test_adam_without_memory_is_sign_sgd():
     precision.assert_close(*ends, rtol=0, atol=4 * precision.EPS)
 
 
+@pytest.mark.slow
 def test_the_cosine_of_a_noisy_gradient():
     precision.assert_close(adaptive.alignment(jnp.asarray([0.5, 2.0]), D), [0.1526312, 0.5322507], rtol=1e-6)
     for signal in (1e-3, 0.7, 30.0):
@@ -205,6 +207,7 @@ def test_muon_on_one_column_moves_along_the_gradient():
 
 
 @pytest.mark.usefixtures("nans")
+@pytest.mark.slow
 def test_the_floor_of_sign_sgd_is_that_of_its_chain():
     walked = jax.jit(jax.vmap(lambda rate: adaptive.sign_floor(rate, 1.0, noise=1.0, batch_size=1)))
     floors = walked(jnp.asarray([0.1, 0.01, 1e-6]))

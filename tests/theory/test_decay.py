@@ -50,6 +50,7 @@ def frozen_adamw(second_moment):
 
 
 @pytest.mark.parametrize(("batch_size", "num_updates"), [(1, 8), (2, 4)])
+@pytest.mark.slow
 def test_mean_and_variance_are_those_of_all_runs_of_the_real_loop(batch_size, num_updates):
     common = {"optimum": OPTIMUM, "start": START, "learning_rate": RATE, "weight_decay": DECAY}
     common |= {"batch_size": batch_size, "num_updates": num_updates}
@@ -77,6 +78,7 @@ def test_the_reference_run():
     precision.assert_close(floor.variance, [0.01 * 2 / 4 / (1 - 0.945**2)], rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_best_decay_falls_with_the_batch_size():
     sizes = np.array([1.0, 4.0, 64.0])
     found = decay.best_weight_decay(0.5, 2.0, optimum=1.0, learning_rate=0.1, batch_size=jnp.asarray(sizes))

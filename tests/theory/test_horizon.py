@@ -17,6 +17,7 @@ def over_horizons(function, horizons=HORIZONS):
     return np.asarray(jax.jit(lambda ends: jax.lax.map(lambda end: function(num_examples=end), ends))(horizons))
 
 
+@pytest.mark.slow
 def test_the_loss_of_any_number_of_updates_is_that_of_the_recursion():
     quadratic = horizon.power_law(50, capacity=1.5, source=0.7)
     h = quadratic.eigenvalues
@@ -58,6 +59,7 @@ def test_hard_tasks_have_a_smaller_exponent():
 
 
 @pytest.mark.parametrize(("source", "expected"), [(1.0, [65.0, 125.3, 247.5, 493.5]), (0.5, [36.3, 56.7, 89.4, 141.6])])
+@pytest.mark.slow
 def test_the_critical_batch_size_at_a_tuned_constant_rate(source, expected):
     quadratic = horizon.power_law(20_000, capacity=2.0, source=source)
     found = over_horizons(partial(horizon.critical_batch_size, quadratic))
@@ -98,6 +100,7 @@ def test_the_critical_batch_size_at_a_decayed_rate(capacity, source, slopes, lim
     assert measured[-1] < measured[0]  # towards it, from above
 
 
+@pytest.mark.slow
 def test_the_critical_batch_size_of_a_hard_task_at_a_decayed_rate_does_not_grow():
     quadratic = horizon.power_law(1000, capacity=2.0, source=0.25)
     critical = partial(horizon.critical_batch_size, quadratic, shape=horizon.squared_decay, num_blocks=32)

@@ -97,6 +97,7 @@ EDGES = {
 
 
 @pytest.mark.parametrize("name", EDGES)
+@pytest.mark.slow
 def test_the_largest_stable_rates_are_those_of_the_map(name):
     h, expected = EDGES[name]
 

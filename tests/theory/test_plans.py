@@ -14,6 +14,7 @@ def task(source, num_modes):
     return schedules.noisy_quadratic(h, h, start=i ** -(2 * source + 1) / h)
 
 
+@pytest.mark.slow
 def test_a_plan_is_the_cheapest_of_all():
     quadratic = task(1.0, 30)
     costs = {"target": 0.02, "cost_per_update": 50.0, "cost_per_example": 1.0}
@@ -40,6 +41,7 @@ def test_a_plan_is_the_cheapest_of_all():
     assert (np.diff(ramp.batch_sizes) >= 0).all()
 
 
+@pytest.mark.slow
 def test_a_target_out_of_reach_and_costs_that_are_none():
     quadratic, costs = task(1.0, 30), {"cost_per_update": 1.0, "cost_per_example": 1.0}
     with pytest.raises(ValueError, match=r"target=1e-06 is not above .* the loss after 20 updates without noise"):

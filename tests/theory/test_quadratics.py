@@ -59,6 +59,7 @@ AVERAGED = partial(quadratics.averaged, H, NOISE, start=THETA**2, learning_rate=
 
 
 @pytest.mark.parametrize(("batch_size", "num_updates"), [(1, 8), (2, 4)])
+@pytest.mark.slow
 def test_the_recursions_are_the_mean_over_all_runs_of_the_real_loop(batch_size, num_updates):
     params, _ = every_run(optax.sgd(RATE), batch_size, num_updates)
     seen, opt_states = every_run(optax.sgd(RATE, momentum=BETA), batch_size, num_updates)
@@ -146,6 +147,7 @@ METHODS = {
 
 @pytest.mark.usefixtures("nans")
 @pytest.mark.parametrize("name", METHODS)
+@pytest.mark.slow
 def test_updates_to_target_are_found_one_by_one(name):
     h, limit = 1 / np.arange(1.0, 21), 3000
     rates = np.geomspace(1e-3, 2.5, 30)  # from too slow to unstable

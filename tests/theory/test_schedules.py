@@ -90,6 +90,7 @@ def test_the_real_loop_on_gaussian_features_to_four_standard_errors():
     assert abs(losses.mean() - expected) < 4 * losses.std() / np.sqrt(seeds)
 
 
+@pytest.mark.slow
 def test_constant_schedules_are_the_known_recursions():
     options = {"learning_rate": 0.3, "batch_size": 4}
     second, losses = run(QUADRATIC, jnp.full(30, 0.3), jnp.full(30, 4.0))
@@ -103,6 +104,7 @@ def test_constant_schedules_are_the_known_recursions():
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.slow
 def test_the_costs_of_noise_are_the_gradient_of_the_loss(name):
     model, rates = MODELS[name], jnp.linspace(0.9, 0.2, 12)
     inverse = jnp.linspace(0.3, 0.05, 12)
@@ -174,6 +176,7 @@ def test_updates_that_growth_saves():
         np.testing.assert_allclose(schedules.updates_saved(shape), expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_best_ramp_of_ten_modes():
     bias, costs = jax.jit(schedules.noise_costs)(SMALL, HALVES)
     root = jnp.sqrt(costs)
@@ -208,6 +211,7 @@ def ramp_to(loss, least, num_phases):
     return ramps.batch_ramp(SMALL, HALVES, target=loss, min_batch_size=least, num_phases=num_phases)
 
 
+@pytest.mark.slow
 def test_ramps_in_phases_are_the_best_of_all_places():
     loss, (bias, costs) = 0.03655245087663783, schedules.noise_costs(SMALL, HALVES)
     for num_phases, expected in ((1, 743.17), (2, 473.16), (3, 429.14), (4, 416.38)):
@@ -222,6 +226,7 @@ def test_ramps_in_phases_are_the_best_of_all_places():
     assert [n for n, _ in ramps.phases(ramp_to(loss, 1.0, 4).batch_sizes)] == [10, 6, 3, 1]
 
 
+@pytest.mark.slow
 def test_the_smallest_batch_size_is_kept_and_the_rest_is_best():
     loss, (bias, costs) = 0.03655245087663783, schedules.noise_costs(SMALL, HALVES)
     for options in ({"target": loss}, {"num_examples": 400.0}):
@@ -236,6 +241,7 @@ def test_the_smallest_batch_size_is_kept_and_the_rest_is_best():
     precision.assert_close(bias + costs @ (1 / ramp.batch_sizes), ramp.loss, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_best_ramp_where_the_noise_shrinks():
     rates = jnp.full(100, 0.5)
     fixed = run(LEAST_SQUARES, rates, jnp.full(100, 30.0))[1][-1]

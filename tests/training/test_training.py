@@ -230,6 +230,7 @@ def test_the_step_is_traced_once_and_a_chunk_compiled_once(run, caplog):
     assert len([text for text in compiled(caplog) if "_program" in text]) == 2
 
 
+@pytest.mark.slow
 def test_a_second_call_with_the_same_functions_and_shapes_compiles_nothing(run, problem, key, data, caplog, tmp_path):
     rules = {"diverged": descent.diverged()}
     on_host = jax.tree.map(np.asarray, data)

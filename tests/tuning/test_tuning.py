@@ -118,6 +118,7 @@ def test_a_target_that_is_met_at_the_start_is_refused(key):
 
 
 @pytest.mark.usefixtures("replays")
+@pytest.mark.slow
 def test_every_run_is_that_of_its_seed_and_rate(key):
     """Against `descent.run` on the streams that `search` documents; runs that are not used change nothing."""
     data = datasets.gaussian_classification(jax.random.key(0), num_examples=20, dimension=3)
@@ -447,3 +448,23 @@ def test_gradients_that_do_not_fit_are_taken_in_pieces():
     gradient = tuning.estimator(wide, found)
     whole = gradients.mean(wide.loss)(jnp.asarray(0.3), wide.train)
     precision.assert_close(gradient(600)(jnp.asarray(0.3), wide.train).grad, whole.grad, rtol=1e-9)
+
+
+def test_a_schedule_is_tuned_in_the_stream_of_one_run():
+    """Every run is the loop over phases on the windows of its own stream, whatever the looks in between."""
+    problem, schedule = problems.least_squares(), [(7, 8), (3, 32), (2, 16)]
+    options = {"key": jax.random.key(2), "num_seeds": 2, "learning_rates": [0.1, 0.3, 0.9]}
+    tuned = tuning.tune(problem, optax.sgd, schedule=schedule, num_epochs=184 / 1024, **options)
+    init_key, stream_key = jax.random.split(options["key"])
+    phases = batching.Phases.of(schedule)
+    for seed, keys in enumerate(zip(jax.random.split(init_key, 2), jax.random.split(stream_key, 2), strict=True)):
+        params = problem.init(keys[0])
+        batches = phases.batches(batching.reshuffled(keys[1], 1024, length=184))
+        method = descent.method(gradients.mean(problem.loss), optax.sgd(0.3))
+        state, _ = descent.run(method, method.init(params), problem.train, batches)
+        at = list(tuned.learning_rates).index(0.3)
+        np.testing.assert_allclose(tuned.costs[at, seed], problem.evaluate(state.params)["loss"], rtol=1e-6)
+    with pytest.raises(ValueError, match="give batch_size=8 or schedule="):
+        tuning.tune(problem, optax.sgd, batch_size=8, schedule=schedule, num_epochs=1, **options)
+    with pytest.raises(ValueError, match="batch_size=2000 must be between 1 and N=1024"):
+        tuning.tune(problem, optax.sgd, schedule=[(1, 2000)], num_epochs=1, **options)

@@ -1,0 +1,99 @@
+# %% [markdown]
+# # Sweeps: from a laptop to a cluster
+#
+# A sweep is a function of one grid point. `sweep.map` runs it at all of them, as lanes of one compiled program, in
+# chunks that fit into memory, on all devices of the machine; results have the grid's shape.
+
+# %%
+import jax
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+
+from gdjax import batching, descent, gradients, problems, sweep
+
+problem = problems.least_squares()
+
+
+def final_loss(batch_size, point):
+    """Return the training loss after four epochs at one rate and one seed."""
+    method = descent.method(gradients.mean(problem.loss), optax.sgd(point["rate"]))
+    stream = batching.reshuffled(point["key"], problem.num_examples, num_epochs=4)
+    batches = batching.batches(stream, batch_size)
+    state, _ = descent.run(
+        method, method.init(problem.init(point["key"])), problem.train, batches
+    )
+    return jax.vmap(problem.loss, (None, 0))(state.params, problem.train).mean()
+
+
+rates = np.geomspace(0.01, 2.0, 12)
+grid = sweep.grid(rate=rates, key=jax.random.split(jax.random.key(0), 5))
+sizes = (8, 64, 512)
+found = {
+    size: sweep.map(lambda point, size=size: final_loss(size, point), grid)
+    for size in sizes
+}
+print({size: losses.shape for size, losses in found.items()})
+
+# %% [markdown]
+# A batch size changes shapes, so that it is a loop of Python; rates and seeds are lanes. A run that diverges is NaN
+# or huge, and leaves the others as they are.
+
+# %%
+plt.figure(figsize=(5.5, 3.4), layout="constrained")
+for size, losses in found.items():
+    plt.plot(rates, np.median(losses, 1), "o-", label=f"B = {size}")
+plt.xscale("log")
+plt.yscale("log")
+plt.ylim(top=10 * max(float(losses[0].max()) for losses in found.values()))
+plt.xlabel("learning rate")
+plt.ylabel("loss after 4 epochs, median of 5 seeds")
+plt.legend(frameon=False)
+plt.show()
+
+# %% [markdown]
+# ## A store: crash, and go on
+#
+# With `store=` every finished chunk is a file. The same call after a crash, or Ctrl-C, computes what is missing; with
+# other code or another grid it is refused, by a fingerprint of the program.
+
+# %%
+
+
+def small_batches(point):
+    return final_loss(64, point)
+
+
+first = sweep.map(small_batches, grid, store="runs/rates", chunk_size=20)
+again = sweep.map(
+    small_batches, grid, store="runs/rates"
+)  # reads three chunks, computes nothing
+print("the same, bit for bit:", bool(np.array_equal(first, again, equal_nan=True)))
+other = sweep.grid(rate=rates * 2, key=jax.random.split(jax.random.key(0), 5))
+try:
+    sweep.map(small_batches, other, store="runs/rates")
+except ValueError as error:
+    print(error)
+
+# %% [markdown]
+# ## More cores, more machines
+#
+# - **Cores of a CPU.** One device uses one core for small batches. `jax.config.update("jax_num_cpu_devices", 8)`
+#   before anything else makes eight of them, and `sweep.map` spreads its points over all devices.
+# - **GPUs and TPUs of one machine** are used without a word.
+# - **Machines.** A grid is data: give each process its part, and a store of its own.
+#
+# ```python
+# # on each of them, under SLURM, Kubernetes or a TPU pod
+# jax.distributed.initialize()
+# mine = rates[jax.process_index() :: jax.process_count()]
+# found = sweep.map(fn, sweep.grid(rate=mine, key=keys), store=f"runs/rates-{jax.process_index()}")
+# ```
+#
+# - **A cluster's queue** (an array job) is the same with the task's number in the place of `process_index`. Jobs that
+#   are killed at the end of their time are submitted again as they are.
+#
+# ## What to try next
+#
+# - `tuning.tune`, which chooses its rates itself. [Long runs](7_long_runs.md).
+# - `python -m experiments.best_learning_rate`: a sweep with a prediction.

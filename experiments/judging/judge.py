@@ -1,0 +1,212 @@
+"""Which batch size and rate reach a target first: a search in plain JAX and optax that shares no code with the advice.
+
+Every batch size is tried at rates a factor of two apart, with three seeds, from the best rate of the one beside it on:
+downwards while the lowest is best, upwards until two rates in a row are worse or fail. A rate fails where a seed fails.
+The best pairs, and the advised one, are run again with ten fresh seeds. Only the loss, the metric and the examples that
+the target is judged on are those of the problem.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from jax import lax
+
+from gdjax import tuning
+from gdjax.problem import Problem
+
+FACTOR, NUM_SEEDS, NUM_FRESH, NUM_FINAL = 2.0, 3, 10, 5
+GROWTH = 1.08  # between two looks at a run
+MAX_EPOCHS = 200
+MOST_FAILED = 8  # rates of one batch size
+SLOW = 3.0  # times the best at a batch size, or of all, that a run is waited for
+
+
+class Found(NamedTuple):
+    """What the search found.
+
+    Attributes:
+        batch_size, learning_rate, seconds: of the best pair, by ten fresh seeds.
+        advised_seconds: of the advised pair by the same seeds, infinite where one does not arrive.
+        arrived: how many of those do.
+        searched: {batch size: (best rate, seconds by three seeds)}.
+        at_edge: batch sizes whose best rate is at the edge of those tried.
+        search_seconds: that the search took.
+        complete: whether it came to its end.
+    """
+
+    batch_size: int
+    learning_rate: float
+    seconds: float
+    advised_seconds: float
+    arrived: int
+    searched: dict[int, tuple[float, float]]
+    at_edge: list[int]
+    search_seconds: float
+    complete: bool
+
+
+class Runner:
+    """Runs of one problem, each from a seed, at any batch size and rate."""
+
+    def __init__(self, problem: Problem, optimizer: Callable[..., Any], target: tuning.Target):
+        self.problem, self.optimizer, self.target = problem, optimizer, target
+        metric = problem.loss if target.metric == "loss" else problem.metrics[target.metric]
+        examples = tuning.evaluation_examples(problem, target.on)
+        value = jax.jit(lambda params, data: jax.vmap(metric, (None, 0))(params, data).mean())
+        self.evaluate = lambda params: float(value(params, examples))
+        self.init = jax.jit(lambda key, rate: (params := problem.init(key), optimizer(rate).init(params)))
+        self.programs: dict[int, Callable[..., Any]] = {}
+        self.speeds: dict[int, float] = {}
+
+    def advance(self, batch_size: int) -> Callable[..., Any]:
+        """Return `(state, rate, order, first, count) -> state` after `count` updates, from batch `first` on."""
+        loss, optimizer = self.problem.loss, self.optimizer
+
+        def program(state, rate, data, order, first, count):
+            def step(i, state):
+                params, inner = state
+                indices = lax.dynamic_slice(order, ((first + i) * batch_size,), (batch_size,))
+                batch = jax.tree.map(lambda x: x[indices], data)
+                grads = jax.grad(lambda params: jax.vmap(loss, (None, 0))(params, batch).mean())(params)
+                updates, inner = optimizer(rate).update(grads, inner, params)
+                return optax.apply_updates(params, updates), inner
+
+            return lax.fori_loop(0, count, step, state)
+
+        if batch_size not in self.programs:
+            self.programs[batch_size] = jax.jit(program)
+        made = self.programs[batch_size]
+        return lambda state, rate, order, first, count: made(state, rate, self.problem.train, order, first, count)
+
+    def updates(self, batch_size: int, rate: float, seed: int, most: float) -> float:
+        """Return the updates to the target, infinite where it is not reached in `most`."""
+        advance, draw = self.advance(batch_size), np.random.default_rng(seed)
+        state = self.init(jax.random.key(seed), rate)
+        an_epoch = self.problem.num_examples // batch_size
+        before, done, order = self.evaluate(state[0]), 0, None
+        while done < most:
+            end = min(max(done + 1, math.ceil(GROWTH * done)), math.ceil(most))
+            start = done
+            while done < end:
+                if done % an_epoch == 0 or order is None:
+                    order = draw.permutation(self.problem.num_examples).astype(np.int32)
+                count = min(end - done, an_epoch - done % an_epoch)
+                state = advance(state, rate, order, done % an_epoch, count)
+                done += count
+            value = self.evaluate(state[0])
+            if not math.isfinite(value):
+                return math.inf
+            if self.target.reached(value):
+                part = (self.target.value - before) / (value - before)
+                return start + part * (end - start) if start else float(end)
+            before = value
+        return math.inf
+
+    def speed(self, batch_size: int) -> float:
+        """Return seconds per update, the least of a few and of all earlier ones."""
+        advance, order = self.advance(batch_size), np.arange(self.problem.num_examples, dtype=np.int32)
+        state, count = self.init(jax.random.key(0), 1e-6), min(self.problem.num_examples // batch_size, 256)
+        jax.block_until_ready(advance(state, 1e-6, order, 0, count))
+        for _ in range(5):
+            began = time.perf_counter()
+            jax.block_until_ready(advance(state, 1e-6, order, 0, count))
+            taken = (time.perf_counter() - began) / count
+            self.speeds[batch_size] = min(taken, self.speeds.get(batch_size, math.inf))
+        return self.speeds[batch_size]
+
+    def mean(self, batch_size: int, rate: float, seeds: Sequence[int], most: float) -> tuple[float, int]:
+        """Return the mean updates, infinite where a seed fails or takes three times the median, and how many arrive.
+
+        With no more than NUM_SEEDS the first that fails ends it.
+        """
+        costs: list[float] = []
+        for seed in seeds:
+            costs.append(self.updates(batch_size, rate, seed, most))
+            if len(seeds) <= NUM_SEEDS and costs[-1] == math.inf:
+                return math.inf, 0
+        fair = [cost for cost in costs if cost <= 3 * np.median(costs) and math.isfinite(cost)]
+        return (float(np.mean(costs)) if len(fair) == len(costs) else math.inf), len(fair)
+
+
+def judged(
+    problem: Problem,
+    optimizer: Callable[..., Any],
+    target: tuning.Target,
+    sizes: Sequence[int],
+    rate: float,
+    advised: tuple[int, float],
+    *,
+    limit: float = math.inf,
+) -> Found:
+    """Search all sizes, and run the best and the advised pair with ten fresh seeds.
+
+    Args:
+        problem, optimizer, target, sizes: what is searched.
+        rate: to begin with, at the middle size.
+        advised: (batch size, learning rate).
+        limit: seconds after which the search goes no further.
+    """
+    began, runner = time.perf_counter(), Runner(problem, optimizer, target)
+    middle = len(sizes) // 2
+    best_rates: dict[int, float] = {}
+    pairs: dict[tuple[int, float], float] = {}  # (batch size, rate) -> seconds
+    at_edge: list[int] = []
+    complete = True
+    for size in [*sizes[middle:], *reversed(sizes[:middle])]:
+        if best_rates:
+            rate = best_rates[min(best_rates, key=lambda other: abs(math.log(other / size)))]
+        speed = runner.speed(size)
+        fastest = min(pairs.values(), default=math.inf)
+        tried, complete = _tried(runner, size, rate, SLOW * fastest / speed, began + limit)
+        least = min(tried, key=lambda r: (tried[r], r))
+        if math.isfinite(tried[least]):
+            best_rates[size] = least
+            at_edge += [size] * (least in (min(tried), max(tried)))
+            pairs |= {(size, r): cost * speed for r, cost in tried.items() if math.isfinite(cost)}
+        if not complete:
+            break
+    search_seconds = time.perf_counter() - began
+    for _ in range(3):
+        for size in {*best_rates, advised[0]}:
+            runner.speed(size)
+    fresh = range(1000, 1000 + NUM_FRESH)
+    finals: dict[tuple[int, float], float] = {}
+    for size, r in sorted(pairs, key=pairs.__getitem__)[:NUM_FINAL]:
+        most = 4 * pairs[size, r] / runner.speeds[size]
+        finals[size, r] = runner.mean(size, r, fresh, most)[0] * runner.speeds[size]
+    best = min(finals, key=finals.__getitem__)
+    size, r = advised
+    updates, arrived = runner.mean(size, r, fresh, max(10 * finals[best] / runner.speeds[size], 10))
+    searched = {b: (r, pairs[b, r]) for b, r in sorted(best_rates.items())}
+    seconds = updates * runner.speeds[size]
+    return Found(best[0], best[1], finals[best], seconds, arrived, searched, at_edge, search_seconds, complete)
+
+
+def _tried(runner: Runner, size: int, rate: float, most: float, end: float) -> tuple[dict[float, float], bool]:
+    """Return {rate: updates} at one batch size, none longer than `most`, and whether that ended before `end`."""
+    tried: dict[float, float] = {}
+    most = min(MAX_EPOCHS * runner.problem.num_examples / size, max(most, 10))
+
+    def attempt(rate: float) -> None:
+        tried[rate], _ = runner.mean(size, rate, range(NUM_SEEDS), min(most, SLOW * min(tried.values(), default=most)))
+
+    for start in (rate, rate / FACTOR, rate * FACTOR):
+        attempt(start)
+    while time.perf_counter() < end:
+        rates, least = sorted(tried), min(tried, key=lambda r: (tried[r], r))
+        if tried[least] == math.inf:  # nothing arrived: all diverge, or none is high enough
+            if len(tried) > MOST_FAILED:
+                return tried, True
+            attempt(rates[0] / FACTOR if len(tried) % 2 else rates[-1] * FACTOR)
+        elif least == rates[0]:
+            attempt(rates[0] / FACTOR)
+        elif sum(r > least for r in rates) < 2:
+            attempt(rates[-1] * FACTOR)
+        else:
+            return tried, True
+    return tried, False

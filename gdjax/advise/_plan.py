@@ -1,0 +1,222 @@
+"""What `advise.schedule` found: ways, what was predicted and measured of each, and which is best in plain words."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import numpy as np
+from scipy import optimize
+
+from gdjax.advise._fitted import Curve, Fitted
+from gdjax.advise._ways import Way
+from gdjax.noise import student
+from gdjax.tuning import Target
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+LARGE = 0.2  # relative residual of c_0 + c_1 B from which on the table is used in its place
+
+
+class Times(NamedTuple):
+    """Seconds of an update, c_0 + c_1 B, or the table where that does not fit.
+
+    Attributes:
+        sizes: ascending, measured.
+        seconds: measured.
+        per_update: c_0.
+        per_example: c_1.
+        residual: the largest relative one.
+    """
+
+    sizes: tuple[int, ...]
+    seconds: tuple[float, ...]
+    per_update: float
+    per_example: float
+    residual: float
+
+    @classmethod
+    def of(cls, sizes: Sequence[int], seconds: Sequence[float]) -> "Times":
+        """Fit both costs, neither below 0, to relative errors."""
+        x, y = np.asarray(sizes, float), np.asarray(seconds, float)
+        (c0, c1), _ = optimize.nnls(np.stack([1 / y, x / y], 1), np.ones(len(y)))
+        residual = float(np.abs((c0 + c1 * x) / y - 1).max())
+        return cls(tuple(sizes), tuple(y.tolist()), float(c0), float(c1), residual)
+
+    @property
+    def fits(self) -> bool:
+        """Whether c_0 + c_1 B describes the table."""
+        return self.residual <= LARGE
+
+    def __call__(self, batch_size: int) -> float:
+        """Return the seconds of one update."""
+        if self.fits:
+            return self.per_update + self.per_example * batch_size
+        x, y = np.log(self.sizes), np.log(self.seconds)
+        return float(np.exp(np.interp(math.log(batch_size), x, y))) * max(1.0, batch_size / self.sizes[-1])
+
+    def until(self, schedule: Sequence[tuple[int, int]], num_updates: float) -> float:
+        """Return the seconds of the first so many updates of a schedule, whose last phase goes on."""
+        total, left = 0.0, float(num_updates)
+        for i, (count, size) in enumerate(schedule):
+            here = left if i == len(schedule) - 1 else min(left, count)
+            total, left = total + here * self(size), left - here
+        return total
+
+
+class Run(NamedTuple):
+    """A way as it was run in the end.
+
+    Attributes:
+        way: with its tuned rate and length.
+        updates: to the target [S].
+        seconds: of these [S].
+    """
+
+    way: Way
+    updates: np.ndarray
+    seconds: np.ndarray
+
+
+class Local(NamedTuple):
+    """The twin about the parameters of a pilot after `num_updates`: it `held` for so many of the `seen` next ones.
+
+    `curvature` is the largest that it saw.
+    """
+
+    num_updates: int
+    held: int
+    seen: int
+    curvature: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Which way to choose batch size and rate along a run reaches a target first.
+
+    Attributes:
+        goal: the target.
+        ways: {kind: the planned way}, of constant, decay, ramp and both.
+        runs: {kind: that way tuned and run with fresh seeds}.
+        twin: the quadratic that the plan was made by.
+        curves: of the pilot, that it was fitted to.
+        times: seconds of an update.
+        locals: how far the twin about given parameters held.
+        unknown: what the seconds did not allow to establish.
+        seconds: wall time of it all.
+    """
+
+    goal: Target
+    ways: Mapping[str, Way]
+    runs: Mapping[str, Run]
+    twin: Fitted
+    curves: tuple[Curve, ...]
+    times: Times
+    locals: tuple[Local, ...]
+    unknown: tuple[str, ...]
+    seconds: float
+
+    @property
+    def best(self) -> str:
+        """The kind of the least seconds, measured where anything was."""
+        if self.runs:
+            return min(self.runs, key=lambda kind: self.runs[kind].seconds.mean())
+        return min(self.ways, key=lambda kind: self.ways[kind].seconds[1])
+
+    @property
+    def way(self) -> Way:
+        """The best way, as it was run."""
+        return self.runs[self.best].way if self.best in self.runs else self.ways[self.best]
+
+    @property
+    def schedule(self) -> list[tuple[int, int]]:
+        """[(num_updates, B), ...] of the best way, for `training.run`."""
+        return list(self.way.schedule)
+
+    def ramp(self) -> list[tuple[int, int]]:
+        """Return [(examples seen, B from there on), ...] of the best way."""
+        ends = itertools.accumulate(count * size for count, size in self.schedule)
+        return [(start, size) for start, (_, size) in zip([0, *ends], self.schedule, strict=False)]
+
+    def learning_rate(self, count: jax.typing.ArrayLike) -> jax.Array:
+        """Return the rate of the best way after `count` updates: a schedule for optax."""
+        share = jax.numpy.asarray(count, float) / self.way.num_updates
+        return self.way.learning_rate * (jax.numpy.maximum(0.0, 1 - share) if self.way.decays else share**0)
+
+    def compared(self, kind: str) -> tuple[float, float, float]:
+        """Return (low, mean, high), 90 %, of the seconds of a way that was run over those of the best one."""
+        one, other = (np.log(self.runs[name].seconds) for name in (kind, self.best))
+        difference = one - other  # the seeds are the same
+        width = float(student(len(difference) - 1, confidence=0.9)) * difference.std(ddof=1) / len(difference) ** 0.5
+        return tuple(math.exp(difference.mean() + sign * width) for sign in (-1, 0, 1))  # pyright: ignore
+
+    def sentence(self) -> str:
+        """Return which way is best and by how much, in plain language."""
+        best, way = self.best, self.way
+        if not self.runs:
+            return f"By the twin {best} is the fastest, {way.seconds[1]:.3g} s to {self.goal}; nothing was run."
+        run = self.runs[best]
+        start = (
+            f"{best.capitalize()} is the fastest to {self.goal}: {run.updates.mean():.0f} updates, "
+            f"{run.seconds.mean():.3g} s"
+        )
+        parts = []
+        for kind in self.runs:
+            if kind != best:
+                low, mean, high = self.compared(kind)
+                beyond = "" if low > 1 else ", within the noise of the seeds"
+                parts.append(f"{kind} takes {mean:.2f} x ({low:.2f}-{high:.2f}{beyond})")
+        kept = [kind for kind, one in self.runs.items() if self.held(kind)]
+        end = f"The twin's interval holds what was measured of {len(kept)} of {len(self.runs)}."
+        return f"{start}; {'; '.join(parts)}. {end}" if parts else f"{start}. {end}"
+
+    def held(self, kind: str) -> bool:
+        """Whether what a way took lies in the interval that was predicted."""
+        low, _, high = self.ways[kind].seconds
+        return bool(low <= self.runs[kind].seconds.mean() <= high)
+
+    def figure(self, title: str) -> "Figure":
+        """Draw ways, pilot and times."""
+        from gdjax.advise import _plan_figure
+
+        return _plan_figure.plan(self, title)
+
+    def summary(self) -> dict[str, Any]:
+        """Return everything, for a JSON file."""
+        ways = {
+            kind: {
+                "schedule": way.schedule,
+                "learning_rate": way.learning_rate,
+                "decays": way.decays,
+                "updates": way.num_updates,
+                "examples": way.num_examples,
+                "seconds": way.seconds,
+                "run": kind in self.runs
+                and {
+                    "schedule": self.runs[kind].way.schedule,
+                    "learning_rate": self.runs[kind].way.learning_rate,
+                    "updates": self.runs[kind].updates,
+                    "seconds": self.runs[kind].seconds,
+                    "inside": self.held(kind),
+                },
+            }
+            for kind, way in self.ways.items()
+        }
+        return {
+            "goal": str(self.goal),
+            "best": self.best,
+            "verdict": self.sentence(),
+            "schedule": self.schedule,
+            "ramp": self.ramp(),
+            "learning_rate": self.way.learning_rate,
+            "decays": self.way.decays,
+            "ways": ways,
+            "twin": self.twin._asdict(),
+            "local_twins": [local._asdict() for local in self.locals],
+            "times": self.times._asdict(),
+            "unknown": self.unknown,
+            "seconds": self.seconds,
+        }

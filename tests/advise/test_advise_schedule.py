@@ -1,0 +1,169 @@
+"""A plan of batch sizes: the fit of the twin and the search of ways against exact recursions, and what users see."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from gdjax import advise, problems
+from gdjax.advise import _fitted, _schedule, _ways
+from gdjax.advise._fitted import Curve, Fitted
+from gdjax.advise._plan import Plan, Run, Times
+from gdjax.advise._ways import Bounds, Way
+from gdjax.problem import Problem
+from gdjax.tuning import Target
+
+H = 3 / jnp.arange(1.0, 31.0)
+LEVEL = 0.2
+
+
+def loss_of(rates, sizes):
+    """Return losses by a loop of NumPy: s_i' = (1 - x)^2 s_i + eta^2 / B h_i (0.4 + 0.3 sum h s)."""
+    h, second, losses = np.asarray(H), np.asarray(1 / H**0.5), []
+    for rate, size in zip(rates, sizes, strict=True):
+        second = (1 - rate * h) ** 2 * second + rate**2 / size * h * (0.4 + 0.3 * h @ second)
+        losses.append(LEVEL + h @ second / 2)
+    return np.asarray(losses)
+
+
+@pytest.fixture(scope="module")
+def twin():
+    """Fitted to four runs of least squares with noise that shrinks in part."""
+    curves = []
+    for rate, size in ((0.1, 8), (0.3, 8), (0.3, 64), (0.55, 64)):
+        updates = np.unique(np.geomspace(1, 150, 20).astype(int))
+        curves.append(Curve(rate, size, updates, loss_of(np.full(150, rate), np.full(150, size))[updates - 1]))
+    return _fitted.fitted(curves, start=LEVEL + float(H @ (1 / H**0.5)) / 2)
+
+
+@pytest.mark.parametrize(
+    ("rates", "sizes"),
+    [
+        (np.full(200, 0.2), np.full(200, 16)),
+        (np.linspace(0.5, 0.0, 150), np.full(150, 16)),
+        (np.full(150, 0.3), np.repeat([8, 32, 128], 50)),
+    ],
+)
+def test_the_fitted_twin_predicts_runs_that_it_has_not_seen(twin, rates, sizes):
+    assert twin.error < 0.2  # of curves that were left out
+    np.testing.assert_allclose(twin.losses(rates, sizes)[10:], loss_of(rates, sizes)[10:], rtol=0.08)
+
+
+def exact_twin():
+    return Fitted(np.asarray(H), np.asarray(1 / H**0.5), np.asarray(0.4 * H), np.asarray(0.3 * H), LEVEL, 0.05, 150)
+
+
+BOUNDS = Bounds((8, 16, 32, 64, 128), lambda size: 0.5, lambda size: 1e-3 + 1e-4 * size, 400)
+TARGET = 0.5
+
+
+@pytest.fixture(scope="module")
+def ways():
+    return _ways.plan(exact_twin(), TARGET, BOUNDS)
+
+
+def test_every_way_that_is_planned_reaches_the_target_in_its_bounds(ways):
+    assert list(ways) == list(_ways.KINDS)
+    for kind, way in ((kind, way) for kind, some in ways.items() for way in some):
+        sizes = np.repeat([size for _, size in way.schedule], [count for count, _ in way.schedule])
+        shares = 1 - np.arange(way.num_updates) / way.num_updates if way.decays else np.ones(way.num_updates)
+        end = loss_of(way.learning_rate * shares, sizes)[-1]
+        assert TARGET * 0.9 < end < TARGET * 1.02, (kind, way)
+        assert set(sizes) <= set(BOUNDS.sizes)
+        assert way.learning_rate <= (1.0 if way.decays else 0.5) * (1 + 1e-9)
+        assert (np.diff(sizes) >= 0).all()
+        assert kind in ("ramp", "both") or len(way.schedule) == 1
+        seconds = sum(count * BOUNDS.seconds_per_update(size) for count, size in way.schedule)
+        np.testing.assert_allclose(way.seconds[1], seconds, rtol=0.06)  # rounded to whole updates
+        assert way.seconds[0] < way.seconds[1] < way.seconds[2]
+
+
+def test_the_constant_way_is_the_fastest_of_all(ways):
+    least = np.inf
+    for size, rate in itertools.product(BOUNDS.sizes[:3], 0.5 * _ways.RATES[:4]):  # where it is
+        losses = loss_of(np.full(400, rate), np.full(400, size))
+        if (losses <= TARGET).any():
+            least = min(least, (1 + int(np.argmax(losses <= TARGET))) * BOUNDS.seconds_per_update(size))
+    np.testing.assert_allclose(ways["constant"][0].seconds[1], least, rtol=0.06)
+
+
+def test_a_target_below_the_floor_is_refused_and_the_floor_is_said():
+    with pytest.raises(ValueError, match=r"target=0.15 is below .* whose floor is 0.2: ask for less"):
+        _ways.plan(exact_twin(), 0.15, BOUNDS._replace(max_updates=40))
+
+
+def test_the_cost_of_an_update_is_a_line_or_the_table():
+    times = Times.of([4, 16, 64], [1e-3 + 1e-4 * size for size in (4, 16, 64)])
+    np.testing.assert_allclose([times.per_update, times.per_example], [1e-3, 1e-4], rtol=1e-6)
+    assert times.fits
+    np.testing.assert_allclose(times.until([(10, 4), (5, 16)], 12.5), 10 * 1.4e-3 + 2.5 * 2.6e-3, rtol=1e-6)
+    bent = Times.of([4, 16, 64], [1e-3, 1e-3, 64e-3])
+    assert not bent.fits
+    assert bent.residual > 0.2
+    np.testing.assert_allclose([bent(4), bent(32), bent(128)], [1e-3, 8e-3, 128e-3], rtol=1e-6)
+
+
+def found(seconds):
+    """Return a plan whose ways took so long."""
+    schedule = {"constant": ((10, 8),), "both": ((6, 8), (3, 32))}
+    ways = {kind: Way(kind, parts, 0.5, 0.4, (1.0, 2.0, 3.0)) for kind, parts in schedule.items()}
+    runs = {kind: Run(ways[kind], np.asarray([9.0, 9.5, 9.2]), np.asarray(seconds[kind])) for kind in seconds}
+    times = Times.of([8, 32], [0.1, 0.2])
+    return Plan(Target("loss", "train", "<=", 0.4), ways, runs, exact_twin(), (), times, (), (), 1.0)
+
+
+def test_a_plan_is_a_list_and_a_schedule_for_optax():
+    plan = found({"constant": [3.0, 3.1, 3.2], "both": [2.0, 2.1, 2.05]})
+    assert (plan.best, plan.schedule, plan.ramp()) == ("both", [(6, 8), (3, 32)], [(0, 8), (48, 32)])
+    np.testing.assert_allclose([plan.learning_rate(t) for t in (0, 3, 9, 12)], [0.5, 0.5 * 2 / 3, 0, 0], atol=1e-7)
+    state = optax.sgd(plan.learning_rate).init(jnp.zeros(()))
+    update, _ = optax.sgd(plan.learning_rate).update(jnp.ones(()), state)
+    assert np.asarray(update) == -0.5
+
+
+def test_the_verdict_says_whether_a_difference_is_one():
+    clear = found({"constant": [3.0, 3.1, 3.2], "both": [2.0, 2.1, 2.05]}).sentence()
+    assert "constant takes 1.51 x (" in clear
+    assert "noise" not in clear
+    assert "holds what was measured of 1 of 2" in clear  # 3.1 s is outside 1 to 3
+    assert "within the noise of the seeds" in found({"constant": [2.0, 3.0, 2.0], "both": [2.2, 1.9, 2.1]}).sentence()
+    assert "nothing was run" in found({}).sentence()
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "message"),
+    [
+        ("accuracy>=0.9", {}, "must be of the training loss"),
+        ("loss<=0.1", {"num_phases": 7}, "phases=7 must be 2 or 3"),
+        ("loss<=0.1", {"seconds": 0}, "budget=0 seconds must be positive"),
+    ],
+)
+def test_bad_input_is_refused_at_once(target, options, message):
+    with pytest.raises(ValueError, match=message):
+        advise.schedule(problems.digits_mlp(), target, **options)
+
+
+def test_few_examples_and_a_pilot_that_diverges_are_refused():
+    few = Problem(lambda key: jnp.ones(()), lambda w, x: 0.5 * (w - x) ** 2, jnp.ones(20))
+    with pytest.raises(ValueError, match="has 20 examples: a schedule takes at least 64"):
+        advise.schedule(few, "loss<=0.1")
+    steep = Problem(lambda key: jnp.ones(()), lambda w, x: 1e30 * jnp.exp(w * x), jnp.ones(64))
+    with pytest.raises(ValueError, match="the pilot diverges at all learning rates from"):
+        advise.schedule(steep, "loss<=1e-3", seconds=20)
+
+
+@pytest.mark.slow
+def test_a_schedule_of_least_squares_is_predicted_and_run():
+    plan = advise.schedule(problems.least_squares(), "loss<=0.02", seconds=90)
+    assert set(plan.ways) == set(plan.runs) == set(_ways.KINDS)
+    assert plan.twin.error < 0.3
+    for kind, run in plan.runs.items():
+        assert run.updates.shape == (_schedule.NUM_SEEDS,)
+        assert np.isfinite(run.updates).all()
+        assert run.way.kind == kind
+    best = min(plan.runs.values(), key=lambda run: run.seconds.mean())
+    assert plan.way == best.way
+    assert jax.tree.leaves(plan.summary())
