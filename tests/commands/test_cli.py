@@ -159,7 +159,7 @@ def test_a_diverging_run_is_reported_and_the_command_finishes(gdjax):
         (["compare", "--json", "my_module.py"], "json='my_module.py' cannot be written: the file there is no result"),
         (["bench", "--devices", "1000000"], "devices=1000000 must be at least 1 and at most"),
         (["bench", "--compare", "absent.json"], "compare='absent.json' cannot be read"),
-        ([], "give a command, one of compare, advise, bench, schedule; see gdjax --help"),
+        ([], "give a command, one of compare, advise, rules, schedule, bench; see gdjax --help"),
     ],
 )
 def test_bad_input_is_one_line_exit_status_2_and_no_file(gdjax, folder, given, message):
