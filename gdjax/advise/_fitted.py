@@ -47,7 +47,7 @@ class Fitted(NamedTuple):
         start: s [D] before any update.
         steady, shrinking: kappa and mu [D].
         level: the loss at its minimum.
-        error: standard deviation of log loss about the curves that it was fitted to.
+        error: standard deviation of log loss, of curves that are predicted from the others.
         num_updates: of the longest curve.
     """
 
@@ -90,6 +90,8 @@ def _run(twin: Fitted, rates, sizes):
 def fitted(curves: Sequence[Curve], *, start: float) -> Fitted:
     """Return the quadratic that fits the curves, which begin at a loss of `start`.
 
+    Its error is that of each curve by the fit to all others.
+
     Raises:
         ValueError: for no curve.
     """
@@ -98,7 +100,16 @@ def fitted(curves: Sequence[Curve], *, start: float) -> Fitted:
     highest = 1.9 / max(curve.learning_rate for curve in curves)
     longest = max(curve.learning_rate * curve.updates[-1] for curve in curves)
     nodes = np.geomspace(min(0.3 / longest, highest / 10), highest, NUM_NODES)
-    shapes = np.stack([np.full(NUM_NODES, highest), nodes])  # of noise
+    result = _fit(nodes, curves, start)
+    errors = []
+    for i, curve in enumerate(curves):
+        others = _fit(nodes, [*curves[:i], *curves[i + 1 :]], start) if len(curves) > 1 else result
+        errors.append(np.log(np.maximum(at(others, curve), 1e-9) / curve.losses))
+    return result._replace(error=float(np.sqrt(np.mean(np.concatenate(errors) ** 2))))
+
+
+def _fit(nodes: np.ndarray, curves: Sequence[Curve], start: float) -> Fitted:
+    shapes = np.stack([np.full(NUM_NODES, nodes[-1]), nodes])  # of noise
     # The parts add up before any update; that is known best.
     first = 5 * np.concatenate([nodes / 2, [1.0, 0.0, 0.0, 0.0, 0.0]])[None] / start
     level, before, found = 0.0, 0.0, np.zeros(len(nodes) + 5)
@@ -110,9 +121,7 @@ def fitted(curves: Sequence[Curve], *, start: float) -> Fitted:
     steady, shrinking = found[-4:-2] @ shapes, found[-2:] @ shapes
     steady = steady + shrinking * max(0.0, 2 * (level - before))  # so far the noise was that above the level before
     longest = max(int(curve.updates[-1]) for curve in curves)
-    result = Fitted(nodes, found[:NUM_NODES], steady, shrinking, level, 0.0, longest)
-    errors = [np.log(np.maximum(at(result, curve), 1e-9) / curve.losses) for curve in curves]
-    return result._replace(error=float(np.sqrt(np.mean(np.concatenate(errors) ** 2))))
+    return Fitted(nodes, found[:NUM_NODES], steady, shrinking, level, 0.0, longest)
 
 
 def at(twin: Fitted, curve: Curve) -> np.ndarray:

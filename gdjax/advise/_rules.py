@@ -161,8 +161,7 @@ def _checked(
 ) -> tuple[Any, Any]:
     recipe: Any = tuning.named(optimizer)[0]
     if not hasattr(recipe, "hyperparameters"):
-        known = ", ".join(tuning.OPTIMIZERS)
-        raise ValueError(f"optimizer: rules change the hyperparameters of one by name, of {known}; yours keeps its own")
+        raise ValueError("optimizer: rules change the hyperparameters of one by name, as 'adamw'; yours keeps its own")
     if not 1 <= base < batch_size <= problem.num_examples:
         raise ValueError(f"from {base} to {batch_size}: must be 1 <= from < to <= N={problem.num_examples}")
     if learning_rate is not None and not 0 < learning_rate < math.inf:

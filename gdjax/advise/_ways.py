@@ -21,6 +21,7 @@ from gdjax.advise._fitted import Fitted, padded
 SHARES = 0.4, 0.6, 0.75, 0.85, 0.92  # of the updates, after which a batch may grow
 FACTORS = 2, 4, 8  # by which it does
 RATES = np.geomspace(1, 0.1, 8)  # of the highest at the first batch size
+HIGHER = 2.0  # than a rate that stays may one begin that falls
 STEP = 1.2  # from one number of updates to the next
 LANES = 512  # runs of the twin side by side
 
@@ -88,7 +89,7 @@ def plan(twin: Fitted, target: float, bounds: Bounds, *, num_phases: int = 3) ->
     Raises:
         ValueError: for a target at or below the loss that the twin comes to without noise, which it says.
     """
-    candidates = {kind: _candidates(bounds, KINDS[kind][1], num_phases) for kind in KINDS}
+    candidates = {kind: _candidates(bounds, *KINDS[kind], num_phases) for kind in KINDS}
     found: dict[tuple[str, int], Way] = {}
     lowest = math.inf
     previous = num_updates = 4
@@ -140,7 +141,7 @@ def _way(kind: str, chosen: dict[str, Any], num_updates: int, loss: float, secon
     return Way(kind, schedule, float(chosen["rates"]), float(loss), seconds)
 
 
-def _candidates(bounds: Bounds, ramps: bool, num_phases: int) -> dict[str, np.ndarray]:
+def _candidates(bounds: Bounds, decays: bool, ramps: bool, num_phases: int) -> dict[str, np.ndarray]:
     """Return columns: rates [W], shares [W, 2] where batches grow, sizes [W, 3], mean seconds of an update [W]."""
     rows = []
     for size, rate in itertools.product(bounds.sizes, RATES):
@@ -152,7 +153,7 @@ def _candidates(bounds: Bounds, ramps: bool, num_phases: int) -> dict[str, np.nd
         for first, second, a, b in grown:
             sizes = (size, size * a, size * b)
             if sizes[-1] <= bounds.sizes[-1]:
-                rows.append((rate * bounds.highest_rate(size), (first, second), sizes))
+                rows.append((rate * (HIGHER if decays else 1.0) * bounds.highest_rate(size), (first, second), sizes))
     rates, shares, sizes = (np.asarray(column) for column in zip(*rows, strict=True))
     each = {int(size): bounds.seconds_per_update(int(size)) for size in np.unique(sizes)}
     lengths = np.diff(shares, axis=1, prepend=0.0, append=1.0)

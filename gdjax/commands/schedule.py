@@ -75,9 +75,8 @@ def _report(found: Any) -> str:
         "",
         f"An update takes {cost} (off by {times.residual:.0%} at most" + ("" if times.fits else "; the table") + ").",
     ]
-    lines += [
-        f"The twin, fitted to {len(found.curves)} short runs, is off by {found.twin.error:.0%} (rms of log loss)."
-    ]
+    error, count = found.twin.error, len(found.curves)
+    lines += [f"Each of {count} short runs is predicted from the others to {error:.0%} (rms of log loss)."]
     for local in found.locals:
         end = "all that it was followed for" if local.held == local.seen else f"of {local.seen}"
         lines += [

