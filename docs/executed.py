@@ -65,7 +65,8 @@ def _executed(path):
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:  # where it may write
-        NotebookClient(notebook, timeout=LIMIT, resources={"metadata": {"path": folder}}).execute()
+        where = {"metadata": {"path": folder}}
+        NotebookClient(notebook, timeout=LIMIT, resources=where, coalesce_streams=True).execute()
     seconds = time.perf_counter() - started
     log.info("%s executed in %.0f s", path.name, seconds)
     if seconds > LIMIT:
