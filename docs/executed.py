@@ -6,6 +6,7 @@ until the guide, or gdjax, changes.
 
 import hashlib
 import logging
+import os
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,8 @@ ROOT = Path(__file__).parent.parent
 KEPT = ROOT / "build" / "guides"
 LIMIT = 360  # seconds, twice what a guide may take on two cores that do nothing else
 AT_ONCE = 2
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a plugin without its device would complain
 
 log = logging.getLogger("mkdocs.plugins.guides")
 

@@ -79,6 +79,16 @@ def half_life(forgetting, batch_size):
     return batch_size * math.log(0.5) / math.log1p(-forgetting)
 
 
+def not_told(row):
+    """Return the least and the largest b2 whose loss is not two standard errors of the difference above the least."""
+    losses, errors = np.asarray(row["losses"]), np.asarray(row["errors"])
+    i = int(losses.argmin())
+    near = [
+        b2 for b2, x, e in zip(row["b2"], losses, errors, strict=True) if x - losses[i] <= 2 * np.hypot(e, errors[i])
+    ]
+    return min(near), max(near)
+
+
 def carried(best, forgetting):
     """Return the loss at LARGE for 1 - b2, interpolated between those tried."""
     losses, _ = best[LARGE]
@@ -98,8 +108,8 @@ def judge(rows, best):
         "as it is no less than by half-life": as_it_is >= by_half_life,
     }
     each = ", ".join(
-        f"{row['best_b2']:.3f} at {row['batch_size']} ({row['half_life']:.0f} examples; as good: "
-        f"{min(row['as_good']):.3f} to {max(row['as_good']):.3f})"
+        f"{row['best_b2']:.3f} at {row['batch_size']} ({row['half_life']:.0f} examples; not told from it: "
+        "{:.3f} to {:.3f})".format(*not_told(row))
         for row in rows
     )
     return experiment.verdict(
@@ -114,13 +124,13 @@ def draw(rows, name):
     figure, (left, right) = report.panels(2, title=title, width=6)
     for i, row in enumerate(rows):
         half_lives = [half_life(1 - b2, row["batch_size"]) for b2 in row["b2"]]
-        relative = row["losses"] / row["losses"].min()
+        relative = np.asarray(row["losses"]) / np.min(row["losses"])
         style = {"color": report.COLOURS[i], "marker": "os^D"[i], "capsize": 2, "markersize": 4}
-        errors = 2 * row["errors"] / row["losses"].min()
+        errors = 2 * np.asarray(row["errors"]) / np.min(row["losses"])
         for axis, x in ((left, [1 - b2 for b2 in row["b2"]]), (right, half_lives)):
             axis.errorbar(x, relative, yerr=errors, label=f"B = {row['batch_size']}", **style)
     for axis, label in ((left, "1 - b2"), (right, "half-life of the second moment (examples)")):
-        axis.set(xscale="log", yscale="log", xlabel=label, ylabel="loss / least loss at this B")
+        axis.set(xscale="log", yscale="log", xlabel=label, ylabel="loss / least loss at this B", ylim=(0.5, 10))
         axis.legend(frameon=False, fontsize="small")
     return figure
 

@@ -175,8 +175,9 @@ def draw(laws, seen, characters):
         right.plot(RUN_SIZES, expected, color=report.COLOURS[i], linewidth=1)
     left.set(xscale="log", yscale="log", xlabel="examples of a run", ylabel="batch size (examples)")
     right.set(xscale="log", yscale="log", xlabel="batch size (examples)", ylabel="loss at the end (lines: exact)")
-    for axis in (left, right):
-        axis.legend(frameon=False, fontsize="x-small")
+    right.legend(frameon=False, fontsize="x-small")
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize="small")
     return figure
 
 

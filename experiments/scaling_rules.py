@@ -105,8 +105,9 @@ def table(case, key):
     """Return the rows of a case: every rule with its regret over the rate tuned at 256, with fresh seeds."""
     tune_key, fresh_key = jax.random.split(key)
     tune_keys, keys = jax.random.split(tune_key, 4), jax.random.split(fresh_key, NUM_SEEDS)
-    usual = tuning.OPTIMIZERS[case.optimizer].usual._replace(learning_rate=case.first_rate)
-    usual = usual._replace(weight_decay=0.1 if case.optimizer != "sgd" else 1e-4)
+    recipe: Any = tuning.named(case.optimizer, weight_decay=0.1 if case.optimizer != "sgd" else 1e-4)[0]
+    usual = recipe.hyperparameters._replace(learning_rate=case.first_rate)
+    recipe = dataclasses.replace(recipe, hyperparameters=usual)
     rate, _ = tuned(case, BASE, usual, tune_keys)
     given = usual._replace(learning_rate=rate)
     factor = BATCH_SIZE / BASE
@@ -120,8 +121,6 @@ def table(case, key):
     root = given._replace(learning_rate=rate * factor**0.5)
     best_rate, _ = tuned(case, BATCH_SIZE, root, tune_keys)
     carried["tuned"] = given._replace(learning_rate=best_rate)
-    recipe: Any = tuning.named(case.optimizer, weight_decay=usual.weight_decay)[0]  # pyright: ignore
-    recipe = dataclasses.replace(recipe, hyperparameters=usual)
     options = {"base": BASE, "batch_size": BATCH_SIZE, "num_examples": case.num_examples, "names": list(rules.RULES)}
     advised = advise.rules(case.problem, recipe, seed=1, **options)
     by_noise: Any = next(o for o in advised.outcomes if o.rule == "noise_scale")

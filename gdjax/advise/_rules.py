@@ -161,8 +161,7 @@ def _checked(
 ) -> tuple[Any, Any]:
     recipe: Any = tuning.named(optimizer)[0]
     if not hasattr(recipe, "hyperparameters"):
-        known = ", ".join(tuning.OPTIMIZERS)
-        raise ValueError(f"optimizer: rules change the hyperparameters of one by name, of {known}; yours keeps its own")
+        raise ValueError("optimizer: rules change the hyperparameters of one by name, as 'adamw'; yours keeps its own")
     if not 1 <= base < batch_size <= problem.num_examples:
         raise ValueError(f"from {base} to {batch_size}: must be 1 <= from < to <= N={problem.num_examples}")
     if learning_rate is not None and not 0 < learning_rate < math.inf:
@@ -254,8 +253,11 @@ def _noise_scale(
     state = jax.tree.map(lambda leaf: leaf[0], run.states)
     geometry = "euclidean" if recipe.name in laws.PROPORTIONAL else str(recipe.name)
     geometry = {"lion": "sign", "adafactor": "sign", "muon": "spectral"}.get(geometry, geometry)
-    sample = min(problem.num_examples, NUM_MEASURED)
-    if geometry == "spectral" and sample <= 64:
+    # The root of a covariance takes more examples than the smaller side of the largest matrix.
+    sides = [min(x.size // x.shape[-1], x.shape[-1]) for x in jax.tree.leaves(state.params) if x.ndim > 1]
+    wanted = max(NUM_MEASURED, 2 * max(sides, default=1)) if geometry == "spectral" else NUM_MEASURED
+    sample = min(problem.num_examples, wanted)
+    if geometry == "spectral" and sample <= max(sides, default=1):
         geometry = "euclidean"
 
     def measure(params, opt_state, data, key):

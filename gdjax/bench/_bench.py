@@ -15,15 +15,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gdjax import batching, problems, timing
+from gdjax import batching, timing
 from gdjax.bench import _variants
+from gdjax.bench._models import MODELS
 from gdjax.problem import Problem
-from gdjax.problems import models as networks
-from gdjax.problems.datasets import Split
 from gdjax.timing import Ceilings
 
-NUM_EXAMPLES = 1024
-NUM_TOKENS, SEQUENCE = 65, 16
 LEARNING_RATE = 0.01
 BATCH_SIZES = (1, 32, 256)
 FLOPS_PER_RUN, MAX_UPDATES = 2e9, 1024  # a run is long beside its call and filling caches, short beside the budget
@@ -35,32 +32,6 @@ BUDGET = 0.3  # seconds of timed runs for each program
 Row = dict[str, Any]
 Progress = Callable[[str, float], None]
 """(what is being done, fraction of all that is done)."""
-
-
-def mlp(*sizes: int) -> Problem:
-    """Return a classifier of random vectors."""
-    return _classification(networks.mlp(sizes), (sizes[0],))
-
-
-def cnn() -> Problem:
-    """Return a classifier of random 28 x 28 images."""
-    return _classification(networks.cnn((28, 28, 1)), (28, 28, 1))
-
-
-def transformer() -> Problem:
-    """Return a language model of random sequences."""
-    tokens = jax.random.randint(jax.random.key(0), (NUM_EXAMPLES, SEQUENCE + 1), 0, NUM_TOKENS)
-    return problems.language_model(
-        networks.transformer(num_tokens=NUM_TOKENS), Split(tokens, None), num_tokens=NUM_TOKENS
-    )
-
-
-MODELS: dict[str, Callable[[], Problem]] = {
-    "mlp-small": partial(mlp, 64, 128, 10),
-    "mlp-large": partial(mlp, 784, 512, 512, 10),
-    "cnn": cnn,
-    "transformer": transformer,
-}
 
 
 def bench(
@@ -216,14 +187,6 @@ def compared(rows: Sequence[Row], earlier: Sequence[Row]) -> list[Row]:
             names = ("model", "variant", "batch_size")
             found.append({n: row[n] for n in names} | {"ratio": row["seconds"] / old["seconds"], "changed": changed})
     return found
-
-
-def _classification(model: networks.Model, shape: tuple[int, ...]) -> Problem:
-    x_key, label_key = jax.random.split(jax.random.key(0))
-    labels = jax.random.randint(label_key, (NUM_EXAMPLES,), 0, 10)
-    return problems.classification(
-        model, Split((jax.random.normal(x_key, (NUM_EXAMPLES, *shape)), labels), None), num_classes=10
-    )
 
 
 def _found(argument: str, given: Sequence[str] | Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:

@@ -34,6 +34,7 @@ NO_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing is opened that another process could want
 }
 USABLE = {"cuda": 0.75, "tpu": 1.0}
 """Of the memory, by default: https://docs.jax.dev/en/latest/gpu_memory_allocation.html. On a TPU what libtpu takes for

@@ -19,6 +19,7 @@ from gdjax.ghost._jaxpr import (
     INLINED,
     Jaxpr,
     custom_rules,
+    default_branch,
     differentiable,
     function_of,
     is_literal,
@@ -192,6 +193,13 @@ class _Planner:
         weights = any(isinstance(kind, Top) and kind.leaves for kind in ins)
         if weights and name == "optimization_barrier":
             return [kind for kind in ins if kind is not None]
+        if weights and (branch := default_branch(equation)) is not None:
+            known = zip(equation.invars[1:], ins[1:], strict=True)
+            inner, outs = self.flow(
+                branch.jaxpr, branch.consts, [self.constant(literal(v)) if kind is None else kind for v, kind in known]
+            )
+            actions += inner
+            return outs
         if not (weights and name in INLINED) and not any(isinstance(kind, int) for kind in ins):
             # A rule that is not linear has to see the cotangent of every iteration, not their sum.
             stays = weights and self.lengths and nonlinear_rules(jaxpr, [equation])

@@ -39,6 +39,15 @@ def scan_sizes(equation) -> tuple[int, int]:
     return len(list(consts.vals)), len(list(carry.vals))
 
 
+def default_branch(equation) -> Any:
+    """Return what `lax.platform_dependent` computes on a platform that it does not name; None of another equation.
+
+    All its branches are the same function, so that norms taken from one of them are those of all.
+    """
+    platforms = equation.params.get("branches_platforms") or ()
+    return equation.params["branches"][platforms.index(None)] if None in platforms else None
+
+
 def differentiable(aval) -> bool:
     """Whether a value has gradients: floating-point or complex."""
     return jnp.issubdtype(aval.dtype, jnp.inexact)

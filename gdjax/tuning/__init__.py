@@ -11,14 +11,13 @@
 """
 
 from gdjax.tuning._goals import Budget, Goal, Target, evaluation_examples, parse_target
-from gdjax.tuning._optimizers import OPTIMIZERS, Optimizer, made, named
+from gdjax.tuning._optimizers import Optimizer, made, named
 from gdjax.tuning._runs import trainer
 from gdjax.tuning._search import Search, Tuning, minimise, search, search_grid, widen
 from gdjax.tuning._speed import Speed, estimator, microbatch_sizes, speeds
 from gdjax.tuning._tune import grid, searching, training, tune
 
 __all__ = [
-    "OPTIMIZERS",
     "Budget",
     "Goal",
     "Optimizer",

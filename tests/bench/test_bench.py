@@ -14,6 +14,7 @@ import pytest
 from gdjax import batching, commands, timing
 from gdjax.bench import _bench as bench
 from gdjax.bench import _variants as variants
+from gdjax.bench import mlp
 from gdjax.commands import bench as bench_report
 from gdjax.commands._session import Common
 from gdjax.problem import Problem
@@ -99,7 +100,7 @@ def test_every_lane_makes_the_updates_of_its_own_batch_size(dtype):
 
 def test_lanes_refuse_a_microbatch_that_does_not_divide():
     with pytest.raises(ValueError, match=r"microbatch of 3 must divide every batch size of \(3, 4\)"):
-        variants.lanes(bench.mlp(4, 2), RATE, (3, 4))(None, None, jnp.zeros((2, 3), jnp.int32))
+        variants.lanes(mlp(4, 2), RATE, (3, 4))(None, None, jnp.zeros((2, 3), jnp.int32))
 
 
 def test_scans_make_the_updates_of_every_batch_size(problem):
@@ -166,7 +167,7 @@ def test_runs_are_as_long_as_an_accelerator_needs(monkeypatch):
     """A run of a hundredth of the seconds wanted gets a hundred times the updates, and one that is long enough none."""
     clocked(monkeypatch, ["scan"])
     monkeypatch.setattr(bench, "RUN_SECONDS", {"cpu": 4.0})
-    problem, least = bench.mlp(4, 2), bench.MAX_UPDATES
+    problem, least = mlp(4, 2), bench.MAX_UPDATES
     for seconds, updates in ((0.04, 100 * least), (5.0, least)):
         monkeypatch.setattr(timing, "timed", lambda run, *args, seconds=seconds: (run(*args), seconds))
         [row] = bench.measure(problem, {"scan": variants.scan}, 1, budget=0.0, ceilings=timing.Ceilings(1.0, 1.0))
@@ -186,7 +187,7 @@ def test_lanes_are_compared_with_the_scans_one_after_another(monkeypatch):
     two, six_hundred = scans(*same[0])[0]
     batches = same[0][2]
     for found, size in ((two, 2), (six_hundred, 600)):
-        run = variants.scan(bench.mlp(64, 128, 10), bench.LEARNING_RATE)
+        run = variants.scan(mlp(64, 128, 10), bench.LEARNING_RATE)
         cut = batching.batches(batches.reshape(-1), size, drop_remainder=True)
         assert_equal(found, jax.jit(run)(*same[0][:2], cut)[0])
 
@@ -243,6 +244,7 @@ def test_bad_input_is_named_before_anything_is_timed(monkeypatch, arguments, mes
 MINE = """
 import jax, jax.numpy as jnp
 from gdjax.bench import _variants as variants
+from gdjax.bench import mlp
 from gdjax.commands._session import Common
 from gdjax.problem import Problem
 data = jax.random.normal(jax.random.key(0), (8, 3))

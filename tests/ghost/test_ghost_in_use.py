@@ -251,6 +251,32 @@ def test_coverage_says_how_every_leaf_is_measured():
     assert len(lines) == 8  # no advice: the total is small
 
 
+def test_what_is_written_for_platforms_is_measured_by_the_rules_of_one():
+    """A branch that only another platform computes says the same: norms are those of the gradients of all examples."""
+
+    def its_loss(params, x):
+        def product(x, w):
+            return x @ w
+
+        first = lax.platform_dependent(x, params["first"], tpu=lambda x, w: w.T @ x, default=product)
+        looped, _ = lax.scan(
+            lambda h, _: (jnp.tanh(lax.platform_dependent(h, params["loop"], tpu=product, default=product)), None),
+            first,
+            None,
+            length=3,
+        )
+        return square(looped)
+
+    params = {"first": normal(0, 4, 5), "loop": normal(2, 5, 5)}
+    batch = normal(1, 6, 4)
+    found = ghost.sq_norms(its_loss)(params, batch).sq_norms
+    grads = jax.vmap(jax.grad(its_loss), (None, 0))(params, batch)
+    for name, g in grads.items():
+        precision.assert_close(found[name], jnp.square(g).sum((1, 2)), rtol=1e-10)
+    methods = {path: method for path, _, method, _ in ghost.coverage(its_loss, params, batch[0]).rows}
+    assert set(methods.values()) == {"dot_general"}
+
+
 def test_coverage_advises_where_the_measure_takes_more_than_ten_times_a_plain_gradient():
     def its_loss(w, x):
         return (w.at[x].get(mode="clip") ** 2).sum() + jnp.cumsum(w)[x[0]]
