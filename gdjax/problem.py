@@ -94,6 +94,12 @@ class Problem:
             if self.weight is not None and data is not None:
                 _check_weights(self.weight, data, name)
 
+    def __repr__(self) -> str:
+        """Name the problem and count its examples; its arrays say nothing on a terminal."""
+        tested = "" if self.test is None else f" and {num_examples(self.test)} for tests"
+        measured = f", metrics {', '.join(self.metrics)}" if self.metrics else ""
+        return f"Problem({self.name!r}, {self.num_examples} examples{tested}{measured})"
+
     @property
     def num_examples(self) -> int:
         """N, the number of training examples."""

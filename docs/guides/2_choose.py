@@ -110,9 +110,10 @@ print(
 
 # %%
 advice = advise.batch_size(
-    problem, "loss<=0.05", sizes=(1, 4, 16, 64, 256, 1440), seconds=40
+    problem, "loss<=0.05", sizes=(1, 4, 16, 64, 256, 1440), seconds=150
 )
 print(advice)
+advice
 
 # %%
 sizes = np.asarray([choice.batch_size for choice in advice.choices])

@@ -1,6 +1,7 @@
 """The advice: which batch size, what it rests on, in plain language and for a JSON file."""
 
 import dataclasses
+import html
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,6 +61,17 @@ class Advice:
 
     def __repr__(self) -> str:
         return f"Advice({self.sentence()})"
+
+    def _repr_html_(self) -> str:
+        """Return the sentence and a table, for a notebook."""
+        rows = "".join(
+            f"<tr><td>{choice.batch_size}</td><td>{choice.learning_rate:.2g}</td>"
+            f"<td>{choice.expected_updates:.3g}</td><td>{choice.expected_seconds:.3g}</td>"
+            f"<td>{f'{choice.measured_seconds:.3g}' if np.isfinite(choice.measured_seconds) else ''}</td></tr>"
+            for choice in self.choices
+        )
+        titles = "".join(f"<th>{title}</th>" for title in ("batch size", "rate", "updates", "seconds: expected", "run"))
+        return f"<p>{html.escape(self.sentence())}</p><table><tr>{titles}</tr>{rows}</table>"
 
     @property
     def goal(self) -> Goal:

@@ -112,6 +112,12 @@ class Rules:
         order = sorted(self.run, key=lambda outcome: -outcome.predicted)
         return [outcome.rule for outcome in order] if not math.isnan(order[0].predicted) else []
 
+    def __str__(self) -> str:
+        return self.sentence()
+
+    def __repr__(self) -> str:
+        return f"Rules({self.sentence()})"
+
     def sentence(self) -> str:
         """Return the verdict."""
         best = self.run[0]

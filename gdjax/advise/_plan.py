@@ -11,7 +11,7 @@ import numpy as np
 from scipy import optimize
 
 from gdjax.advise._fitted import Curve, Fitted
-from gdjax.advise._ways import Way
+from gdjax.advise._ways import KINDS, Way
 from gdjax.noise import student
 from gdjax.tuning import Target
 
@@ -121,9 +121,10 @@ class Plan:
 
     @property
     def best(self) -> str:
-        """The kind of the least seconds, measured where anything was."""
+        """The kind of the least seconds, measured where anything was; of equal ones, the simplest."""
         if self.runs:
-            return min(self.runs, key=lambda kind: self.runs[kind].seconds.mean())
+            kinds = [kind for kind in KINDS if kind in self.runs]  # a later batch size may never have been come to
+            return min(kinds, key=lambda kind: float(f"{self.runs[kind].seconds.mean():.3g}"))
         return min(self.ways, key=lambda kind: self.ways[kind].seconds[1])
 
     @property

@@ -102,7 +102,7 @@ def race(
         return None
     usable = [choice for choice in choices if choice.fits and choice.speed.time_again]
     tunings, unknown = _tuned(usable, pick, runs, run, late, show)
-    speeds = _timed_in_turn([choice for choice in usable if choice.batch_size in tunings])
+    speeds = _timed_in_turn([choice for choice in usable if choice.batch_size in tunings], late)
     entries = [
         Candidate(size, float(rate), costs, speeds[size])
         for size, tuned in tunings.items()
@@ -173,9 +173,11 @@ def _hoped(choice: Choice) -> float:
     return choice.measured_seconds if math.isfinite(choice.measured_seconds) else choice.seconds[1]
 
 
-def _timed_in_turn(choices: Sequence[Choice]) -> dict[int, float]:
+def _timed_in_turn(choices: Sequence[Choice], late: Callable[[float], bool]) -> dict[int, float]:
     """Return seconds per update, the least of several rounds: whatever else the machine does only adds to a time."""
-    rounds = [[choice.speed.time_again() for choice in choices if choice.speed.time_again] for _ in range(ROUNDS)]
+    rounds: list[list[float]] = []
+    while len(rounds) < ROUNDS and not (rounds and late(0.0)):
+        rounds.append([choice.speed.time_again() for choice in choices if choice.speed.time_again])
     least = np.min(rounds, axis=0).tolist()
     return {choice.batch_size: seconds for choice, seconds in zip(choices, least, strict=True)}
 

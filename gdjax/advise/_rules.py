@@ -253,8 +253,11 @@ def _noise_scale(
     state = jax.tree.map(lambda leaf: leaf[0], run.states)
     geometry = "euclidean" if recipe.name in laws.PROPORTIONAL else str(recipe.name)
     geometry = {"lion": "sign", "adafactor": "sign", "muon": "spectral"}.get(geometry, geometry)
-    sample = min(problem.num_examples, NUM_MEASURED)
-    if geometry == "spectral" and sample <= 64:
+    # The root of a covariance takes more examples than the smaller side of the largest matrix.
+    sides = [min(x.size // x.shape[-1], x.shape[-1]) for x in jax.tree.leaves(state.params) if x.ndim > 1]
+    wanted = max(NUM_MEASURED, 2 * max(sides, default=1)) if geometry == "spectral" else NUM_MEASURED
+    sample = min(problem.num_examples, wanted)
+    if geometry == "spectral" and sample <= max(sides, default=1):
         geometry = "euclidean"
 
     def measure(params, opt_state, data, key):

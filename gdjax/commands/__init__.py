@@ -1,13 +1,21 @@
-"""The command line: `gdjax compare`, `advise`, `rules`, `schedule` and `bench`, and how an experiment is run."""
+"""The command line: `gdjax compare`, `advise`, `rules`, `schedule`, `bench`, `problems`; how an experiment is run."""
 
 from gdjax.commands import _arguments, _session
 from gdjax.commands.advise import Advise
 from gdjax.commands.bench import Bench
 from gdjax.commands.compare import Compare
+from gdjax.commands.problems import Problems
 from gdjax.commands.rules import Rules
 from gdjax.commands.schedule import Schedule
 
-COMMANDS = {"compare": Compare, "advise": Advise, "rules": Rules, "schedule": Schedule, "bench": Bench}
+COMMANDS = {
+    "compare": Compare,
+    "advise": Advise,
+    "rules": Rules,
+    "schedule": Schedule,
+    "bench": Bench,
+    "problems": Problems,
+}
 
 
 def main() -> None:

@@ -76,7 +76,7 @@ def _report(found: Any) -> str:
         f"An update takes {cost} (off by {times.residual:.0%} at most" + ("" if times.fits else "; the table") + ").",
     ]
     error, count = found.twin.error, len(found.curves)
-    lines += [f"Each of {count} short runs is predicted from the others to {error:.0%} (rms of log loss)."]
+    lines += [f"Each of {count} short runs is predicted from the others to {error:.0%} (of log loss, by the median)."]
     for local in found.locals:
         end = "all that it was followed for" if local.held == local.seen else f"of {local.seen}"
         lines += [

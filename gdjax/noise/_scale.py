@@ -59,6 +59,14 @@ class NoiseScale(NamedTuple):
     def __str__(self) -> str:
         return sentence("B_simple", self.b_simple, self)
 
+    def __repr__(self) -> str:
+        """Leave out what every leaf has: `per_leaf` holds as many numbers as there are leaves."""
+        fields = {name: x for name, x in self._asdict().items() if name != "per_leaf"}
+        return f"NoiseScale({', '.join(f'{name}={x!r}' for name, x in fields.items())})" if self._many() else str(self)
+
+    def _many(self) -> bool:
+        return bool(jnp.ndim(self.b_simple)) or isinstance(self.b_simple, Tracer)
+
 
 class HessianNoiseScale(NamedTuple):
     """B_noise and what it is made of; fields as those of `NoiseScale`, with curvature G'HG and trace tr(HS)."""

@@ -12,7 +12,7 @@ import time
 import jax
 import pytest
 
-from gdjax import commands, compare
+from gdjax import commands, compare, problems
 from gdjax.commands import _arguments as arguments
 from gdjax.commands import _session as command
 from gdjax.commands._session import Common
@@ -159,7 +159,7 @@ def test_a_diverging_run_is_reported_and_the_command_finishes(gdjax):
         (["compare", "--json", "my_module.py"], "json='my_module.py' cannot be written: the file there is no result"),
         (["bench", "--devices", "1000000"], "devices=1000000 must be at least 1 and at most"),
         (["bench", "--compare", "absent.json"], "compare='absent.json' cannot be read"),
-        ([], "give a command, one of compare, advise, rules, schedule, bench; see gdjax --help"),
+        ([], "give a command, one of compare, advise, rules, schedule, bench, problems; see gdjax --help"),
     ],
 )
 def test_bad_input_is_one_line_exit_status_2_and_no_file(gdjax, folder, given, message):
@@ -380,3 +380,16 @@ def test_an_interrupted_comparison_goes_on_from_the_rows_that_it_kept(tmp_path, 
     found, expected = (json.loads((tmp_path / name / "result.json").read_text())["rows"] for name in ("part", "whole"))
     assert [row["losses"] for row in found] == [row["losses"] for row in expected]
     assert not (tmp_path / "part" / "rows.jsonl").exists()
+
+
+def test_problems_lists_all_of_them_with_or_without_their_data(gdjax, monkeypatch, tmp_path):
+    monkeypatch.setenv("GDJAX_DATA", str(tmp_path))
+    status, printed, complained = gdjax("problems", "--json", "-")
+    assert (status, complained) == (0, "")
+    rows = {row.pop("problem"): row for row in json.loads(printed)["rows"]}
+    assert list(rows) == list(problems.BUILT_IN)
+    assert (rows["digits-mlp"]["examples"], rows["digits-mlp"]["parameters"]) == (1440, 64 * 128 + 128 + 1280 + 10)
+    assert rows["mnist-mlp"]["examples"] is None
+    printed = gdjax("problems")[1]
+    assert max(map(len, printed.splitlines()[: 1 + len(rows)])) <= 80
+    assert "mnist/train-images-idx3-ubyte[.gz] is missing" in printed

@@ -1,5 +1,7 @@
 """A run in phases of different batch sizes is one loop after another in one stream, however it is cut and resumed."""
 
+from typing import Any, cast
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import pytest
 
 from gdjax import batching, descent, gradients, training
 from gdjax.problem import Problem
+from gdjax.training import _run
 
 SCHEDULE = [(5, 2), (3, 4), (4, 1)]
 X_KEY, Y_KEY = jax.random.split(jax.random.key(1))
@@ -76,7 +79,7 @@ class PowerCutError(Exception):
 
 @pytest.mark.parametrize("last", [5, *(pytest.param(i, marks=pytest.mark.slow) for i in (1, 6, 11))])
 def test_a_run_in_phases_is_resumed_bit_for_bit(by_hand, tmp_path, monkeypatch, last):
-    made, collect = [], training._run.Journal.collect
+    made, collect = [], _run.Journal.collect
 
     def cut(journal, *given):
         if len(made) == last:
@@ -85,7 +88,7 @@ def test_a_run_in_phases_is_resumed_bit_for_bit(by_hand, tmp_path, monkeypatch, 
         return collect(journal, *given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training._run.Journal, "collect", cut)
+        patch.setattr(_run.Journal, "collect", cut)
         with pytest.raises(PowerCutError):
             run(folder=tmp_path, checkpoint_seconds=0, chunk_updates=1)
     assert training.progress(tmp_path).num_saved == last
@@ -102,7 +105,7 @@ def test_what_a_batch_size_compiles_it_compiles_once():
         return loss(w, example)
 
     chex.clear_trace_counter()
-    method = descent.method(gradients.mean(traced), optax.sgd(0.01))
+    method = descent.method(gradients.mean(cast(Any, traced)), optax.sgd(0.01))
     schedule = [(4, 2), (4, 1), (4, 2), (4, 4), (4, 1)]
     for _ in range(2):
         training.run(method, method.init(jnp.ones(3)), DATA, key=KEY, schedule=schedule, chunk_updates=4)
