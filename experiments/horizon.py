@@ -53,7 +53,10 @@ def exact(source):
 
 
 def runs(source, num_examples, key):
-    """Return (losses of SGD at a rate of 1 [S, B], exact ones [B]): independent Gaussian noise of variance h / B."""
+    """Return the mean loss of SGD at a rate of 1, its standard error, and the exact loss, [B] each.
+
+    The noise is Gaussian, of variance h / B, and fresh in every update.
+    """
     quadratic = horizon.power_law(RUN_MODES, capacity=CAPACITY, source=source)
     h = quadratic.eigenvalues
     losses = []
@@ -81,7 +84,8 @@ def runs(source, num_examples, key):
     expected = [
         horizon.loss_after(quadratic, learning_rate=1.0, batch_size=b, num_examples=num_examples) for b in sizes
     ]
-    return np.stack(losses, axis=1), np.asarray(expected)
+    found = np.stack(losses, axis=1)
+    return found.mean(0), found.std(0, ddof=1) / RUN_SEEDS**0.5, np.asarray(expected)
 
 
 def character_model(key):
@@ -121,8 +125,7 @@ def main(options: experiment.Options) -> experiment.Result:
         named = {"best_at_fixed_rate": best, "critical": critical, "critical_decayed": decayed}
         for name, sizes in named.items():
             rows.append({"source": source, "what": name, "examples": EXAMPLES, "sizes": sizes, "slope": slope(sizes)})
-    for (source, examples), (losses, expected) in seen.items():
-        mean, error = losses.mean(0), losses.std(0, ddof=1) / len(losses) ** 0.5
+    for (source, examples), (mean, error, expected) in seen.items():
         rows.append({"source": source, "examples": examples, "losses": mean, "errors": error, "exact": expected})
     rows += [{"examples": e, "critical": size, "losses": losses} for e, (size, losses) in characters.items()]
     return experiment.Result(rows, judge(laws, seen, characters), draw(laws, seen, characters))
@@ -139,10 +142,9 @@ def judge(laws, seen, characters):
     if 0.25 in slopes:
         checks["no growth for r = 1/4 with a decayed rate"] = slopes[0.25][2] < 0.03
     worst, near = 0.0, True
-    for losses, expected in seen.values():
-        error = losses.std(0, ddof=1) / len(losses) ** 0.5
-        worst = max(worst, float(np.max(np.abs(losses.mean(0) - expected) / error)))
-        near &= abs(int(np.argmin(losses.mean(0))) - int(np.argmin(expected))) <= 1
+    for mean, error, expected in seen.values():
+        worst = max(worst, float(np.max(np.abs(mean - expected) / error)))
+        near &= abs(int(np.argmin(mean)) - int(np.argmin(expected))) <= 1
     checks["losses of runs within four standard errors"] = worst < 4
     checks["the best size of runs is the exact one or its neighbour"] = near
     said = ", ".join(f"r = {r}: {p[0]:.3f}, {p[1]:.3f}, {p[2]:.3f}" for r, p in slopes.items())
@@ -168,10 +170,9 @@ def draw(laws, seen, characters):
     if characters:
         sizes = [size for size, _ in characters.values()]
         left.plot(list(characters), sizes, "D-", color=report.COLOURS[6], label="character model")
-    for i, ((source, examples), (losses, expected)) in enumerate(seen.items()):
-        error = losses.std(0, ddof=1) / len(losses) ** 0.5
+    for i, ((source, examples), (mean, error, expected)) in enumerate(seen.items()):
         style: dict[str, Any] = {"color": report.COLOURS[i], "label": f"r = {source}, E = {examples}"}
-        right.errorbar(RUN_SIZES, losses.mean(0), yerr=2 * error, fmt="os^D"[i], capsize=2, **style)
+        right.errorbar(RUN_SIZES, mean, yerr=2 * error, fmt="os^D"[i], capsize=2, **style)
         right.plot(RUN_SIZES, expected, color=report.COLOURS[i], linewidth=1)
     left.set(xscale="log", yscale="log", xlabel="examples of a run", ylabel="batch size (examples)")
     right.set(xscale="log", yscale="log", xlabel="batch size (examples)", ylabel="loss at the end (lines: exact)")

@@ -81,17 +81,10 @@ except ValueError as error:
 # - **Cores of a CPU.** One device uses one core for small batches. `jax.config.update("jax_num_cpu_devices", 8)`
 #   before anything else makes eight of them, and `sweep.map` spreads its points over all devices.
 # - **GPUs and TPUs of one machine** are used without a word.
-# - **Machines.** A grid is data: give each process its part, and a store of its own.
-#
-# ```python
-# # on each of them, under SLURM, Kubernetes or a TPU pod
-# jax.distributed.initialize()
-# mine = rates[jax.process_index() :: jax.process_count()]
-# found = sweep.map(fn, sweep.grid(rate=mine, key=keys), store=f"runs/rates-{jax.process_index()}")
-# ```
-#
-# - **A cluster's queue** (an array job) is the same with the task's number in the place of `process_index`. Jobs that
-#   are killed at the end of their time are submitted again as they are.
+# - **Machines**, under SLURM, Kubernetes or a TPU pod, with `jax.distributed` or without, and the tasks of an array job:
+#   let all of them make the same call, with one store on a folder that they share. Each computes the chunks that no
+#   other has taken, and returns the whole. Jobs that are killed at the end of their time are submitted again as they
+#   are.
 #
 # ## What to try next
 #
