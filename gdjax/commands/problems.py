@@ -8,15 +8,15 @@ from pathlib import Path
 from gdjax.commands._session import Common
 
 SOURCES = {
-    "digits-mlp": "handwritten digits of scikit-learn, an MLP",
+    "digits-mlp": "scikit-learn's digits, an MLP",
     "least-squares": "drawn: Gaussian inputs, a linear model",
     "logistic": "drawn: Gaussian inputs, a linear model",
     "noisy-quadratic": "drawn: Zhang et al. 2019, section 3",
     "mnist-mlp": "MNIST, an MLP",
     "fashion-mnist-cnn": "Fashion-MNIST, a convolutional network",
     "cifar10-cnn": "CIFAR-10, a convolutional network",
-    "a9a-logistic": "LIBSVM's a9a (census incomes), a linear model",
-    "power-plant": "UCI's combined cycle power plant, an MLP",
+    "a9a-logistic": "LIBSVM's a9a (incomes), a linear model",
+    "power-plant": "UCI's power plant, an MLP",
     "tiny-shakespeare": "characters of Shakespeare, a transformer",
 }
 
