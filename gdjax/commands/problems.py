@@ -17,7 +17,7 @@ SOURCES = {
     "cifar10-cnn": "CIFAR-10, a convolutional network",
     "a9a-logistic": "LIBSVM's a9a (incomes), a linear model",
     "power-plant": "UCI's power plant, an MLP",
-    "tiny-shakespeare": "characters of Shakespeare, a transformer",
+    "tiny-shakespeare": "tiny Shakespeare, a transformer",
 }
 
 
