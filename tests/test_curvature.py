@@ -107,6 +107,7 @@ def test_spectra_that_break_krylov_methods(spectrum, k):
         precision.assert_close(top.vectors @ top.vectors.T, np.eye(k), atol=1e-12)
 
 
+@pytest.mark.slow
 def test_warm_start_follows_eigenvalues_that_cross():
     """The Hessian is diag(12 w^2 / N) throughout, so a converged vector is blind to all others."""
 
@@ -162,6 +163,7 @@ def test_parameters_of_half_precision_are_iterated_in_float32():
     np.testing.assert_allclose(top.values, [8.0, 4.0], rtol=2e-2)
 
 
+@pytest.mark.slow
 def test_batch_sharpness_of_the_whole_data_is_the_rayleigh_quotient_of_its_gradient(net):
     params, batch, hessian = net
     grad = jax.grad(lambda net: jax.vmap(net_loss, (None, 0))({**params, "net": net}, batch).mean())(params["net"])
@@ -246,6 +248,7 @@ def test_what_cannot_be_computed_is_refused():
 
 
 @pytest.mark.usefixtures("nans")
+@pytest.mark.slow
 def test_a_hessian_that_is_not_finite_is_not_given_a_number():
     top = curvature.top_eigenpairs(lambda w, x: jnp.sum(x * w**1.5))(jnp.zeros(3), jnp.ones((2, 3)), jnp.eye(3)[:1])
     assert np.isnan(top.values).all()

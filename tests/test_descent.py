@@ -101,6 +101,7 @@ def test_frozen_leaves_pass_through_an_optimizer_that_keeps_moments():
 
 @pytest.mark.usefixtures("replays")
 @pytest.mark.parametrize("batch_size", [1, 4, 12])
+@pytest.mark.slow
 def test_run_equals_a_python_loop(batch_size, examples, key):
     method = descent.method(gradients.mean(mlp_loss), optax.sgd(0.01, momentum=0.9))
     batches = batching.batches(batching.reshuffled(key, 12, num_epochs=3), batch_size)
@@ -176,6 +177,7 @@ def test_a_run_in_chunks_is_bit_for_bit_the_run_in_one_piece(batch_size, example
 
 @pytest.mark.usefixtures("replays")
 @pytest.mark.parametrize("every", [1, 3, 4, 5, 9, 100])
+@pytest.mark.slow
 def test_records_are_taken_every_so_many_updates_and_at_the_end(every, examples, key):
     method = descent.method(gradients.mean(mlp_loss), optax.sgd(0.1))
     batches = batching.batches(batching.reshuffled(key, 12, num_epochs=3), 4)
@@ -328,6 +330,7 @@ def test_until_looks_only_every_so_many_updates():
     assert int(ending.num_updates) == 4
 
 
+@pytest.mark.slow
 def test_until_ends_every_lane_at_its_own_time():
     rates = jnp.asarray([0.5, 3.0, 1e-3, 0.25])
     state, ending = jax.jit(jax.vmap(lambda rate: descend_until(rate, RULES)))(rates)

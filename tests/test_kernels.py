@@ -28,6 +28,7 @@ def train(learning_rate):
 
 
 @CPU
+@pytest.mark.slow
 def test_one_kernel_is_one_kernel_and_computes_the_same(key):
     one = jax.jit(kernels.one_kernel(train)).lower(0.01).compile()
     chex.assert_trees_all_close(one(0.01), jax.jit(train)(0.01), rtol=max(1e-12, 32 * precision.EPS))

@@ -31,6 +31,7 @@ def test_without_sampling_it_is_the_gaussian_mechanism():
     assert privacy.epsilon(noise_multiplier=20, **run) == pytest.approx(1.993091, abs=2e-6)
 
 
+@pytest.mark.slow
 def test_the_noise_for_an_epsilon_is_its_inverse():
     pytest.importorskip("dp_accounting")
     unsampled = {"num_examples": 10, "batch_size": 10, "num_updates": 100, "delta": 1e-5}

@@ -30,6 +30,7 @@ def test_a_problem_counts_its_examples(numbers):
     assert repr(numbers) == "Problem('numbers', 100 examples and 7 for tests, metrics squared)"
 
 
+@pytest.mark.slow
 def test_a_noise_scale_is_its_sentence_and_of_many_its_fields(numbers):
     found = noise.measure(loss, jnp.zeros(()), numbers.train, jax.random.key(0), num_examples=100)
     assert repr(found) == str(found)

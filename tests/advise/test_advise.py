@@ -261,6 +261,7 @@ def test_the_command_predicts_verifies_and_advises(command, monkeypatch, capsys,
     assert len(found.noise_scales) == 3
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_what_would_be_done_and_trains_nothing(command, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(advise, "batch_size", None)
     command("--problem", "advised_module:problem", "--target", "loss<=0.02", "--budget", "77", "--dry-run")
@@ -347,6 +348,7 @@ SMALL = ("--problem", "advised_module:problem", "--batch-sizes", "8", "16", "--b
         (("--problem", "advised_module:wild", "--target", "loss<=0.1"), "the loss diverges at all learning rates"),
     ],
 )  # fmt: skip
+@pytest.mark.slow
 def test_a_mistake_is_one_line_exit_status_2_and_no_file(command, capsys, tmp_path, arguments, message):
     with pytest.raises(SystemExit) as end:
         command(*arguments)

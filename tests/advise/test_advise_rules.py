@@ -63,6 +63,7 @@ def test_every_rule_is_held_against_the_tuned_rate_with_the_same_seeds(found):
     json.dumps(jax.tree.map(np.asarray, result.summary()), default=str)
 
 
+@pytest.mark.slow
 def test_the_runs_are_those_of_the_rule():
     """Of a loss without noise: theta falls by 1 - eta at every update, at both batch sizes."""
     result = advise.rules(quiet(), "sgd", base=4, batch_size=16, learning_rate=0.05, num_examples=256, num_seeds=2)
@@ -113,6 +114,7 @@ def test_rules_that_do_not_apply_are_listed_with_the_reason_and_run_only_when_na
     assert [o.rule for o in carried(recipe, given, ["linear"], 16, 256, math.nan)] == ["linear"]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_carried_is_refused_before_it_is_run():
     cases = [
         ({"optimizer": optax.adam}, r"optimizer: rules change the hyperparameters of one by name, as 'adamw'"),

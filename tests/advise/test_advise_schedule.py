@@ -146,6 +146,7 @@ def test_bad_input_is_refused_at_once(target, options, message):
         advise.schedule(problems.digits_mlp(), target, **options)
 
 
+@pytest.mark.slow
 def test_few_examples_and_a_pilot_that_diverges_are_refused():
     few = Problem(lambda key: jnp.ones(()), lambda w, x: 0.5 * (w - x) ** 2, jnp.ones(20))
     with pytest.raises(ValueError, match="has 20 examples: a schedule takes at least 64"):

@@ -40,6 +40,7 @@ def test_every_epoch_is_a_permutation(stream, num_examples, key):
     np.testing.assert_array_equal(np.sort(epochs, axis=1), np.tile(np.arange(num_examples), (5, 1)))
 
 
+@pytest.mark.slow
 def test_reshuffled_epochs_differ_and_shuffled_once_epochs_do_not(key):
     different = batching.reshuffled(key, 100, num_epochs=4).reshape(4, 100)
     assert all((a != b).any() for a, b in itertools.combinations(different, 2))
@@ -48,6 +49,7 @@ def test_reshuffled_epochs_differ_and_shuffled_once_epochs_do_not(key):
     assert (np.asarray(same[0]) != np.arange(100)).any()
 
 
+@pytest.mark.slow
 def test_every_order_is_equally_likely():
     keys = jax.random.split(jax.random.key(1), 6000)
     orders = jax.vmap(lambda key: batching.reshuffled(key, 3, start=3, length=3))(keys)
@@ -58,6 +60,7 @@ def test_every_order_is_equally_likely():
 
 
 @pytest.mark.parametrize("num_examples", [2, 3, 4, 5])
+@pytest.mark.slow
 def test_the_orders_of_few_examples_are_all_reached_and_equally_often(num_examples):
     keys = jax.random.split(jax.random.key(2), 100 * math.factorial(num_examples))
     epoch = {"start": num_examples, "length": num_examples}
@@ -67,6 +70,7 @@ def test_the_orders_of_few_examples_are_all_reached_and_equally_often(num_exampl
     assert chi_square(counts, 100) < limit(len(counts) - 1)
 
 
+@pytest.mark.slow
 def test_with_replacement_is_uniform_and_independent_of_position(key):
     entries = np.asarray(batching.with_replacement(key, 4, num_epochs=5000))
     pairs = np.bincount(entries[:-1] * 4 + entries[1:], minlength=16)
@@ -85,6 +89,7 @@ def test_a_window_is_a_slice_of_the_endless_stream(stream, num_examples, start, 
 
 
 @pytest.mark.parametrize("stream", STREAMS)
+@pytest.mark.slow
 def test_a_window_may_start_at_a_traced_position(stream, key):
     window = jax.jit(lambda start: stream(key, 5, start=start, length=8))
     for start in range(12):
@@ -167,6 +172,7 @@ def test_every_epoch_visits_every_example_once(num_examples, key):
 
 
 @pytest.mark.parametrize("num_examples", [LOOKED_UP, 10**6 + 3, 2**31])
+@pytest.mark.slow
 def test_many_examples_are_as_likely_at_every_position(num_examples):
     """Eighths of the epoch against eighths of the data, and neighbours and epochs against one another."""
     starts = np.linspace(0, num_examples - 2, 40).astype(np.uint32)
@@ -190,6 +196,7 @@ def test_many_examples_are_as_likely_at_every_position(num_examples):
         assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 4 / math.sqrt(a.size)
 
 
+@pytest.mark.slow
 def test_an_order_keeps_neither_rows_nor_columns_of_the_table_together(key):
     """Pairs that begin in one row or column end in one as often as any two of N."""
     num_examples = LOOKED_UP
@@ -204,6 +211,7 @@ def test_an_order_keeps_neither_rows_nor_columns_of_the_table_together(key):
 
 
 @pytest.mark.parametrize("stream", STREAMS)
+@pytest.mark.slow
 def test_a_window_of_many_examples_is_a_slice_of_the_endless_stream(stream, key):
     whole = np.asarray(stream(key, LOOKED_UP, num_epochs=3))
     window = jax.jit(lambda start: stream(key, LOOKED_UP, start=start, length=100))
@@ -244,6 +252,7 @@ def test_a_far_epoch_is_a_permutation_like_any_other(key):
         assert (orders[0] != orders[1]).any()
 
 
+@pytest.mark.slow
 def test_what_a_stream_draws_does_not_grow_with_the_data(key):
     """The program for 512 of 2^31 holds no array of more entries, where an order would be 8 GiB."""
     for stream in (*STREAMS,):
@@ -268,6 +277,7 @@ COUNTS = st.integers(0, 2**63 - 1) | st.sampled_from([0, 2**31 - 1, 2**31, 2**32
 
 
 @given(a=COUNTS, b=COUNTS, small=st.integers(-(2**31), 2**31 - 1), divisor=st.integers(1, 2**31))
+@pytest.mark.slow
 def test_a_count_is_the_integer_that_it_stands_for(a, b, small, divisor):
     count = Count.of(a)
     assert (int(count), int(np.asarray(count)), f"{count}", repr(count)) == (a, a, str(a), f"Count({a})")

@@ -67,6 +67,7 @@ def assert_equal(found, expected):
 
 
 @pytest.mark.parametrize("name", variants.VARIANTS)
+@pytest.mark.slow
 def test_every_variant_makes_the_updates_of_descent(name):
     problem = tiny(float, weight=lambda example: 0.5 + example[1][0] ** 2)
     params, data, batches = inputs(problem, B, T)
@@ -88,6 +89,7 @@ def test_every_variant_makes_the_updates_of_descent(name):
 
 
 @pytest.mark.parametrize("dtype", [float, jnp.float32])
+@pytest.mark.slow
 def test_every_lane_makes_the_updates_of_its_own_batch_size(dtype):
     """12 ticks of 2 examples: 12, 6 and 3 updates; for B = 10 there are 2, and the last 4 examples make none."""
     problem, sizes = tiny(dtype), (2, 4, 8, 10)
@@ -125,6 +127,7 @@ def clocked(monkeypatch, names):
     return seen
 
 
+@pytest.mark.slow
 def test_rows_follow_from_what_was_measured(monkeypatch):
     """The first way is a run twice as long in updates, the second is scan: it leads, and ratios are of an update."""
     seen = clocked(monkeypatch, ["scan", "other"])
@@ -163,6 +166,7 @@ def test_rows_follow_from_what_was_measured(monkeypatch):
     assert scan["compile_seconds"] > 0
 
 
+@pytest.mark.slow
 def test_runs_are_as_long_as_an_accelerator_needs(monkeypatch):
     """A run of a hundredth of the seconds wanted gets a hundred times the updates, and one that is long enough none."""
     clocked(monkeypatch, ["scan"])
@@ -192,6 +196,7 @@ def test_lanes_are_compared_with_the_scans_one_after_another(monkeypatch):
         assert_equal(found, jax.jit(run)(*same[0][:2], cut)[0])
 
 
+@pytest.mark.slow
 def test_where_nothing_is_known_the_table_says_so(monkeypatch):
     """No analysis; fewer repeats than an interval needs; no scan to compare with; faster than memory is: cached."""
     monkeypatch.setattr(timing, "_counted", lambda program, name: None)
@@ -343,6 +348,7 @@ def test_a_cpu_is_split_before_it_is_used_or_not_at_all(tmp_path, devices, messa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_profile_is_a_trace_for_perfetto(tmp_path):
     with timing.profiled(tmp_path / "trace"):
         jax.block_until_ready(jax.jit(lambda x: x @ x)(jnp.ones((8, 8))))

@@ -164,6 +164,7 @@ def this_machine(monkeypatch):
     return targets.Target("this", "tpu", 1e6, 1e3, 1e9)
 
 
+@pytest.mark.slow
 def test_a_row_says_what_was_compiled_and_the_others_go_on(this_machine):
     weights = jnp.zeros(1000)
     linear = Problem(lambda key: weights, lambda w, x: (x @ w) ** 2, jnp.zeros((16, 1000)))

@@ -109,6 +109,7 @@ def test_json_to_standard_output_is_alone_there_whatever_a_problem_prints(gdjax,
     assert sorted(os.listdir(run)) == ["figure.png", "result.json"]
 
 
+@pytest.mark.slow
 def test_a_best_rate_at_the_edge_is_marked_in_the_table(gdjax):
     status, printed, complained = gdjax(
         "compare", "--problem", "my_module:unbounded", "--batch-sizes", "4", "--num-epochs", "1"
@@ -119,6 +120,7 @@ def test_a_best_rate_at_the_edge_is_marked_in_the_table(gdjax):
 
 
 @pytest.mark.usefixtures("nans")
+@pytest.mark.slow
 def test_a_diverging_run_is_reported_and_the_command_finishes(gdjax):
     status, printed, complained = gdjax(
         *("compare", "--problem", "my_module:explosive", "--batch-sizes", "4", "--num-epochs", "20"),
@@ -350,6 +352,7 @@ def test_ctrl_c_exits_with_130_and_leaves_nothing(folder, listening):
     assert not (folder / "runs").exists()
 
 
+@pytest.mark.slow
 def test_an_interrupted_comparison_goes_on_from_the_rows_that_it_kept(tmp_path, monkeypatch, capsys):
     options = {"batch_sizes": (1, 32), "num_epochs": 1, "num_seeds": 1, "learning_rate": 0.01}
     small = Compare(problem="least-squares", **options)
@@ -382,6 +385,7 @@ def test_an_interrupted_comparison_goes_on_from_the_rows_that_it_kept(tmp_path, 
     assert not (tmp_path / "part" / "rows.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_problems_lists_all_of_them_with_or_without_their_data(gdjax, monkeypatch, tmp_path):
     monkeypatch.setenv("GDJAX_DATA", str(tmp_path))
     status, printed, complained = gdjax("problems", "--json", "-")

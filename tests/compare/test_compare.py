@@ -47,6 +47,7 @@ def test_every_batch_size_starts_from_the_same_parameters_one_draw_for_each_seed
     assert stochastic[0] != stochastic[1]
 
 
+@pytest.mark.slow
 def test_every_run_is_that_of_a_loop_over_the_stream_of_its_seed(drawn, drawn_rows):
     """The keys are those that `compare` documents, whatever B is; evaluation is every N // B updates and at the end."""
     mean_loss = jax.jit(lambda params, data: jax.vmap(drawn.loss, (None, 0))(params, data).mean())
@@ -66,6 +67,7 @@ def test_every_run_is_that_of_a_loop_over_the_stream_of_its_seed(drawn, drawn_ro
             precision.assert_close(row.losses[seed], [losses[i] for i in row.examples_seen.tolist()], rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_without_test_examples_metrics_are_of_the_training_examples_and_named_so():
     data = datasets.gaussian_classification(jax.random.key(0), num_examples=16, dimension=3)
     [row] = compare.batch_sizes(
@@ -79,6 +81,7 @@ def test_without_test_examples_metrics_are_of_the_training_examples_and_named_so
     assert row.summary()["test_accuracy"] is None
 
 
+@pytest.mark.slow
 def test_a_best_rate_at_the_edge_is_reported_as_such(rows):
     assert not any(row.at_edge for row in rows)
     # The mean of -w x has no minimum: the larger the rate, the lower the loss.
@@ -89,6 +92,7 @@ def test_a_best_rate_at_the_edge_is_reported_as_such(rows):
     assert not given.at_edge
 
 
+@pytest.mark.slow
 def test_a_row_reports_the_time_of_its_updates(problem):
     plan = compare.plan(problem, (48,), learning_rate=0.1, num_epochs=3, num_seeds=1)
     slow = dataclasses.replace(plan, speeds=(plan.speeds[0]._replace(seconds_per_update=100.0),))
@@ -120,6 +124,7 @@ def test_the_chosen_rate_has_the_lowest_loss_and_its_history_is_kept(rows):
         precision.assert_close(row.losses[:, -1].mean(), row.tuning_losses[best], rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_gradient_noise_is_the_variance_of_the_update_over_its_squared_mean(problem, rows):
     x, y = map(np.asarray, problem.train)
     grads = np.column_stack([(0.5 - y)[:, None] * x, 0.5 - y])
@@ -141,6 +146,7 @@ def test_a_given_rate_is_not_tuned(problem):
 
 
 @pytest.mark.usefixtures("nans")
+@pytest.mark.slow
 def test_a_diverged_run_is_reported_as_diverged():
     data = datasets.gaussian_regression(jax.random.key(0), num_examples=16, dimension=2)
     linear = problems.least_squares(data)
@@ -311,6 +317,7 @@ def planned(speeds, monkeypatch, **options):
     return compare.plan(problem, tuple(speeds), **options)
 
 
+@pytest.mark.slow
 def test_a_plan_fits_its_budget_and_says_so(speeds, monkeypatch):
     """At B = 1 an epoch takes 10 s: 64 of them with 24 runs would be hours."""
     plan = planned(speeds, monkeypatch, budget=600.0)

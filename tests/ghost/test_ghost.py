@@ -550,6 +550,7 @@ def test_every_statistic_equals_that_of_the_gradients_of_all_examples(name):
         check(loss, params, batch)
 
 
+@pytest.mark.slow
 def test_no_tracer_outlives_its_trace(key):
     """A loop's backward pass is kept by what was traced; it must hold nothing of the trace itself."""
 

@@ -82,6 +82,7 @@ def test_clipped_equals_optax_on_materialised_gradients(params, batch):
         assert_close(estimate.loss, gradients.mean(loss)(params, batch).loss)
 
 
+@pytest.mark.slow
 def test_infinite_max_norm_is_plain_sgd_and_zero_gradients_are_safe(params, batch):
     plain = gradients.mean(loss)(params, batch).grad
     assert_close(gradients.clipped(loss, float("inf"))(params, batch).grad, plain)
@@ -203,6 +204,7 @@ def test_a_bfloat16_model_with_float32_parameters_agrees_to_its_own_rounding():
 
 @pytest.mark.parametrize("way", ["gram", 1, 2, 3, B])
 @pytest.mark.parametrize("name", ["convolution_2d_depthwise_channels_last", "dense_one_by_one"])
+@pytest.mark.slow
 def test_every_way_and_chunk_size_gives_the_same_norms(monkeypatch, name, way):
     """Among them chunks that divide the batch of five and chunks that do not."""
     chosen = ghost_cost.Way("gram") if way == "gram" else ghost_cost.Way("in chunks", way)
@@ -251,6 +253,7 @@ def test_coverage_says_how_every_leaf_is_measured():
     assert len(lines) == 8  # no advice: the total is small
 
 
+@pytest.mark.slow
 def test_what_is_written_for_platforms_is_measured_by_the_rules_of_one():
     """A branch that only another platform computes says the same: norms are those of the gradients of all examples."""
 
@@ -299,6 +302,7 @@ def test_what_cannot_be_measured_is_refused(its_loss, params, batch, message):
         ghost.sq_norms(its_loss)(params, batch)
 
 
+@pytest.mark.slow
 def test_results_are_not_differentiated_wrongly_but_refused(params, batch):
     def penalty(params, batch):
         return ghost.sq_norms(loss)(params, batch)[2][0]["weight"].sum()

@@ -90,6 +90,7 @@ def test_activations_whose_squares_overflow_do_no_harm_where_the_gradient_is_sma
     np.testing.assert_allclose(found.sq_norms, [0, 16e20, 16], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_over_positions_too():
     """In the Gram form: activations of 1e20 times cotangents of 1e-10."""
 
@@ -187,6 +188,7 @@ def test_backward_passes_that_are_not_linear_are_seen(rule, is_linear, place):
     assert ghost.nonlinear(loss, jnp.ones((3, 3)), jnp.ones(3)) == ([] if is_linear else ["same"])
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_each_example_added_up_where_a_backward_pass_is_not_linear():
     same = backward(lambda x, g: (jnp.clip(g, -0.1, 0.1),))
     batch = jnp.tile(jnp.asarray([[1.0, 2.0, 2.0]]), (10, 1))

@@ -39,6 +39,7 @@ def numerical_gradient(params, batch):
     return mean_loss(flat), np.array([(mean_loss(flat + e) - mean_loss(flat - e)) / 2e-6 for e in step])
 
 
+@pytest.mark.slow
 def test_mean_is_the_gradient_of_the_mean_loss(params, batch):
     with jax.enable_x64(True):
         loss, gradient = numerical_gradient(params, batch)
@@ -48,6 +49,7 @@ def test_mean_is_the_gradient_of_the_mean_loss(params, batch):
 
 
 @pytest.mark.parametrize("microbatch_size", [1, 3, 4, 12])
+@pytest.mark.slow
 def test_microbatched_equals_mean(params, batch, microbatch_size):
     estimate = gradients.microbatched(mlp_loss, microbatch_size=microbatch_size)(params, batch)
     jax.tree.map(
@@ -57,6 +59,7 @@ def test_microbatched_equals_mean(params, batch, microbatch_size):
     )
 
 
+@pytest.mark.slow
 def test_per_example_has_the_gradient_of_each_example_and_their_mean(params, batch):
     estimate = gradients.per_example(mlp_loss)(params, batch)
     for i in range(12):

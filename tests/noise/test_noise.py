@@ -159,6 +159,7 @@ def held(low, high, true):
 
 @pytest.mark.usefixtures("replays")
 @pytest.mark.parametrize("replace", [True, False])
+@pytest.mark.slow
 def test_nine_intervals_in_ten_hold_the_scale_of_the_data(key, replace):
     data = gaussian(key, 1000)
     signal, variance = moments(np.asarray(data[0] * (data[0] @ DELTA - data[1])[:, None]))
@@ -240,6 +241,7 @@ def test_what_cannot_be_known_gets_a_verdict_and_never_a_nan(key, loss, data, ve
     assert str(scale).endswith(f": {verdict}, outliers rarer than 3/{len(data)} not excluded")
 
 
+@pytest.mark.slow
 def test_verdicts_of_mapped_measurements(key):
     data = population(60)
     measured = jax.vmap(lambda key: noise.measure(linear_loss, PARAMS, data, key, num_examples=60))
@@ -274,6 +276,7 @@ def test_bad_arguments_of_the_hessian_scale(key):
             noise.measure_hessian(linear_loss, PARAMS, population(8), key, **arguments)
 
 
+@pytest.mark.slow
 def test_no_upward_curvature_no_hessian_scale(key):
     scale = noise.measure_hessian(
         lambda w, x: -(w**2) * x, jnp.asarray(1.0), 1 + population(50)[1] ** 2, key, batch_size=8, num_pairs=20

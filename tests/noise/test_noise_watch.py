@@ -111,6 +111,7 @@ AXES = {"axis_types": (AxisType.Auto,)}
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.slow
 def test_the_gradients_of_two_devices_are_the_parts(check_vma):
     data = population(5)
     optimizer = optax.chain(
@@ -262,6 +263,7 @@ def test_what_is_missing_is_named():
 
 
 @pytest.mark.usefixtures("promoting")
+@pytest.mark.slow
 def test_in_multisteps_the_last_microbatch_is_held_against_the_accumulated_gradient():
     """Four mini-steps of MultiSteps give the same pair as one update with the norm of the last of them."""
     data = population(8)

@@ -116,6 +116,7 @@ def test_group_norm_is_that_of_flax(key):
     np.testing.assert_allclose(models.group_norm(x, num_groups=3), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_convolutional_network_equals_its_formula(key):
     """Every output is the sum over a window of 3 x 3, of stride 2, padded as SAME: below and right where uneven."""
     model = models.cnn((3, 4, 2), num_classes=2, channels=(4,), num_groups=2)
@@ -172,6 +173,7 @@ def test_the_transformer_equals_its_formula(key):
     precision.assert_close(model.apply(params, jnp.asarray(tokens)), expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_logits_do_not_depend_on_later_tokens(key):
     params, tokens = READER.init(key), jax.random.randint(jax.random.key(1), (12,), 0, 11)
     apply = jax.jit(READER.apply)

@@ -230,6 +230,7 @@ def test_the_floor_of_sign_sgd_is_that_of_its_chain():
     precision.assert_close(found, expected, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_the_floor_of_sign_sgd_is_that_of_the_real_loop():
     rate, h, size, seeds, num_updates = 0.3, 0.8, 2, 4000, 40
     optimizer = optax.chain(optax.scale_by_sign(), optax.scale(-rate))

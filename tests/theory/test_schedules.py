@@ -279,6 +279,7 @@ def test_what_a_shortcut_and_no_ramp_cost(name):
     np.testing.assert_allclose(more, [shortcut, constant], atol=0.06 if constant < 2 else 0.4)
 
 
+@pytest.mark.slow
 def test_bad_input():
     with pytest.raises(ValueError, match="give either num_examples or target"):
         ramps.batch_ramp(SMALL, HALVES)

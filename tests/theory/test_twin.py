@@ -30,6 +30,7 @@ def eigen(weights, start):
 
 
 @pytest.mark.parametrize("weight", [None, lambda example: jnp.where(example[1] > 0, 2.0, 1.0)])
+@pytest.mark.slow
 def test_the_twin_of_least_squares_is_exact_without_noise_and_unbiased_with_it(weight):
     rates, sizes = jnp.linspace(0.15, 0.02, 30), jnp.asarray([4.0] * 20 + [16.0] * 10)
     weights = jnp.ones(40) if weight is None else jax.vmap(weight)((X, Y))
@@ -43,6 +44,7 @@ def test_the_twin_of_least_squares_is_exact_without_noise_and_unbiased_with_it(w
     np.testing.assert_allclose(drawn, exact, rtol=4 * np.sqrt(2 / 400))  # a square of a Gaussian: of variance 2
 
 
+@pytest.mark.slow
 def test_chunks_of_examples_and_a_preconditioner_change_no_more_than_they_should(monkeypatch):
     options = {"key": jax.random.key(2), "num_steps": 6}
     whole = theory.twin(squares(), jnp.ones(6), **options)
@@ -58,6 +60,7 @@ def test_chunks_of_examples_and_a_preconditioner_change_no_more_than_they_should
     precision.assert_close(found.losses(rates, sizes), there.losses(rates, sizes), rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_a_twin_is_right_to_second_order_and_says_how_far_it_holds():
     problem = problems.digits_mlp((16,))
     params = problem.init(jax.random.key(0))

@@ -60,11 +60,13 @@ def test_a_schedule_is_one_stream_without_a_seam(by_hand, chunk_updates):
     assert_equal(run(chunk_updates=chunk_updates), by_hand)
 
 
+@pytest.mark.slow
 def test_records_may_lie_across_phases(by_hand):
     state, history = by_hand
     assert_equal(run(every=4, chunk_updates=3), (state, jax.tree.map(lambda x: x[3::4], history)))
 
 
+@pytest.mark.slow
 def test_data_in_host_memory_and_phases_of_the_loop_are_the_same(by_hand):
     pytest.importorskip("grain")
     assert_equal(run(data=jax.tree.map(np.asarray, DATA), chunk_updates=3), by_hand)

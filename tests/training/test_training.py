@@ -132,6 +132,7 @@ def no_better(problem):
 
 
 @pytest.mark.parametrize(("every", "chunk_updates"), [(2, 5), (3, 2)])
+@pytest.mark.slow
 def test_a_rule_ends_a_run_where_its_history_says_and_a_resumed_one_too(problem, key, tmp_path, every, chunk_updates):
     """The test loss of steps that are too long rises again and again."""
 
@@ -167,6 +168,7 @@ def test_a_rule_ends_a_run_where_its_history_says_and_a_resumed_one_too(problem,
         assert_equal(again, found)
 
 
+@pytest.mark.slow
 def test_the_average_is_the_weighted_mean_of_the_iterates_resumed_too(problem, key, tmp_path):
     half_life = 5.0
 
@@ -267,6 +269,7 @@ def test_a_run_resumed_is_bit_for_bit_the_run_in_one_piece(run, straight, tmp_pa
         assert_equal(run(folder=tmp_path, num_updates=4), run(num_updates=16))
 
 
+@pytest.mark.slow
 def test_the_record_that_ends_a_run_is_none_of_a_longer_one(run, tmp_path):
     for num_updates in (7, 9, 12):
         found = run(every=3, num_updates=num_updates, folder=tmp_path)
@@ -274,6 +277,7 @@ def test_the_record_that_ends_a_run_is_none_of_a_longer_one(run, tmp_path):
         assert len(found.history) == -(-num_updates // 3)
 
 
+@pytest.mark.slow
 def test_progress_says_what_a_folder_holds(run, problem, key, tmp_path):
     options = {"key": key, "batch_size": 4, "stream": uneven, "folder": tmp_path}
     training.run(problem, SGD, **options, num_epochs=2)
@@ -365,6 +369,7 @@ def test_a_standard_error_that_is_closed_or_lost_keeps_no_run_from_its_end(run, 
             assert_equal(run(folder=folder, num_updates=100), run(num_updates=100))
 
 
+@pytest.mark.slow
 def test_every_kind_of_leaf_survives_a_checkpoint(tmp_path, key):
     """Keys and noise in the optimiser's state, leaves without entries, bfloat16, integers."""
     optimizer = optax.chain(optax.add_noise(0.1, 0.55, key=jax.random.key(7)), optax.sgd(0.1, momentum=0.9))
@@ -394,6 +399,7 @@ def test_every_kind_of_leaf_survives_a_checkpoint(tmp_path, key):
     assert float(resumed.state.params["half"][1]) != 1.0
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_written_is_an_error_and_the_one_before_stays_good(run, straight, tmp_path):
     before = set(threading.enumerate())
     folder, aside = tmp_path / "run", tmp_path / "aside"
@@ -579,6 +585,7 @@ def test_two_devices_train_as_one(run):
     assert all(leaf.sharding.num_devices == 2 for leaf in jax.tree.leaves(both))
 
 
+@pytest.mark.slow
 def test_data_in_host_memory_is_fed_bit_for_bit_as_on_the_device(run, straight, data, tmp_path):
     """A memory-mapped file among it, on one device and two, with a tail and without one, begun and resumed."""
     pytest.importorskip("grain")

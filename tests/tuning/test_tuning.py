@@ -359,6 +359,7 @@ def test_what_a_tuning_says_of_itself_holds_its_tuning():
     assert said["costs"].tolist() == [[4, 5, 6]]
 
 
+@pytest.mark.slow
 def test_tune_is_the_search_of_what_it_is_asked(key):
     """w^2 / 2 from w = 1: at rate r, w = (1 - r)^t, so the best default rate about 0.2 is that nearest to 1."""
     tuned = tuning.tune(same({}), batch_size=4, num_epochs=1, key=key, num_seeds=2)
@@ -436,6 +437,7 @@ def test_what_does_not_fit_is_said_and_other_errors_are_not_hidden(problem, mess
     assert 0 < known[0].seconds_per_update < 1
 
 
+@pytest.mark.slow
 def test_gradients_that_do_not_fit_are_taken_in_pieces():
     """Every example needs 10,000 numbers beside the parameters: the sizes of the pieces bound them."""
     wide = Problem(lambda key: jnp.zeros(()), lambda w, x: jnp.sum(jnp.sin(w * x * jnp.arange(1e4))), jnp.ones(600))
@@ -450,6 +452,7 @@ def test_gradients_that_do_not_fit_are_taken_in_pieces():
     precision.assert_close(gradient(600)(jnp.asarray(0.3), wide.train).grad, whole.grad, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_schedule_is_tuned_in_the_stream_of_one_run():
     """Every run is the loop over phases on the windows of its own stream, whatever the looks in between."""
     problem, schedule = problems.least_squares(), [(7, 8), (3, 32), (2, 16)]
