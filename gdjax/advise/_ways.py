@@ -106,7 +106,8 @@ def plan(twin: Fitted, target: float, bounds: Bounds, *, num_phases: int = 3) ->
             with np.errstate(invalid="ignore", divide="ignore"):
                 fall = np.log(before / losses[kind])
                 part = np.where(before > target, np.log(before / target) / fall, 0.0)  # of the step, in logarithms
-                updates = previous * (num_updates / previous) ** np.nan_to_num(part)
+                # Beyond the step lie those that do not arrive in it, and are not asked.
+                updates = previous * (num_updates / previous) ** np.clip(np.nan_to_num(part), 0.0, 1.0)
             seconds = np.where(losses[kind] <= target, updates * ways["each"], np.inf)
             for first in bounds.sizes:
                 at = int(np.argmin(np.where(ways["sizes"][:, 0] == first, seconds, np.inf)))

@@ -250,7 +250,9 @@ def test_the_command_predicts_verifies_and_advises(command, monkeypatch, capsys,
     assert 0 < found.tuned.best < len(at) - 1
     i = at.index(found.learning_rate)
     assert i <= found.tuned.best
-    assert found.tuned.losses[i] <= 1.06 * found.tuned.losses.min()
+    with np.errstate(invalid="ignore"):  # of a rate that does not arrive
+        judged = found.tuned.costs.mean(1) + found.tuned.costs.std(1, ddof=1)
+    assert judged[i] <= 1.06 * np.nanmin(judged)
     assert found.race.costs.shape == (10,)
     np.testing.assert_array_equal(found.race.costs[:NUM_SEEDS], found.tuned.costs[i])
     assert "reached by 10 of 10 seeds" in found.sentence()
