@@ -108,11 +108,13 @@ def main(options: experiment.Options) -> experiment.Result:
         f"Of the cost of a constant rate and batch there is left: {text}. In the real loop the ramp "
         f"{loop['ramp'][0]} ends at {ratio:.3f} of the loss of a constant batch, where the recursion has {exact:.3f}.",
     )
-    return experiment.Result(rows, verdict, draw(share, tasks, loop, verdict))
+    return experiment.Result(rows, verdict, draw(share, tasks, loop))
 
 
-def draw(share, tasks, loop, title):
-    figure, (left, right) = report.panels(2, title=title, width=6)
+def draw(share, tasks, loop):
+    figure, (left, right) = report.panels(
+        2, title="What ramps and decays leave of the cost, and the real loop", width=6
+    )
     for i, way in enumerate(WAYS):
         values = [share[*task, way] for task in tasks]
         left.plot(range(len(tasks)), values, "os^D"[i] + "-", color=report.COLOURS[i], label=way)

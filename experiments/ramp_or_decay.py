@@ -128,7 +128,7 @@ def main(options: experiment.Options) -> experiment.Result:
     for (name, optimizer, way), one in found.items():
         rows.append({"problem": name, "optimizer": optimizer, "way": way} | dataclasses.asdict(one))
     verdict = judge(found)
-    return experiment.Result(rows, verdict, draw(found, verdict))
+    return experiment.Result(rows, verdict, draw(found))
 
 
 def judge(found) -> str:
@@ -166,15 +166,15 @@ def judge(found) -> str:
     return experiment.verdict(checks, f"Loss at the end: {text}.")
 
 
-def draw(found, title):
+def draw(found):
     cases = list(dict.fromkeys(key[:2] for key in found))
-    figure, axes = report.panels(len(cases), title=title, width=6)
+    figure, axes = report.panels(len(cases), title="Seven ways to spend the examples of a run", width=6)
     for axis, case in zip(axes, cases, strict=True):
         for i, (key, one) in enumerate((key, one) for key, one in found.items() if key[:2] == case):
             colour = report.COLOURS[i % len(report.COLOURS)]
             axis.plot([one.updates] * len(one.losses), one.losses, "_", color=colour, markersize=10)
             axis.plot(one.updates, one.losses.mean(), "os^Dv<>"[i % 7], color=colour, label=key[2])
-        axis.set(xscale="log", yscale="log", xlabel="updates", ylabel="training loss, each seed and mean")
+        axis.set(yscale="log", xlabel="updates", ylabel="training loss, each seed and mean")
         axis.set_title(", ".join(case))
         axis.legend(frameon=False, fontsize="small")
     return figure

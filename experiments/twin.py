@@ -87,11 +87,13 @@ def main(options: experiment.Options) -> experiment.Result:
         for row in rows
     )
     verdict = experiment.verdict(checks, f"Updates that it held: {text}.")
-    return experiment.Result(rows, verdict, draw(curves, names, verdict))
+    return experiment.Result(rows, verdict, draw(curves, names))
 
 
-def draw(curves, names, title):
-    figure, axes = report.panels(len(names), title=title, width=5.5)
+def draw(curves, names):
+    figure, axes = report.panels(
+        len(names), title="The quadratic twin of a problem, and the runs that it predicts", width=5.5
+    )
     for axis, name in zip(axes, names, strict=True):
         for i, ((_, size, checkpoint), (measured, predicted)) in enumerate(
             (key, curve) for key, curve in curves.items() if key[0] == name
