@@ -91,6 +91,8 @@ def for_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
         closed, shape = jax.make_jaxpr(lambda *leaves: function(*structure.unflatten(leaves)), return_shape=True)(
             *leaves
         )
+        if getattr(closed.jaxpr, "is_high", False):  # jax has yet to lower it to the types that a primitive takes
+            return function(*args)
         equations = list(_equations(closed.jaxpr))
         marked = "xla_metadata_value" in {e.primitive.name for e in equations}
         if closed.effects or marked or not any(map(_is_over_several_axes, equations)):
