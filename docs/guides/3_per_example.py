@@ -146,8 +146,8 @@ print(
 # %% [markdown]
 # ## What it costs
 #
-# Measured on two CPU cores in [`per_example_cost`](../experiments/README.md#per_example_cost): 0.94 to 1.07 times a
-# plain gradient, where `vmap(grad)` takes from as much (transformers) to 93 times as long (dense layers). Your own:
+# Measured on two CPU cores in [`per_example_cost`](../experiments/README.md#per_example_cost): 0.71 to 1.95 times a
+# plain gradient, where `vmap(grad)` takes from as much (transformers) to 180 times as long (look-ups). Your own:
 # `python -m experiments.per_example_cost`.
 #
 # ## What to try next
