@@ -13,6 +13,8 @@ Cost        1 minute on two CPU cores. --full, 10 minutes.
 
 from typing import Any
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -99,7 +101,7 @@ def character_model(key):
         for size in CHARACTER_SIZES:
             search = tuning.searching(problem, tuning.named("adamw")[0], tuning.Budget(num_examples), num_runs=8)
             rates = rate * 2.0 ** np.arange(-1, 2)
-            tuned = tuning.search_grid(lambda r, **o: search(r, batch_size=size, num_seeds=2, key=key, **o), rates)  # noqa: B023
+            tuned = tuning.search_grid(partial(search, batch_size=size, num_seeds=2, key=key), rates)
             rate = tuned.rate * 2**0.5
             losses.append(float(tuned.optimum()[1].mean()))
         limit = (1 + OVERHEAD) * min(losses)
