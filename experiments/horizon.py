@@ -11,9 +11,8 @@ Prediction  Both as E^(r / (1 + r)): 1/2 for r = 1 and 1/3 for r = 1/2, to 0.03 
 Cost        1 minute on two CPU cores. --full, 10 minutes.
 """
 
-from typing import Any
-
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
