@@ -24,9 +24,9 @@ import pytest
 from jax.sharding import AxisType
 
 from gdjax import batching, descent, gradients, sweep
+from gdjax.sweep import _chunks as chunks
 from gdjax.sweep import _programs as programs
 from gdjax.sweep import _store as stores
-from gdjax.sweep import _sweep as sweep_module
 
 X = np.linspace(-1, 1, 15).reshape(5, 3)
 Y = np.asarray([1.0, -1.0, 0.5, 2.0, 0.0])
@@ -412,6 +412,65 @@ def test_a_table_has_a_row_for_every_point_and_the_best_is_finite():
         grid.best(np.full((2, 3, 2), np.nan))
 
 
+def powers(point):
+    """Return a matrix product of a size and a function that a program is made for."""
+    size, function = point["size"], point["function"]
+    return {"sum": function(jnp.full(size, point["x"])).sum(), "size": jnp.float32(size)}
+
+
+FUNCTIONS = {"square": jnp.square, "negative": jnp.negative}
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_axes_of_programs_come_first_in_one_result(stored, tmp_path, monkeypatch):
+    chex.clear_trace_counter()
+    compilations = counted_compilations(monkeypatch)
+    grid = sweep.grid({"size": [2, 3, 5], "function": FUNCTIONS}, x=[1.0, 2.0, 3.0, 4.0], y=[0.0, 1.0])
+    assert grid.shape == (3, 2, 4, 2)
+    counted, store = chex.assert_max_traces(powers, n=6), tmp_path if stored else None
+    for _ in range(2):
+        found = sweep.map(counted, grid, store=store, chunk_size=4)
+    sizes, x = np.asarray([2, 3, 5]).reshape(-1, 1, 1), np.asarray([1.0, 2.0, 3.0, 4.0]).reshape(-1, 1)
+    for i, one in enumerate((x**2, -x)):
+        np.testing.assert_array_equal(found["sum"][:, i], sizes * np.repeat(one, 2, 1))
+    np.testing.assert_array_equal(found["size"], np.broadcast_to(sizes[:, None], grid.shape))
+    assert len(compilations) == 6
+    row = {"size": 3, "function": "negative", "x": 2.0, "y": 1.0, "['size']": 3.0, "['sum']": -6.0}
+    assert grid.table(found)[16 + 8 + 3] == row
+    assert grid.best(found["sum"]) == (2, 1, 3, 0)
+    if stored:  # a longer axis computes what is new
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/chunk-*")}
+        assert {path.parent.name for path in before} == {f"size={n},function={f}" for n in (2, 3, 5) for f in FUNCTIONS}
+        longer = sweep.grid({"size": [5, 7, 2, 3], "function": FUNCTIONS}, x=[1.0, 2.0, 3.0, 4.0], y=[0.0, 1.0])
+        again = sweep.map(powers, longer, store=tmp_path)
+        same(jax.tree.map(lambda x: x[[2, 3, 0]], again), found)
+        assert len(compilations) == 8
+        assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_programs_that_are_no_axis_of_a_grid_are_refused(tmp_path, monkeypatch):
+    for axis in ([], ["a b"], [1, 1], [optax.sgd], {"a": np.zeros(2)}, 3):
+        with pytest.raises(ValueError, match=r"programs\['p'\].* must be"):
+            sweep.grid({"p": axis}, x=[1.0])
+    with pytest.raises(ValueError, match="x is an axis of programs and one of numbers"):
+        sweep.grid({"x": [1]}, x=[1.0])
+    monkeypatch.setattr(jax.stages.Lowered, "compile", never)
+    grid = sweep.grid({"size": [2, 3]}, x=[1.0])
+    with pytest.raises(ValueError, match=r"same shapes.*returns  float.*\[2\] for size=2 and  float.*\[3\] for size=3"):
+        sweep.map(lambda point: jnp.full(point["size"], point["x"]), grid)
+    monkeypatch.undo()
+    sweep.map(lambda x: x, np.arange(2.0), store=tmp_path / "plain")
+    with pytest.raises(ValueError, match="holds a sweep without axes of programs"):
+        sweep.map(lambda point: point["x"], grid, store=tmp_path / "plain")
+    with pytest.raises(ValueError, match="store='' names no folder"):
+        sweep.map(lambda point: point["x"], grid, store="")
+    sweep.map(lambda point: point["x"], grid, store=tmp_path / "programs")
+    with pytest.raises(ValueError, match="is no store, but a folder with other files"):
+        sweep.map(lambda x: x, np.arange(2.0), store=tmp_path / "programs")
+    with pytest.raises(ValueError, match="program of fn was"):
+        sweep.map(lambda point: point["x"] + 1, grid, store=tmp_path / "programs")
+
+
 @pytest.mark.parametrize("finished", [True, False])
 def test_a_chunk_that_another_is_at_is_waited_for_and_computed_where_that_one_dies(finished, tmp_path, monkeypatch):
     whole = sweep.map(train, POINTS, chunk_size=4, store=tmp_path)
@@ -427,7 +486,7 @@ def test_a_chunk_that_another_is_at_is_waited_for_and_computed_where_that_one_di
                 path.write_bytes(content)
             other.__exit__(None, None, None)
 
-    monkeypatch.setattr(sweep_module, "time", SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr(chunks, "time", SimpleNamespace(sleep=sleep))
     if finished:
         monkeypatch.setattr(programs.Program, "__call__", never)
     assert other.__enter__()
