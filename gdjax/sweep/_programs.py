@@ -163,7 +163,7 @@ def free_bytes(mesh: Mesh | None = None) -> float:
 
     Without a mesh it is that of the default device.
     """
-    mesh = mesh or Mesh(np.asarray(jax.devices()[:1]), ("points",))
+    mesh = mesh or Mesh(np.asarray(jax.local_devices()[:1]), ("points",))
     stats = [device.memory_stats() for device in mesh.devices.flat]
     if all(stats):
         return min(s["bytes_limit"] - s["bytes_in_use"] for s in stats)

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import weakref
 from functools import partial
 from types import SimpleNamespace
@@ -519,7 +520,8 @@ import jax, numpy as np
 index, count, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[4]
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_enable_x64", sys.argv[5] == "True")
-if count > 1:
+joined = count > 1 and sys.argv[3] != "None"
+if joined:
     jax.distributed.initialize(sys.argv[3], count, index, heartbeat_timeout_seconds=10)
 from gdjax import sweep
 from gdjax.sweep import _store
@@ -533,16 +535,16 @@ def slowly(folder, key, index, chunk):
 _store.write = slowly
 result = sweep.map(test_sweep.train, test_sweep.POINTS, chunk_size=2, store=store)
 np.savez(f"{store}-{index}-of-{count}.npz", wrote=wrote, **result)
-if count > 1:
+if joined:
     jax.distributed.shutdown()  # waits for the other: with its coordinator a process ends
 """
 
 
-def group(count, store):
-    """Start the processes of a group that share a store."""
+def group(count, store, *, joined=True):
+    """Start the processes of a group that share a store: of jax.distributed, or as the tasks of a cluster's array."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
-        coordinator = f"localhost:{probe.getsockname()[1]}"
+        coordinator = f"localhost:{probe.getsockname()[1]}" if joined else None
     root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
     command = [sys.executable, "-W", "ignore", "-c", GROUP]
     return [
@@ -581,3 +583,40 @@ def test_where_one_of_two_processes_is_killed_a_later_call_of_one_computes_what_
     with np.load(tmp_path / "killed-0-of-1.npz") as killed, np.load(tmp_path / "alone-0-of-1.npz") as alone:
         assert len(killed["wrote"]) < 11
         same({name: killed[name] for name in ("w", "losses")}, {name: alone[name] for name in ("w", "losses")})
+
+
+@pytest.fixture(scope="module")
+def never_killed(tmp_path_factory):
+    """Results of one process, as arrays, and the names of its chunks."""
+    place = tmp_path_factory.mktemp("never_killed")
+    [process] = group(1, place / "store")
+    assert process.wait(timeout=120) == 0
+    with np.load(place / "store-0-of-1.npz") as arrays:
+        return {name: arrays[name] for name in ("w", "losses")}, sorted(
+            path.name for path in (place / "store").iterdir()
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trial", [0, *(pytest.param(trial, marks=pytest.mark.nightly) for trial in range(1, 20))])
+def test_where_one_task_of_three_is_killed_at_a_random_moment_the_others_end_with_the_bits_of_one(
+    trial, tmp_path, never_killed
+):
+    """Without jax.distributed, so that nothing tells them of it."""
+    rng, store = np.random.default_rng(trial), tmp_path / "store"
+    processes = group(3, store, joined=False)
+    while not store.exists():
+        assert [process.poll() for process in processes] == [None] * 3
+        time.sleep(0.01)
+    time.sleep(rng.uniform(0, 1.5))
+    killed, *others = rng.permutation(3)
+    processes[killed].kill()
+    seen = len(list(store.glob("chunk-*.npz")))
+    assert [processes[i].wait(timeout=120) for i in others] == [0, 0]
+    print(f"trial {trial}: task {killed} ended {processes[killed].wait()} with {seen} of 11 chunks there")
+    expected, names = never_killed
+    for i in others:
+        with np.load(f"{store}-{i}-of-3.npz") as arrays:
+            same({name: arrays[name] for name in expected}, expected)
+    chunks_there = [name for name in names if name.startswith("chunk")]
+    assert sorted(path.name for path in store.glob("chunk-*")) == chunks_there
