@@ -112,7 +112,7 @@ class _Reporter:
         self.saved = self.updates_shown = journal.num_updates
         self.before = 0.0 if checkpoints is None else _progress.seconds(checkpoints.folder)
         self.bar, self.shown = None, contextlib.ExitStack()
-        options = {"total": journal.plan.num_updates, "initial": journal.num_updates, "unit": "update"}
+        options = {"total": journal.plan.num_updates, "initial": journal.num_updates, "unit": " updates"}
         with contextlib.suppress(OSError, ValueError):  # of a terminal that is lost
             self.bar = self.shown.enter_context(report.progress_bar(**options))
         self.report()
