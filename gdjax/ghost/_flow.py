@@ -150,6 +150,7 @@ def plan(function: Callable, leaves: Sequence[Any], example: Any) -> Plan:
 class _Planner:
     def __init__(self):
         self.constants, self.steps, self.sites = {}, [], []
+        self.functions: dict[Any, Callable] = {}
         self.slots = itertools.count()
         self.lengths: list[int] = []
         self.sliced: list[set[int]] = []
@@ -221,7 +222,7 @@ class _Planner:
 
     def step(self, jaxpr, equation, ins) -> Sequence[Kind]:
         """Take an equation between Top values out of all loops, for all their iterations at once."""
-        places, function = function_of(jaxpr, equation)
+        places, function = function_of(jaxpr, equation, self.functions)
         tops = [ins[i] for i in places]
         loops = tuple((length, any(top.loops[depth][1] for top in tops)) for depth, length in enumerate(self.lengths))
         for depth in reversed(range(len(loops))):
@@ -272,7 +273,7 @@ class _Planner:
 
     def act(self, actions, name: str, jaxpr, equation, ins) -> Sequence[Kind]:
         """Add an equation as an action; a site also says how its parameters are measured."""
-        places, function = function_of(jaxpr, equation)
+        places, function = function_of(jaxpr, equation, self.functions)
         operands = tuple(ins[i] for i in places)
         outs = [self.local() for _ in equation.outvars]
         index = None

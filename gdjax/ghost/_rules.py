@@ -125,6 +125,9 @@ def _alike(a, g):
     return (a, g) if a.dtype == g.dtype else (wide(a), wide(g))
 
 
+# Functions that every leaf passes through are compiled with the program around them; `jit` has JAX trace them once for
+# all leaves of the same shapes.
+@partial(jax.jit, static_argnums=2)
 def _total(a: jax.Array, g: jax.Array, sizes: Sizes) -> jax.Array:
     """Return the sum over examples of A'G, in float32 at least."""
     if sizes.is_index:
@@ -160,18 +163,21 @@ def norms_by(way: ghost_cost.Way, of, sizes: Sizes, x, g, *, want_total: bool) -
     return total, lax.cond(is_bad, lambda x, g: other(x, g)[1], lambda x, g: norms, x, g)
 
 
+@jax.jit
 def _row_norms(rows, g):
     """Add up what goes to the same row, at each of its positions; such a row is counted as often as it is read."""
     same = (rows[..., :, None] == rows[..., None, :]).astype(g.dtype)
     return jnp.sum(jnp.sum(jnp.einsum("bkts,bkso->bkto", same, g) ** 2, 3) / jnp.sum(same, 3), (1, 2))
 
 
+@jax.jit
 def _product(a, g):
     """Multiply before squaring: an activation beyond 1e19 is no harm where the cotangent is small."""
     norms = jnp.sqrt(jnp.sum(g**2, (2, 3), keepdims=True))
     return jnp.sum((a * norms) ** 2, (1, 2, 3))
 
 
+@jax.jit
 def _gram_norms(a, g):
     """Return the sums of AA' * GG' (Li et al. 2022, arXiv 2110.05679), and whether rounding has spoilt one.
 
