@@ -243,11 +243,11 @@ class _Planner:
 
     def moved(self, equation, ins, function, tops) -> tuple[Sequence[Any], tuple, Callable | None]:
         """Return what an equation makes of the entries of one leaf: (views of the outputs, scalars, move or None)."""
-        name, parameters, shape = equation.primitive.name, equation.params, equation.outvars[0].aval.shape
         nothing = [None] * len(equation.outvars), (), None
         weights = [top for top in tops if top.leaves]
-        if len(weights) != 1 or not weights[0].isometric:
+        if len(weights) != 1 or not weights[0].isometric or not equation.outvars:
             return nothing
+        name, parameters, shape = equation.primitive.name, equation.params, equation.outvars[0].aval.shape
         view, scales = weights[0].view, weights[0].scales
         if name in ("mul", "div"):
             place = next(i for i, kind in enumerate(ins) if kind is weights[0])
