@@ -22,6 +22,7 @@ from scipy import optimize
 
 NUM_NODES = 16
 NORMAL = 1.4826  # standard deviation over the median magnitude, of normal errors
+LOW = 0.1  # relative error of one loss that a level as high as the start is worth
 LEVELS = 4  # solves, each with the noise above the level of the one before
 
 
@@ -112,13 +113,14 @@ def fitted(curves: Sequence[Curve], *, start: float) -> Fitted:
 
 def _fit(nodes: np.ndarray, curves: Sequence[Curve], start: float) -> Fitted:
     shapes = np.stack([np.full(NUM_NODES, nodes[-1]), nodes])  # of noise
-    # The parts add up before any update; that is known best.
+    # The parts add up before any update; that is known best. Where nothing tells a level from what is slow, it is low.
     first = 5 * np.concatenate([nodes / 2, [1.0, 0.0, 0.0, 0.0, 0.0]])[None] / start
+    low = LOW * np.eye(len(nodes) + 5)[NUM_NODES][None] / start
     level, before, found = 0.0, 0.0, np.zeros(len(nodes) + 5)
     for _ in range(LEVELS):
         columns = [_columns(nodes, shapes, curve, start, level) / curve.losses[:, None] for curve in curves]
-        rows = np.concatenate([*columns, first])
-        found, _ = optimize.nnls(rows, np.append(np.ones(len(rows) - 1), 5.0))
+        rows = np.concatenate([*columns, first, low])
+        found, _ = optimize.nnls(rows, np.append(np.ones(len(rows) - 2), [5.0, 0.0]))
         before, level = level, float(found[NUM_NODES])
     steady, shrinking = found[-4:-2] @ shapes, found[-2:] @ shapes
     steady = steady + shrinking * max(0.0, 2 * (level - before))  # so far the noise was that above the level before

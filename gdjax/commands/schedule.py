@@ -26,7 +26,7 @@ class Schedule:
     learning_rate -> optax transformation."""
     phases: int = 3
     """Batch sizes that a ramp may have: 2 or 3."""
-    budget: float = 120.0
+    budget: float = 300.0
     """Seconds that all of it may take."""
     seed: int = 0
     """Seed of parameters and streams."""
