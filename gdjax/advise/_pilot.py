@@ -25,7 +25,7 @@ PILOT_SHARES = 0.22, 0.35  # of the seconds that may be gone when these end
 TIMING_SHARE = 0.5  # and when updates are timed
 LANCZOS = {"num_steps": 8, "num_draws": 2}
 PRODUCT = 6.0  # gradients that a Hessian-vector product takes
-NUM_RUNS = 6  # side by side in one program
+NUM_RUNS = 9  # side by side in one program
 FEWEST, MOST = 64, 512  # examples of the twin about given parameters
 
 

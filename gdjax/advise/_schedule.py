@@ -22,6 +22,7 @@ from gdjax.advise._fitted import fitted
 from gdjax.advise._pilot import (
     NUM_RUNS,
     PILOT_EPOCHS,
+    PILOTS,
     batch_sizes,
     highest_rate,
     local_twins,
@@ -36,18 +37,19 @@ from gdjax.tuning import Optimizer, Search, Target
 
 PLAN_SHARE, VERIFY_SHARE = 0.6, 0.9  # of the seconds that may be gone when the plan is made, and when all of it is run
 STRETCHES = 1.0, 1.5, 2.25, 3.4  # times the planned updates that a way is tried over
+EARLY, SHORTER = 0.8, 1.15  # part of its updates in which a way arrives, and times these that are tried then
 WORTH = 2.0  # a way of a kind is tried where it is not slower than the fastest by more than this
 TUNING_SHARE = 0.65  # of the time that a kind has
 FACTOR = 1.6  # between the rates that a way is tuned over
 NUM_ATTEMPTS, LONGER = 4, 1.3  # to run the best with fresh seeds, and times the updates of the one before
-OVERHEAD = 1.5  # what evaluations add to a run
+LOOKS, NUM_LOOKED_AT = 12, 2048 / 3  # evaluations of a run, and the examples of training that take as long as one
 COMPILATIONS = 3  # of a kind
 
 
 class Effort(NamedTuple):
     """What is done for each kind: seeds of the tuning, ways that are tried, and fresh seeds that the best is run with.
 
-    At the edge of what converges one seed is luck.
+    Without a seed for its tuning, the rate is that of the plan. At the edge of what converges one seed is luck.
     """
 
     seeds: int
@@ -60,7 +62,7 @@ class Effort(NamedTuple):
         return 5 * self.seeds * self.ways + self.fresh
 
 
-EFFORTS = Effort(2, 2, 6), Effort(1, 1, 3)
+EFFORTS = Effort(3, 2, 9), Effort(1, 1, 3), Effort(0, 1, 3)
 
 
 def schedule(
@@ -105,12 +107,12 @@ def schedule(
     sizes = batch_sizes(problem, min(found))
     rate = next(iter(found.values())).rate
     times, compiling = update_times(problem, make, sizes, rate, clock)
-    twin = fitted(curves, start=start)
+    twin = fitted(curves, start=start, target=goal.value)
     longest = max(int(curve.updates[-1]) for curve in curves)
     bounds = Bounds(sizes, partial(highest_rate, found), times, max(1000, 4 * longest))
     clock.show("planning")
     planned = plan(twin, goal.value, bounds, num_phases=num_phases, deadline=clock.until(PLAN_SHARE))
-    kinds, effort, unknown = _affordable(planned, compiling, clock.until(VERIFY_SHARE) - time.perf_counter())
+    kinds, effort, unknown = _affordable(planned, times, compiling, clock.until(VERIFY_SHARE) - time.perf_counter())
     runs: dict[str, Run] = {}
     for i, kind in enumerate(kinds):
         begun = time.perf_counter()
@@ -141,26 +143,32 @@ def schedule(
 
 
 def _affordable(
-    planned: Mapping[str, Sequence[Way]], compiling: float, left: float
+    planned: Mapping[str, Sequence[Way]], times: Times, compiling: float, left: float
 ) -> tuple[list[str], Effort, list[str]]:
     """Return which kinds are run, the fastest first, with what effort, and what is left out for want of time.
 
     Args:
         planned: ways of each kind.
+        times: of an update.
         compiling: seconds of a compilation.
         left: seconds for all of it.
     """
     fastest = min(planned, key=lambda kind: planned[kind][0].seconds[1])
     # The constant is what the others are compared with.
     kinds = sorted(planned, key=lambda kind: (kind not in (fastest, "constant"), planned[kind][0].seconds[1]))
-    for effort in EFFORTS:
-        costs = [COMPILATIONS * compiling + OVERHEAD * effort.runs * planned[kind][0].seconds[1] for kind in kinds]
-        if sum(costs) <= left:
-            break
-    affordable = max(1, int(np.searchsorted(np.cumsum(costs), left)))
+    each = [times.until(way.schedule, way.num_updates) for way in (planned[kind][0] for kind in kinds)]
+    looks = LOOKS * NUM_LOOKED_AT * times(PILOTS[-1]) / PILOTS[-1]
+    costs = {
+        effort: np.cumsum(COMPILATIONS * compiling + effort.runs * (looks + np.asarray(each))) for effort in EFFORTS
+    }
+    effort = next((effort for effort in EFFORTS if costs[effort][-1] <= left), EFFORTS[-1])
+    affordable = max(1, int(np.searchsorted(costs[effort], left)))
     unknown = [f"{kind}, run: the budget does not allow it" for kind in kinds[affordable:]]
     if effort != EFFORTS[0]:
-        unknown.append(f"the best rate over seeds: each was tuned with {effort.seeds}, for want of time")
+        tuned = (
+            f"each was tuned with {effort.seeds}" if effort.seeds else "none was tuned, rates are those of the pilot"
+        )
+        unknown.append(f"the best rate over seeds: {tuned}, for want of time")
     return kinds[:affordable], effort, unknown
 
 
@@ -203,8 +211,8 @@ def verified(
     make = kept(problem, ("decaying", optimizer), lambda: decaying(optimizer)) if ways[0].decays else optimizer
     search = tuning.search(tuning.training(problem, make, goal, num_runs=NUM_RUNS), goal, lambda values: values)
     late = time.perf_counter() + TUNING_SHARE * (ends - time.perf_counter())
-    best: tuple[float, Way] = math.inf, ways[0]
-    for way in ways:
+    best: tuple[float, Way] = math.inf if effort.seeds else 0.0, ways[0]
+    for way in ways if effort.seeds else ():
         best = min(best, _tuned(search, way, times, best[0], tune_key, clock, late, effort.seeds), key=itemgetter(0))
     if math.isinf(best[0]):
         return None
@@ -217,9 +225,8 @@ def verified(
             return Run(way, updates, np.asarray([times.until(way.schedule, count) for count in updates]))
         if time.perf_counter() > ends:
             break
-        # What some seeds reach may be too short for others, or, where longer is no help, too fast.
-        longer = way.decays and not found.diverged.any()
-        way = way.stretched(LONGER) if longer else way._replace(learning_rate=way.learning_rate / FACTOR**0.5)
+        # What some seeds survive and reach may be too fast and too short for others; a rate that stays goes on anyway.
+        way = way.stretched(LONGER if way.decays else 1.0)._replace(learning_rate=way.learning_rate / FACTOR**0.5)
     return None
 
 
@@ -228,23 +235,33 @@ def _tuned(
 ) -> tuple[float, Way]:
     """Return (seconds to the target, the way with the rate and length of these); infinity where it does not arrive.
 
-    Longer ones are tried as long as they are faster, and as they may be faster than `least` seconds.
+    Longer ones are tried as long as they are faster, and as they may be faster than `least` seconds; and shorter ones
+    where it arrives well before its end.
     """
-    best, rates = (math.inf, way), way.learning_rate * FACTOR ** np.arange(-1.0, 2.0)
-    for factor in STRETCHES[: 1 if way.kind == "constant" else None]:  # the length of a constant is no choice
+
+    def attempt(tried: Way, rate: float) -> tuple[float, Way, float]:
+        clock.show(f"tuning {way.kind}, {tried.num_updates} updates from batch size {tried.schedule[0][1]}")
+        over = _over(search, tried, num_seeds, key, late)
+        found = tuning.search_grid(over, rate * FACTOR ** np.arange(-1.0, 2.0), deadline=late)
+        updates = float(found.losses.min())
+        seconds = times.until(tried.schedule, updates) if found.found else math.inf
+        return seconds, tried._replace(learning_rate=found.rate), updates
+
+    best, any_length = (math.inf, way, math.inf), way.kind == "constant"
+    for factor in STRETCHES[: 1 if any_length else None]:
         tried = way.stretched(factor)
         if time.perf_counter() > late or times.until(tried.schedule, 0.5 * tried.num_updates) > least:
             break
-        clock.show(f"tuning {way.kind}, {tried.num_updates} updates from batch size {tried.schedule[0][1]}")
-        found = tuning.search_grid(_over(search, tried, num_seeds, key, late), rates, deadline=late)
-        if not found.found:
-            continue
-        took = times.until(tried.schedule, float(found.losses.min()))
-        if took >= best[0]:
+        found = attempt(tried, best[1].learning_rate)
+        if found[0] >= best[0] < math.inf:
             break
-        best = took, tried._replace(learning_rate=found.rate)
-        rates = found.rate * FACTOR ** np.arange(-1.0, 2.0)
-    return best
+        best = min(best, found, key=itemgetter(0))
+    while best[2] < EARLY * best[1].num_updates and not any_length and time.perf_counter() < late:
+        found = attempt(best[1].stretched(SHORTER * best[2] / best[1].num_updates), best[1].learning_rate)
+        if found[0] >= best[0]:
+            break
+        best = found
+    return best[:2]
 
 
 def _over(search: Search, way: Way, num_seeds: int, key: jax.Array, ends: float) -> Search:

@@ -99,6 +99,7 @@ def plan(
     """
     candidates = {kind: _candidates(bounds, *KINDS[kind], num_phases) for kind in KINDS}
     found: dict[tuple[str, int], Way] = {}
+    width = math.exp(twin.error)
     lowest = math.inf
     previous = num_updates = 4
     losses: dict[str, np.ndarray] = {}
@@ -121,8 +122,6 @@ def plan(
                 here = np.where(ways["sizes"][:, 0] == first, seconds, np.inf)
                 at = int(np.argmin(here))
                 if here[at] < (found[kind, first].seconds[1] if (kind, first) in found else math.inf):
-                    slope = max(float(fall[at]) / math.log(num_updates / previous), 0.05)
-                    width = math.exp(1.645 * twin.error / slope)
                     interval = seconds[at] / width, seconds[at], seconds[at] * width
                     chosen = {name: column[at] for name, column in ways.items()}
                     found[kind, first] = _way(kind, chosen, math.ceil(updates[at]), losses[kind][at], interval)

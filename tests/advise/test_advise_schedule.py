@@ -36,7 +36,7 @@ def twin():
     for rate, size in ((0.1, 8), (0.3, 8), (0.3, 64), (0.55, 64)):
         updates = np.unique(np.geomspace(1, 150, 20).astype(int))
         curves.append(Curve(rate, size, updates, loss_of(np.full(150, rate), np.full(150, size))[updates - 1]))
-    return _fitted.fitted(curves, start=LEVEL + float(H @ (1 / H**0.5)) / 2)
+    return _fitted.fitted(curves, start=LEVEL + float(H @ (1 / H**0.5)) / 2, target=TARGET)
 
 
 @pytest.mark.parametrize(
