@@ -18,7 +18,7 @@ import optax
 
 from gdjax import batching, tuning
 from gdjax._trees import kept
-from gdjax.advise._fitted import fitted
+from gdjax.advise._fitted import at, fitted
 from gdjax.advise._pilot import (
     NUM_RUNS,
     PILOT_EPOCHS,
@@ -111,7 +111,10 @@ def schedule(
     longest = max(int(curve.updates[-1]) for curve in curves)
     bounds = Bounds(sizes, partial(highest_rate, found), times, max(1000, 4 * longest))
     clock.show("planning")
-    planned = plan(twin, goal.value, bounds, num_phases=num_phases, deadline=clock.until(PLAN_SHARE))
+    # What the pilot came to is not out of reach: where it arrived, the twin may be above the target.
+    arrived = [float(at(twin, curve)[-1]) for curve in curves if curve.losses[-1] <= goal.value]
+    aim = max(goal.value, min(arrived, default=-math.inf))
+    planned = plan(twin, aim, bounds, num_phases=num_phases, deadline=clock.until(PLAN_SHARE))
     kinds, effort, unknown = _affordable(planned, times, compiling, clock.until(VERIFY_SHARE) - time.perf_counter())
     runs: dict[str, Run] = {}
     for i, kind in enumerate(kinds):
@@ -128,6 +131,8 @@ def schedule(
             unknown.append(f"{kind}, run: its share of the budget ended before")
         else:
             unknown.append(f"{kind}, run: it did not arrive with every seed")
+    if aim > goal.value:
+        unknown.append(f"the twin at {goal.value:g}: it is planned to {aim:.3g}, where it puts the pilot's arrival")
     locals_, why = local_twins(problem, make, goal, found, times, twin_key, clock)
     return Plan(
         goal=goal,
