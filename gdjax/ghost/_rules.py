@@ -173,7 +173,8 @@ def _row_norms(rows, g):
 
 def _balanced(a, g):
     """Move the size of every example's g to its a, as a power of two: neither has squares that overflow or vanish
-    where those of their product do not."""
+    where those of their product do not.
+    """
     kind = jnp.finfo(g.dtype)
     size = lax.reduce_precision(jnp.max(jnp.abs(g), (1, 2, 3), keepdims=True, initial=0), kind.nexp, 0)
     # Were cotangents constant, XLA would square a and the size apart.
