@@ -98,7 +98,9 @@ def num_seeds() -> int:
 
 
 def sharded(problem: Problem, learning_rate: float, *, devices: Sequence[Any] | None = None) -> Run:
-    """Share each batch by devices that hold the parameters each, default all of this process; the compiler adds up.
+    """Share each batch by devices, default all of this process, which hold the parameters each.
+
+    The compiler adds the gradients up.
 
     Raises:
         ValueError: where there is one device only, or the devices cannot share the batch equally.

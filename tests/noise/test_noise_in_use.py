@@ -57,6 +57,7 @@ def texts(key, num_examples):
     return jnp.cumsum(steps, 1) % 7
 
 
+@pytest.mark.nightly  # the guide on noise runs this loop
 def test_a_flax_nnx_transformer_with_adamw_and_four_microbatches():
     graph, params = nnx.split(Transformer(7, 8, nnx.Rngs(0)), nnx.Param)
 
@@ -126,6 +127,7 @@ def test_the_optimizer_of_flax_nnx():
     np.testing.assert_allclose(*scales, rtol=1e-4)
 
 
+@pytest.mark.nightly  # and this
 def test_an_equinox_model():
     model = eqx.nn.MLP(3, 1, width_size=4, depth=1, key=jax.random.key(0))
     params, static = eqx.partition(model, eqx.is_inexact_array)
