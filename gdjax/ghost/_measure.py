@@ -112,7 +112,7 @@ class Run:
         array = _back(use, product)
         if use.top.slot == leaf:
             return array
-        like = jax.ShapeDtypeStruct(self.env[leaf].shape, array.dtype)
+        like = jax.eval_shape(lambda x: x.astype(array.dtype), self.env[leaf])
         return jax.linear_transpose(partial(self.move, leaf, use), like)(array)[0]
 
     def pull(self, leaves: Sequence[int], slots: Sequence[int]) -> Callable[[list], list]:

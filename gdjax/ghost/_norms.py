@@ -36,7 +36,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from gdjax import problem
-from gdjax._trees import wide
+from gdjax._trees import made_varying, varying, wide
 from gdjax.ghost import _evaluate as ghost_eval
 from gdjax.ghost import _flow as ghost_flow
 from gdjax.ghost import _jaxpr as ghost_jaxpr
@@ -262,13 +262,23 @@ def _measured(loss: Loss, measure: Measure):
         train, frozen = problem.trainable(params)
         batch = jax.tree.map(jnp.asarray, batch)
         size = problem.num_examples(batch, "batch")
-        example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
-        leaves, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, train))
+        train = jax.tree.map(jnp.asarray, train)
+        axes = varying(train, batch)
+        if missing := sorted({axis for leaf in jax.tree.leaves(train) for axis in axes - varying(leaf)}):
+            raise ValueError(
+                f"the batch differs between devices along {missing} and the params do not, so that gradients would be "
+                f"sums over devices: give jax.lax.pcast(params, {missing}, to='varying')"
+            )
+        batch = made_varying(batch, axes)
+        seen = []  # the example that vmap sees, whose type says how it is sharded
+        jax.eval_shape(jax.vmap(lambda example: seen.append(jax.tree.map(jax.typeof, example))), batch)
+        [example] = seen
+        leaves, structure = jax.tree.flatten(train)
         plan = _plan(loss, train, frozen, example)
         uses = ghost_leaves.uses_of(plan, len(leaves))
         hows = [ghost_leaves.leaf_plan(plan, *of, measure, size) for of in zip(leaves, uses, strict=True)]
         env = ghost_eval.run_steps(plan.steps, ghost_eval.constants(plan) | dict(enumerate(leaves)))
-        losses, by_backward, taps, run = _backward(plan, hows, env, batch, size)
+        losses, by_backward, taps, run = _backward(plan, hows, env, batch, size, axes)
         sums, measures = [jnp.zeros(())] * len(leaves), [jnp.zeros(())] * len(leaves)
         formed: dict[Any, list[int]] = {}
         for leaf, how in enumerate(hows):
@@ -295,24 +305,29 @@ def _measured(loss: Loss, measure: Measure):
     return measured
 
 
-def _backward(plan, hows, env, batch, size):
+def _backward(plan, hows, env, batch, size, axes):
     """Return (losses [B], sums of gradients by leaf, squared norms by tapped site, what else the sites left)."""
     ones = {leaf: env[leaf] for leaf, how in enumerate(hows) if not how.is_given}
     tapped = {how.tap: leaf for leaf, how in enumerate(hows) if how.tap is not None}
     measures = {site: ghost_measure.tap(plan, hows[leaf]) for site, leaf in tapped.items()}
-    hooks = {
-        number: [
-            lax.full((size, *site.lengths, *out.shape), 0, out.dtype)
-            for out in site.out
-            if ghost_jaxpr.differentiable(out)
-        ]
-        for number, site in enumerate(plan.sites)
-        if number not in tapped
-    }
-    taps = {site: jnp.zeros(size, wide(env[leaf]).dtype) for site, leaf in tapped.items()}
+
+    def zeros(example):
+        """Return zeros for one example; vmap adds the axis of the batch, sharded like that of its arrays."""
+        hooks = {
+            number: [
+                lax.full((*site.lengths, *out.shape), 0, out.dtype)
+                for out in site.out
+                if ghost_jaxpr.differentiable(out)
+            ]
+            for number, site in enumerate(plan.sites)
+            if number not in tapped
+        }
+        return hooks, {site: jnp.zeros((), wide(env[leaf]).dtype) for site, leaf in tapped.items()}
+
+    hooks, taps = made_varying(jax.vmap(zeros)(batch), axes)
     steps = [step for step in plan.steps if not step.leaves.isdisjoint(ones)]
 
-    def total(leaves, hooks, taps):
+    def losses_of(leaves, hooks, taps):
         top = ghost_eval.run_steps(steps, env | leaves)
 
         def one(example, hooks, taps):
@@ -321,10 +336,10 @@ def _backward(plan, hows, env, batch, size):
             records = ghost_eval.run(plan, plan.actions, inner, hooks, both)
             return inner[plan.loss], records
 
-        losses, records = jax.vmap(one, axis_size=size)(batch, hooks, taps)
-        return losses.sum(), (losses, records)
+        return jax.vmap(one, axis_size=size)(batch, hooks, taps)
 
-    (sums, cotangents, norms), (losses, records) = jax.grad(total, (0, 1, 2), has_aux=True)(ones, hooks, taps)
+    losses, backward, records = jax.vjp(losses_of, ones, hooks, taps, has_aux=True)
+    sums, cotangents, norms = backward(jnp.ones_like(losses))
     return losses, sums, norms, ghost_measure.Run(plan, env, records, cotangents)
 
 

@@ -172,13 +172,13 @@ def _row_norms(rows, g):
 
 
 def _balanced(a, g):
-    """Move the size of every example's g to its a, as a power of two: neither has squares that overflow or vanish
-    where those of their product do not."""
+    """Move the size of every example's g to its a, as a power of two, so that no square overflows or vanishes alone."""
     kind = jnp.finfo(g.dtype)
     size = lax.reduce_precision(jnp.max(jnp.abs(g), (1, 2, 3), keepdims=True, initial=0), kind.nexp, 0)
+    size = jnp.where((size == 0) | ((size >= kind.tiny) & jnp.isfinite(size)), size, 1)
     # Were cotangents constant, XLA would square a and the size apart.
-    size = lax.optimization_barrier(jnp.where((size >= kind.tiny) & jnp.isfinite(size), size, 1))
-    return a * size, g / size
+    size = lax.optimization_barrier(size)
+    return a * size, g / jnp.where(size > 0, size, 1)
 
 
 @jax.jit
