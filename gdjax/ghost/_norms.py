@@ -264,7 +264,7 @@ def _measured(loss: Loss, measure: Measure):
         size = problem.num_examples(batch, "batch")
         train = jax.tree.map(jnp.asarray, train)
         axes = varying(train, batch)
-        if missing := sorted({axis for leaf in jax.tree.leaves(train) for axis in axes - varying(leaf)}):
+        if missing := tuple(sorted({axis for leaf in jax.tree.leaves(train) for axis in axes - varying(leaf)})):
             raise ValueError(
                 f"the batch differs between devices along {missing} and the params do not, so that gradients would be "
                 f"sums over devices: give jax.lax.pcast(params, {missing}, to='varying')"
