@@ -175,7 +175,7 @@ def test_in_shard_map_a_device_measures_its_own_examples():
         return norms(lax.pcast(weight, ("data",), to="varying"), batch)
 
     assert_close(jax.jit(jax.shard_map(of_own, mesh=mesh, **specs))(weight, batch), expected)
-    with pytest.raises(ValueError, match="give jax.lax.pcast.params, .'data',., to='varying'."):
+    with pytest.raises(ValueError, match=r"give jax.lax.pcast.params, .'data',., to='varying'."):
         jax.jit(jax.shard_map(norms, mesh=mesh, **specs))(weight, batch)
 
 
