@@ -22,6 +22,10 @@ from scipy import optimize
 
 NUM_NODES = 16
 NORMAL = 1.4826  # standard deviation over the median magnitude, of normal errors
+USUAL, USUAL_WORTH = 0.3, 4  # error of log updates on other problems, and how many curves of one's own that is worth
+MOST = 0.7  # of an error that a median is taken for
+PATIENCE = 4  # times the updates of a run in which its prediction is to arrive
+LOW = 0.1  # relative error of one loss that a level as high as the start is worth
 LEVELS = 4  # solves, each with the noise above the level of the one before
 
 
@@ -48,7 +52,7 @@ class Fitted(NamedTuple):
         start: s [D] before any update.
         steady, shrinking: kappa and mu [D].
         level: the loss at its minimum.
-        error: standard deviation of log loss, of curves that are predicted from the others.
+        error: half-width, 90 %, of the logarithm of the updates to a loss that are predicted.
         num_updates: of the longest curve.
     """
 
@@ -88,10 +92,11 @@ def _run(twin: Fitted, rates, sizes):
     return lax.scan(update, jnp.asarray(twin.start, float), columns)[1]
 
 
-def fitted(curves: Sequence[Curve], *, start: float) -> Fitted:
+def fitted(curves: Sequence[Curve], *, start: float, target: float) -> Fitted:
     """Return the quadratic that fits the curves, which begin at a loss of `start`.
 
-    Its error is that of each curve by the fit to all others.
+    Its error is that of the updates of each curve to the target, or to the least loss that it came to, by the fit to
+    all others.
 
     Raises:
         ValueError: for no curve.
@@ -104,21 +109,31 @@ def fitted(curves: Sequence[Curve], *, start: float) -> Fitted:
     result = _fit(nodes, curves, start)
     errors = []
     for i, curve in enumerate(curves):
-        others = _fit(nodes, [*curves[:i], *curves[i + 1 :]], start) if len(curves) > 1 else result
-        errors.append(np.log(np.maximum(at(others, curve), 1e-9) / curve.losses))
-    # At the edge of what converges nothing else tells of a curve: the median is not of those.
-    return result._replace(error=float(NORMAL * np.median(np.abs(np.concatenate(errors)))))
+        if len(curves) < 2:
+            break
+        others = _fit(nodes, [*curves[:i], *curves[i + 1 :]], start)
+        first = int(np.argmax(curve.losses <= max(target, curve.losses.min())))
+        longer = PATIENCE * int(curve.updates[first])
+        predicted = others.losses(np.full(longer, curve.learning_rate), np.full(longer, curve.batch_size))
+        arrived = predicted <= curve.losses[first]
+        updates = 1 + int(np.argmax(arrived)) if arrived.any() else longer
+        errors.append(abs(math.log(updates / curve.updates[first])))
+    # At the edge of what converges nothing else tells of a curve: the median is not of those. Few curves tell little.
+    own = NORMAL * min(float(np.median(errors)), MOST) if errors else 0.0
+    error = math.sqrt((USUAL_WORTH * USUAL**2 + len(errors) * own**2) / (USUAL_WORTH + len(errors)))
+    return result._replace(error=1.645 * error)
 
 
 def _fit(nodes: np.ndarray, curves: Sequence[Curve], start: float) -> Fitted:
     shapes = np.stack([np.full(NUM_NODES, nodes[-1]), nodes])  # of noise
-    # The parts add up before any update; that is known best.
+    # The parts add up before any update; that is known best. Where nothing tells a level from what is slow, it is low.
     first = 5 * np.concatenate([nodes / 2, [1.0, 0.0, 0.0, 0.0, 0.0]])[None] / start
+    low = LOW * np.eye(len(nodes) + 5)[NUM_NODES][None] / start
     level, before, found = 0.0, 0.0, np.zeros(len(nodes) + 5)
     for _ in range(LEVELS):
         columns = [_columns(nodes, shapes, curve, start, level) / curve.losses[:, None] for curve in curves]
-        rows = np.concatenate([*columns, first])
-        found, _ = optimize.nnls(rows, np.append(np.ones(len(rows) - 1), 5.0))
+        rows = np.concatenate([*columns, first, low])
+        found, _ = optimize.nnls(rows, np.append(np.ones(len(rows) - 2), [5.0, 0.0]))
         before, level = level, float(found[NUM_NODES])
     steady, shrinking = found[-4:-2] @ shapes, found[-2:] @ shapes
     steady = steady + shrinking * max(0.0, 2 * (level - before))  # so far the noise was that above the level before

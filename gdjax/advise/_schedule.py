@@ -7,36 +7,62 @@ given the measured time of an update; then all of them are tuned alike and run w
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 from gdjax import batching, tuning
 from gdjax._trees import kept
-from gdjax.advise._fitted import Curve, fitted
-from gdjax.advise._goals import NUM_SEEDS
-from gdjax.advise._plan import Local, Plan, Run, Times
+from gdjax.advise._fitted import at, fitted
+from gdjax.advise._pilot import (
+    NUM_RUNS,
+    PILOT_EPOCHS,
+    PILOTS,
+    batch_sizes,
+    highest_rate,
+    local_twins,
+    pilots,
+    update_times,
+)
+from gdjax.advise._plan import Plan, Run, Times
 from gdjax.advise._tunings import Clock, Progress
 from gdjax.advise._ways import Bounds, Way, plan
 from gdjax.problem import Problem
-from gdjax.theory import twin as local_twin
 from gdjax.tuning import Optimizer, Search, Target
 
-PILOTS = 16, 128  # batch sizes of the pilot
-PILOT_EPOCHS = 30
-PILOT_SHARE, VERIFY_SHARE = 0.35, 0.95  # of the seconds that may be gone when these stages end
+PLAN_SHARE, VERIFY_SHARE = 0.6, 0.9  # of the seconds that may be gone when the plan is made, and when all of it is run
 STRETCHES = 1.0, 1.5, 2.25, 3.4  # times the planned updates that a way is tried over
-WORTH, NUM_TRIED = 2.0, 2  # ways of a kind that are tried: not slower by more than this, and so many
+EARLY, SHORTER = 0.8, 1.15  # part of its updates in which a way arrives, and times these that are tried then
+WORTH = 2.0  # a way of a kind is tried where it is not slower than the fastest by more than this
 TUNING_SHARE = 0.65  # of the time that a kind has
-TUNING_SEEDS = 2  # at the edge of what converges one seed is luck
 FACTOR = 1.6  # between the rates that a way is tuned over
-NUM_RUNS = 6
-LANCZOS = {"num_steps": 8, "num_draws": 2, "max_examples": 512}
+NUM_ATTEMPTS, LONGER = 4, 1.3  # to run the best with fresh seeds, and times the updates of the one before
+LOOKS, NUM_LOOKED_AT = 12, 2048 / 3  # evaluations of a run, and the examples of training that take as long as one
+COMPILATIONS = 3  # of a kind
+
+
+class Effort(NamedTuple):
+    """What is done for each kind: seeds of the tuning, ways that are tried, and fresh seeds that the best is run with.
+
+    Without a seed for its tuning, the rate is that of the plan. At the edge of what converges one seed is luck.
+    """
+
+    seeds: int
+    ways: int
+    fresh: int
+
+    @property
+    def runs(self) -> float:
+        """How many full runs that is, about: some rates diverge, and not every length is tried."""
+        return 5 * self.seeds * self.ways + self.fresh
+
+
+EFFORTS = Effort(3, 2, 9), Effort(1, 1, 3), Effort(0, 1, 3)
 
 
 def schedule(
@@ -45,7 +71,7 @@ def schedule(
     *,
     optimizer: str | Optimizer = "sgd",
     num_phases: int = 3,
-    seconds: float = 120.0,
+    seconds: float = 300.0,
     seed: int = 0,
     progress: Progress = lambda stage, fraction: None,
 ) -> Plan:
@@ -77,30 +103,37 @@ def schedule(
     clock = Clock(time.perf_counter(), seconds, PILOT_EPOCHS * problem.num_examples, progress)
     pilot_key, twin_key, fresh_key = jax.random.split(jax.random.key(seed), 3)
     plain = tuning.searching(problem, make, goal, num_runs=NUM_RUNS)
-    found, curves, start = _pilots(problem, plain, goal, usual, pilot_key, clock)
-    sizes = _sizes(problem, min(found))
+    found, curves, start = pilots(problem, plain, usual, pilot_key, clock)
+    sizes = batch_sizes(problem, min(found))
     rate = next(iter(found.values())).rate
-    times = _times(problem, make, sizes, rate, clock)
-    twin = fitted(curves, start=start)
+    times, compiling = update_times(problem, make, sizes, rate, clock)
+    twin = fitted(curves, start=start, target=goal.value)
     longest = max(int(curve.updates[-1]) for curve in curves)
-    bounds = Bounds(sizes, partial(_highest, found), times, max(1000, 4 * longest))
+    bounds = Bounds(sizes, partial(highest_rate, found), times, max(1000, 4 * longest))
     clock.show("planning")
-    planned = plan(twin, goal.value, bounds, num_phases=num_phases)
-    locals_, unknown = _locals(problem, make, goal, found, twin_key, clock)
+    # What the pilot came to is not out of reach: where it arrived, the twin may be above the target.
+    arrived = [float(at(twin, curve)[-1]) for curve in curves if curve.losses[-1] <= goal.value]
+    aim = max(goal.value, min(arrived, default=-math.inf))
+    planned = plan(twin, aim, bounds, num_phases=num_phases, deadline=clock.until(PLAN_SHARE))
+    kinds, effort, unknown = _affordable(planned, times, compiling, clock.until(VERIFY_SHARE) - time.perf_counter())
     runs: dict[str, Run] = {}
-    by_time = sorted(planned.items(), key=lambda item: item[1][0].seconds[1])
-    for i, (kind, some) in enumerate(by_time):
+    for i, kind in enumerate(kinds):
         begun = time.perf_counter()
         if clock.late(VERIFY_SHARE):
             unknown.append(f"{kind}, run: the budget ended before")
             continue
-        ends = begun + (clock.until(1.0) - begun) / (len(by_time) - i)  # an equal share of what is left
-        tried = [way for way in some if way.seconds[1] < WORTH * some[0].seconds[1]][:NUM_TRIED]
-        run = verified(problem, make, goal, tried, times, fresh_key, clock, ends)
-        if run is None:
-            unknown.append(f"{kind}, run: it did not arrive with every seed in the budget")
-        else:
+        ends = begun + (clock.until(VERIFY_SHARE) - begun) / (len(kinds) - i)  # an equal share of what is left
+        tried = [way for way in planned[kind] if way.seconds[1] < WORTH * planned[kind][0].seconds[1]][: effort.ways]
+        run = verified(problem, make, goal, tried, times, fresh_key, clock, ends, effort)
+        if run is not None:
             runs[kind] = run
+        elif time.perf_counter() > ends:
+            unknown.append(f"{kind}, run: its share of the budget ended before")
+        else:
+            unknown.append(f"{kind}, run: it did not arrive with every seed")
+    if aim > goal.value:
+        unknown.append(f"the twin at {goal.value:g}: it is planned to {aim:.3g}, where it puts the pilot's arrival")
+    locals_, why = local_twins(problem, make, goal, found, times, twin_key, clock)
     return Plan(
         goal=goal,
         ways={kind: _origin(some, runs.get(kind)) for kind, some in planned.items()},
@@ -109,9 +142,39 @@ def schedule(
         curves=tuple(curves),
         times=times,
         locals=tuple(locals_),
-        unknown=tuple(unknown),
+        unknown=(*unknown, *why),
         seconds=time.perf_counter() - clock.began,
     )
+
+
+def _affordable(
+    planned: Mapping[str, Sequence[Way]], times: Times, compiling: float, left: float
+) -> tuple[list[str], Effort, list[str]]:
+    """Return which kinds are run, the fastest first, with what effort, and what is left out for want of time.
+
+    Args:
+        planned: ways of each kind.
+        times: of an update.
+        compiling: seconds of a compilation.
+        left: seconds for all of it.
+    """
+    fastest = min(planned, key=lambda kind: planned[kind][0].seconds[1])
+    # The constant is what the others are compared with.
+    kinds = sorted(planned, key=lambda kind: (kind not in (fastest, "constant"), planned[kind][0].seconds[1]))
+    each = [times.until(way.schedule, way.num_updates) for way in (planned[kind][0] for kind in kinds)]
+    looks = LOOKS * NUM_LOOKED_AT * times(PILOTS[-1]) / PILOTS[-1]
+    costs = {
+        effort: np.cumsum(COMPILATIONS * compiling + effort.runs * (looks + np.asarray(each))) for effort in EFFORTS
+    }
+    effort = next((effort for effort in EFFORTS if costs[effort][-1] <= left), EFFORTS[-1])
+    affordable = max(1, int(np.searchsorted(costs[effort], left)))
+    unknown = [f"{kind}, run: the budget does not allow it" for kind in kinds[affordable:]]
+    if effort != EFFORTS[0]:
+        tuned = (
+            f"each was tuned with {effort.seeds}" if effort.seeds else "none was tuned, rates are those of the pilot"
+        )
+        unknown.append(f"the best rate over seeds: {tuned}, for want of time")
+    return kinds[:affordable], effort, unknown
 
 
 def _origin(planned: Sequence[Way], run: Run | None) -> Way:
@@ -140,147 +203,75 @@ def verified(
     key: jax.Array,
     clock: Clock,
     ends: float,
+    effort: Effort,
 ) -> Run | None:
     """Tune way, rate and length with some seeds, and run the best with others; None where that does not arrive in time.
 
     Args:
         ways: of one kind, the fastest first.
         ends: a time of `time.perf_counter`; most of it is for the tuning.
+        effort: with how many seeds.
     """
     tune_key, run_key = jax.random.split(jax.random.clone(key))
     make = kept(problem, ("decaying", optimizer), lambda: decaying(optimizer)) if ways[0].decays else optimizer
     search = tuning.search(tuning.training(problem, make, goal, num_runs=NUM_RUNS), goal, lambda values: values)
     late = time.perf_counter() + TUNING_SHARE * (ends - time.perf_counter())
-    best: tuple[float, Way] = math.inf, ways[0]
-    for way in ways:
-        best = min(best, _tuned(search, way, times, best[0], tune_key, clock, late), key=lambda found: found[0])
+    best: tuple[float, Way] = math.inf if effort.seeds else 0.0, ways[0]
+    for way in ways if effort.seeds else ():
+        best = min(best, _tuned(search, way, times, best[0], tune_key, clock, late, effort.seeds), key=itemgetter(0))
     if math.isinf(best[0]):
         return None
-    for factor in (1.0, 1.25, 1.6):  # what some seeds reached in time may be too short for others
-        tried = best[1].stretched(factor)
-        clock.show(f"running {tried.kind} with fresh seeds")
-        found = _over(search, tried, NUM_SEEDS, run_key, ends)(np.asarray([tried.learning_rate]))
-        if found.found:
-            updates = found.costs[0]
-            return Run(tried, updates, np.asarray([times.until(tried.schedule, count) for count in updates]))
+    way = best[1]
+    for _ in range(NUM_ATTEMPTS):
+        clock.show(f"running {way.kind} with fresh seeds")
+        found = _over(search, way, effort.fresh, run_key, ends)(np.asarray([way.learning_rate]))
+        updates = found.costs[0]
+        if np.isfinite(updates).all():
+            return Run(way, updates, np.asarray([times.until(way.schedule, count) for count in updates]))
+        if time.perf_counter() > ends:
+            break
+        # What some seeds survive and reach may be too fast and too short for others; a rate that stays goes on anyway.
+        way = way.stretched(LONGER if way.decays else 1.0)._replace(learning_rate=way.learning_rate / FACTOR**0.5)
     return None
 
 
-def _tuned(search: Search, way: Way, times: Times, least: float, key, clock: Clock, late: float) -> tuple[float, Way]:
+def _tuned(
+    search: Search, way: Way, times: Times, least: float, key, clock: Clock, late: float, num_seeds: int
+) -> tuple[float, Way]:
     """Return (seconds to the target, the way with the rate and length of these); infinity where it does not arrive.
 
-    Longer ones are tried as long as they are faster, and as they may be faster than `least` seconds.
+    Longer ones are tried as long as they are faster, and as they may be faster than `least` seconds; and shorter ones
+    where it arrives well before its end.
     """
-    best, rates = (math.inf, way), way.learning_rate * FACTOR ** np.arange(-1.0, 2.0)
-    for factor in STRETCHES[: 1 if way.kind == "constant" else None]:  # the length of a constant is no choice
+
+    def attempt(tried: Way, rate: float) -> tuple[float, Way, float]:
+        clock.show(f"tuning {way.kind}, {tried.num_updates} updates from batch size {tried.schedule[0][1]}")
+        over = _over(search, tried, num_seeds, key, late)
+        found = tuning.search_grid(over, rate * FACTOR ** np.arange(-1.0, 2.0), deadline=late)
+        updates = float(found.losses.min())
+        seconds = times.until(tried.schedule, updates) if found.found else math.inf
+        return seconds, tried._replace(learning_rate=found.rate), updates
+
+    best, any_length = (math.inf, way, math.inf), way.kind == "constant"
+    for factor in STRETCHES[: 1 if any_length else None]:
         tried = way.stretched(factor)
         if time.perf_counter() > late or times.until(tried.schedule, 0.5 * tried.num_updates) > least:
             break
-        clock.show(f"tuning {way.kind}, {tried.num_updates} updates from batch size {tried.schedule[0][1]}")
-        found = tuning.search_grid(_over(search, tried, TUNING_SEEDS, key, late), rates, deadline=late)
-        if not found.found:
-            continue
-        took = times.until(tried.schedule, float(found.losses.min()))
-        if took >= best[0]:
+        found = attempt(tried, best[1].learning_rate)
+        if found[0] >= best[0] < math.inf:
             break
-        best = took, tried._replace(learning_rate=found.rate)
-        rates = found.rate * FACTOR ** np.arange(-1.0, 2.0)
-    return best
+        best = min(best, found, key=itemgetter(0))
+    while best[2] < EARLY * best[1].num_updates and not any_length and time.perf_counter() < late:
+        found = attempt(best[1].stretched(SHORTER * best[2] / best[1].num_updates), best[1].learning_rate)
+        if found[0] >= best[0]:
+            break
+        best = found
+    return best[:2]
 
 
 def _over(search: Search, way: Way, num_seeds: int, key: jax.Array, ends: float) -> Search:
-    """Return `rates -> Tuning` along a way; one of a constant rate may go on for four times its length."""
+    """Return `rates -> Tuning` along a way; one of a rate that stays may go on for four times its length."""
     phases = batching.Phases.of(way.schedule)
-    most = phases.examples(way.num_updates * (1 if way.kind != "constant" else 4))
+    most = phases.examples(way.num_updates * (1 if way.decays else 4))
     fixed = {"batch_size": phases, "num_seeds": num_seeds, "key": key, "max_examples": most, "deadline": ends}
     return partial(search, **fixed)
-
-
-def _pilots(problem: Problem, search: Search, goal: Target, usual: float, key, clock: Clock):
-    """Return the tunings {B: Tuning} at two batch sizes, what they show of the loss, and the loss before any update."""
-    found, curves, start = {}, [], math.nan
-    for size in PILOTS:
-        if size > problem.num_examples // 4:
-            continue
-        clock.show(f"pilot at batch size {size}")
-        middle = usual if not found else next(iter(found.values())).rate * 2
-        options = {"batch_size": size, "num_seeds": 1, "key": key, "remember": True}
-        limits = {"max_examples": PILOT_EPOCHS * problem.num_examples, "deadline": clock.until(PILOT_SHARE)}
-        tuned = tuning.search_grid(partial(search, **options, late=4.0), tuning.grid(middle), **limits)
-        if tuned.history is None:
-            raise ValueError(
-                "optimizer: its own schedule of the rate is in the way; whether it falls is found out here"
-            )
-        start = float(tuned.history.values[0, 0, 0])
-        new = _curves(tuned, goal, start)
-        if not new and not found:
-            raise ValueError(
-                f"the pilot diverges at all learning rates from {tuned.learning_rates[0]:.2g} to "
-                f"{tuned.learning_rates[-1]:.2g}: scale the data, the initial parameters or the loss"
-            )
-        found[size], curves = tuned, [*curves, *new]
-    return found, curves, start
-
-
-def _curves(tuned, goal: Target, start: float) -> list[Curve]:
-    """Return the runs that fell, each up to where it arrived or was given up."""
-    curves = []
-    for rate, (values,) in zip(tuned.learning_rates, tuned.history.values, strict=True):
-        moves = np.flatnonzero(np.diff(values) != 0)
-        end = int(moves[-1]) + 2 if len(moves) else 0
-        seen = values[1:end]
-        if len(seen) >= 2 and np.isfinite(seen).all() and seen[-1] < start and seen.max() < 2 * start:
-            curves.append(Curve(float(rate), tuned.batch_size, tuned.history.updates[1:end], seen))
-    return curves
-
-
-def _highest(found: dict[int, Any], size: int) -> float:
-    """Return the best rate of the pilot at a batch size: between two of them in logarithms, below in proportion."""
-    sizes = sorted(found)
-    rates = [found[size].rate for size in sizes]
-    return float(np.exp(np.interp(np.log(size), np.log(sizes), np.log(rates)))) * min(1.0, size / sizes[0])
-
-
-def _sizes(problem: Problem, first: int) -> list[int]:
-    """Return the batch sizes that a plan may use: powers of two, no phase longer than the data."""
-    return [2**i for i in range(20) if first // 4 <= 2**i <= min(2048, problem.num_examples)]
-
-
-def _times(problem: Problem, optimizer: Optimizer, sizes: Sequence[int], rate: float, clock: Clock) -> Times:
-    chosen = [size for size in sizes if int(math.log2(size)) % 2 == int(math.log2(sizes[0])) % 2]
-    speeds = tuning.speeds(
-        problem, optimizer, chosen, learning_rate=rate, deadline=clock.until(0.5), progress=clock.show
-    )
-    fit = [speed for speed in speeds if speed.fits]
-    return Times.of([speed.batch_size for speed in fit], [speed.seconds_per_update for speed in fit])
-
-
-def _locals(problem: Problem, make: Optimizer, goal: Target, found, key, clock: Clock):
-    """Return the twins about parameters of the pilot at its best rate, and for how many updates they held."""
-    if getattr(make, "name", "") != "sgd":
-        return [], ["the twin about given parameters: for sgd only"]
-    clock.show("the twin about given parameters")
-    size, tuned = next(iter(found.items()))
-    count = float(tuned.losses.min()) if tuned.found else float(tuned.history.updates[-1])
-    trainer = tuning.training(problem, make, goal, num_runs=NUM_RUNS)
-    run = trainer.start(np.asarray([tuned.rate]), num_seeds=1, key=jax.random.clone(key))
-    only, locals_ = np.arange(len(run.seeds)) == 0, []
-    build = kept(problem, "local twin", lambda: jax.jit(partial(local_twin, problem, **LANCZOS)))
-    for checkpoint in (0, round(count / 2)):
-        if checkpoint > run.num_updates:
-            run = trainer.advance(run, checkpoint - run.num_updates, only, batch_size=size)
-        begun = run.num_updates
-        twin = build(jax.tree.map(lambda leaf: leaf[0], run.states.params), key=jax.random.clone(key))
-        updates, losses = [], []
-        while run.num_updates - begun < count / 2 and len(updates) < 12:
-            step = max(1, round(0.5 * (run.num_updates - begun)))
-            run = trainer.advance(run, step, only, batch_size=size)
-            updates.append(run.num_updates - begun)
-            losses.append(float(np.asarray(run.values)[0]))
-        length = updates[-1]
-        measured = np.full(length, np.nan)
-        measured[np.asarray(updates) - 1] = losses
-        rates, sizes = jnp.full(length, tuned.rate), jnp.full(length, float(size))
-        holds = twin.horizon(rates, sizes, jnp.asarray(measured))
-        locals_.append(Local(begun, holds, length, float(twin.quadratic.eigenvalues.max())))
-    return locals_, []

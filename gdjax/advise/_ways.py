@@ -7,6 +7,7 @@ So all ramps of up to three phases on a grid are run by the twin, side by side.
 
 import itertools
 import math
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,13 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from gdjax.advise._fitted import Fitted, padded
+from gdjax.advise._fitted import Fitted
 
 SHARES = 0.4, 0.6, 0.75, 0.85, 0.92  # of the updates, after which a batch may grow
 FACTORS = 2, 4, 8  # by which it does
 RATES = np.geomspace(1, 0.1, 8)  # of the highest at the first batch size
 HIGHER = 2.0  # than a rate that stays may one begin that falls
 STEP = 1.2  # from one number of updates to the next
+ENDS = np.concatenate([[0.0], np.geomspace(1e-4, 5e-3, 8), np.linspace(0.01, 1, 100)])
+PIECES = np.stack([ENDS[:-1], ENDS[1:]], 1)  # of a run, in shares of its updates, among them all SHARES
+LATE = 3.0  # times the seconds of the fastest of a kind, beyond which a way is not followed
 LANES = 512  # runs of the twin side by side
 
 KINDS = {"constant": (False, False), "decay": (True, False), "ramp": (False, True), "both": (True, True)}
@@ -83,21 +87,26 @@ class Bounds(NamedTuple):
     max_updates: int
 
 
-def plan(twin: Fitted, target: float, bounds: Bounds, *, num_phases: int = 3) -> dict[str, list[Way]]:
+def plan(
+    twin: Fitted, target: float, bounds: Bounds, *, num_phases: int = 3, deadline: float = math.inf
+) -> dict[str, list[Way]]:
     """Return {kind: ways by which the twin reaches the target, the best for every first batch size, the fastest first}.
+
+    Once the deadline (`time.perf_counter`) has passed, nothing longer than what arrived is looked for.
 
     Raises:
         ValueError: for a target at or below the loss that the twin comes to without noise, which it says.
     """
     candidates = {kind: _candidates(bounds, *KINDS[kind], num_phases) for kind in KINDS}
     found: dict[tuple[str, int], Way] = {}
+    width = math.exp(twin.error)
     lowest = math.inf
     previous = num_updates = 4
     losses: dict[str, np.ndarray] = {}
     least: dict[str, float] = {}
-    while num_updates <= bounds.max_updates:
+    while num_updates <= bounds.max_updates and not (found and time.perf_counter() > deadline):
         for kind, ways in candidates.items():
-            if num_updates * ways["each"].min() > 3 * least.get(kind, math.inf):
+            if not len(ways["each"]):
                 continue
             before, losses[kind] = losses.get(kind), twin.level + _ends(twin, ways, num_updates, KINDS[kind][0])
             lowest = min(lowest, float(np.nanmin(losses[kind])))
@@ -110,14 +119,17 @@ def plan(twin: Fitted, target: float, bounds: Bounds, *, num_phases: int = 3) ->
                 updates = previous * (num_updates / previous) ** np.clip(np.nan_to_num(part), 0.0, 1.0)
             seconds = np.where(losses[kind] <= target, updates * ways["each"], np.inf)
             for first in bounds.sizes:
-                at = int(np.argmin(np.where(ways["sizes"][:, 0] == first, seconds, np.inf)))
-                if seconds[at] < (found[kind, first].seconds[1] if (kind, first) in found else math.inf):
-                    slope = max(float(fall[at]) / math.log(num_updates / previous), 0.05)
-                    width = math.exp(1.645 * twin.error / slope)
+                here = np.where(ways["sizes"][:, 0] == first, seconds, np.inf)
+                at = int(np.argmin(here))
+                if here[at] < (found[kind, first].seconds[1] if (kind, first) in found else math.inf):
                     interval = seconds[at] / width, seconds[at], seconds[at] * width
                     chosen = {name: column[at] for name, column in ways.items()}
                     found[kind, first] = _way(kind, chosen, math.ceil(updates[at]), losses[kind][at], interval)
                     least[kind] = min(least.get(kind, math.inf), float(seconds[at]))
+            # What diverged, or is long beaten, is not asked again.
+            keep = np.isfinite(losses[kind]) & (num_updates * ways["each"] <= LATE * least.get(kind, math.inf))
+            candidates[kind] = {name: column[keep] for name, column in ways.items()}
+            losses[kind] = losses[kind][keep]
         previous, num_updates = num_updates, max(num_updates + 1, int(STEP * num_updates))
     if not found:
         raise ValueError(
@@ -163,38 +175,46 @@ def _candidates(bounds: Bounds, decays: bool, ramps: bool, num_phases: int) -> d
 
 
 def _ends(twin: Fitted, ways: dict[str, np.ndarray], num_updates: int, decays: bool) -> np.ndarray:
-    """Return the excess loss at the end of each way [W]."""
-    length = padded(num_updates)
+    """Return the excess loss at the end of each way [W], infinite where it grows without end."""
     count = len(ways["rates"])
     pad = -count % LANES
     bare = twin._replace(error=0.0)
     columns = [np.resize(ways[name], (count + pad, *ways[name].shape[1:])) for name in ("rates", "shares", "sizes")]
     pieces = [
-        _run(
-            bare,
-            *(jnp.asarray(x[i : i + LANES], float) for x in columns),
-            num_updates,
-            decays,
-            length,
-        )
+        _run(bare, *(jnp.asarray(x[i : i + LANES], float) for x in columns), num_updates, decays)
         for i in range(0, count + pad, LANES)
     ]
     losses = np.concatenate([np.asarray(piece, float) for piece in pieces])[:count]
     return np.where(np.isfinite(losses), losses, np.inf)
 
 
-@partial(jax.jit, static_argnames=("decays", "length"))
-def _run(twin: Fitted, rates, shares, sizes, num_updates, decays, length):
-    """Return the excess loss at the end of runs of the twin, [LANES]."""
+@partial(jax.jit, static_argnames="decays")
+def _run(twin: Fitted, rates, shares, sizes, num_updates, decays):
+    """Return the excess loss at the end of runs of the twin, [LANES].
+
+    The rate stays for each of PIECES, whose updates are made at once: s -> a^n s + (1 - a^n) / (1 - a) eta^2 / B
+    (kappa + mu 2 L), exactly but for L, whose course is taken to be a line; and exactly where a piece
+    is one update.
+    """
+    h, steady, shrinking = (jnp.asarray(x, float) for x in (twin.nodes, twin.steady, twin.shrinking))
 
     def one(rate, shares, sizes):
-        def update(second, t):
-            share = t / num_updates
-            now = jnp.where(share < 1, rate * (1 - share if decays else 1.0), 0)
-            size = jnp.where(share < shares[0], sizes[0], jnp.where(share < shares[1], sizes[1], sizes[2]))
-            return twin.update(second, now, size), None
+        def advance(second, ends):
+            middle, (first, last) = ends.mean(), jnp.round(num_updates * ends)
+            n = last - first
+            now = rate * (1 - (first + (n - 1) / 2) / num_updates) if decays else rate
+            size = jnp.where(middle < shares[0], sizes[0], jnp.where(middle < shares[1], sizes[1], sizes[2]))
+            x = now * h
+            grown = jnp.expm1(2 * n * jnp.log(jnp.abs(1 - x)))  # a^n - 1
+            lost = x * (2 - x)  # 1 - a
+            noise = now**2 / size * jnp.where(jnp.abs(lost) < 1e-6, n, -grown / lost)
+            bare = (1 + grown) * second + noise * steady
+            back = h @ (noise * shrinking)  # of L, what comes back as loss at the end of the piece
+            later = (n - 1) / (2 * jnp.maximum(n, 1))  # the part of the end in the mean L that updates begin from
+            start = h @ second / 2
+            end = (h @ bare / 2 + back * (1 - later) * start) / jnp.maximum(0, 1 - back * later)
+            return jnp.where(n > 0, bare + noise * shrinking * 2 * ((1 - later) * start + later * end), second), None
 
-        start = jnp.asarray(twin.start, float)
-        return twin.nodes @ lax.scan(update, start, jnp.arange(length, dtype=float))[0] / 2
+        return h @ lax.scan(advance, jnp.asarray(twin.start, float), jnp.asarray(PIECES, float))[0] / 2
 
     return jax.vmap(one)(rates, shares, sizes)

@@ -23,18 +23,18 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gdjax.commands._session import say
+from gdjax.commands._output import say
 
 STATUSES = "Exit status: 0 done, 1 failure, 2 bad input, 130 interrupted."
 
 
-def called(name: str) -> Any:
-    """Return what gives an option another name than that of its field, which may not be a word of Python."""
+def called(name: str, *others: str) -> Any:
+    """Return what gives an option another name than that of its field, which may not be a word of Python, or more."""
     try:
         from tyro.conf import arg
     except ModuleNotFoundError:  # `parse` says so
         return name
-    return arg(name=name)
+    return arg(name=name, aliases=others)
 
 
 def parse(
@@ -50,7 +50,6 @@ def parse(
 
     Raises:
         SystemExit: with status 2 for arguments that cannot be understood, and 0 after --help and --version.
-        ValueError: where a command is missing.
         ModuleNotFoundError: where tyro is not installed.
     """
     try:
@@ -61,8 +60,6 @@ def parse(
     if given == ["--version"]:
         print(f"gdjax {importlib.metadata.version('gdjax')}")
         sys.exit(0)
-    if not given and not isinstance(kinds, type):
-        raise ValueError(f"give a command, one of {', '.join(kinds)}; see {prog} --help")
     options: dict[str, Any] = {
         "prog": prog,
         "description": f"{description}\n\n{STATUSES} --version shows the version.",

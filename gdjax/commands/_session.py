@@ -8,7 +8,6 @@ SystemExit: 2
 
 import contextlib
 import dataclasses
-import io
 import os
 import signal
 import sys
@@ -16,9 +15,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
+from gdjax.commands._arguments import called
 from gdjax.commands._hosts import Hosts, joined
+from gdjax.commands._output import Aside, say, silenced
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,6 +39,8 @@ class Common:
     """Compute in float64."""
     debug: bool = False
     """Show the traceback of an error."""
+    quiet: Annotated[bool, called("quiet", "-q")] = False
+    """Print errors alone: no progress, no table."""
     hosts: Hosts = Hosts()
 
 
@@ -56,7 +59,7 @@ def ended(*, debug: bool = False) -> Iterator[None]:
         finally:
             print(end="", flush=True)  # for `print`, unlike `sys.stdout`, a closed standard output is none
     except BrokenPipeError:
-        _silenced(sys.stdout)
+        silenced(sys.stdout)
         sys.exit(0)
     except KeyboardInterrupt:
         say("gdjax: interrupted")
@@ -73,27 +76,6 @@ def ended(*, debug: bool = False) -> Iterator[None]:
         what = ": ".join(filter(None, (type(error).__name__, first)))
         say(f"gdjax: {what} (--debug shows where)")
         sys.exit(1)
-
-
-class _Aside(io.TextIOBase):
-    """Standard output that goes where `say` says it."""
-
-    def write(self, text: str) -> int:
-        say(text, end="")
-        return len(text)
-
-
-def say(text: str, end: str = "\n") -> None:
-    """Print to standard error; where that is full or gone, the exit status alone has to tell."""
-    try:
-        print(text, end=end, file=sys.stderr, flush=True)
-    except (OSError, ValueError):
-        _silenced(sys.stderr)
-
-
-def _silenced(stream: Any) -> None:
-    """Lead a stream nowhere, so that nothing is left to fail when Python ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def end_at_interruption() -> None:
@@ -135,6 +117,8 @@ def run(command: Any, do: Callable[[Any], None]) -> None:
     """Call `do(command)` with the precision, data and processes it asks for; the first alone keeps what it found."""
     common = command.common
     with ended(debug=common.debug):
+        if common.quiet:
+            os.environ["TQDM_DISABLE"] = "1"  # what tqdm and `report.progress_bar` ask
         if common.x64:
             import jax
 
@@ -176,9 +160,11 @@ def saving(name: str, command: Any, *, seed: int) -> Iterator[Save]:
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(report.run_folder(report.timestamped(name) if common.out is None else common.out))
         if common.json == "-":  # a user's own problem may print
-            stack.enter_context(contextlib.redirect_stdout(_Aside()))
+            stack.enter_context(contextlib.redirect_stdout(Aside()))
         elif common.json is not None:
             _files.check_replaceable(Path(common.json), "json")
+        if common.quiet:
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
 
         def save(
             result: dict[str, Any],

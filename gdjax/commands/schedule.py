@@ -8,6 +8,8 @@ from typing import Any
 from gdjax.commands import _specs
 from gdjax.commands._session import Common, progress, saving
 
+UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
+
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
@@ -26,7 +28,7 @@ class Schedule:
     learning_rate -> optax transformation."""
     phases: int = 3
     """Batch sizes that a ramp may have: 2 or 3."""
-    budget: float = 120.0
+    budget: float = 300.0
     """Seconds that all of it may take."""
     seed: int = 0
     """Seed of parameters and streams."""
@@ -54,14 +56,16 @@ class Schedule:
 
 def _report(found: Any) -> str:
     """Return a table, one row for each way, what else was found, the verdict, and the ramp to paste."""
-    rows = [("", "batch sizes", "rate", "updates", "run", "ms: predicted", "run")]
+    least = min(way.seconds[1] for way in found.ways.values())
+    unit, each = next((unit, each) for unit, each in UNITS.items() if least >= each or unit == "us")
+    rows = [("", "batch sizes", "rate", "updates", "run", f"{unit}: predicted", "run")]
     for kind, way in found.ways.items():
         run = found.runs.get(kind)
-        low, middle, high = (1e3 * x for x in way.seconds)
+        low, middle, high = (x / each for x in way.seconds)
         shown = run.way if run else way
         sizes = " ".join(f"{count}x{size}" for count, size in shown.schedule)
         rate = f"{shown.learning_rate:.2g}" + (" to 0" if way.decays else "")
-        measured = (f"{run.updates.mean():.0f}", f"{1e3 * run.seconds.mean():.3g}") if run else ("", "")
+        measured = (f"{run.updates.mean():.0f}", f"{run.seconds.mean() / each:.3g}") if run else ("", "")
         mark = "" if run is None or found.held(kind) else " *"
         predicted = f"{middle:.3g} ({low:.3g}-{high:.3g})"
         rows.append((kind, sizes, rate, f"{way.num_updates}", measured[0], predicted, measured[1] + mark))
@@ -71,20 +75,17 @@ def _report(found: Any) -> str:
         lines += ["* outside its predicted interval (90 %)."]
     times = found.times
     cost = f"{1e6 * times.per_update:.3g} us + {1e6 * times.per_example:.3g} us per example"
-    lines += [
-        "",
-        f"An update takes {cost} (off by {times.residual:.0%} at most" + ("" if times.fits else "; the table") + ").",
+    said = [
+        f"An update takes {cost} (off by {times.residual:.0%} at most" + ("" if times.fits else "; the table") + ")."
     ]
-    error, count = found.twin.error, len(found.curves)
-    lines += [f"Each of {count} short runs is predicted from the others to {error:.0%} (of log loss, by the median)."]
     for local in found.locals:
         end = "all that it was followed for" if local.held == local.seen else f"of {local.seen}"
-        lines += [
+        said += [
             f"The twin about the parameters after {local.num_updates} updates held, within 20 %, for {local.held} "
             f"updates, {end}."
         ]
-    lines += [f"Not established: {what}." for what in found.unknown]
+    said += [f"Not established: {what}." for what in found.unknown]
     width = max(60, shutil.get_terminal_size().columns)
-    lines += ["", textwrap.fill(found.sentence(), width), ""]
+    lines += ["", *(textwrap.fill(each, width) for each in said), "", textwrap.fill(found.sentence(), width), ""]
     lines += [f"[(examples, B), ...] = {found.ramp()}", f"training.run(..., schedule={found.schedule})"]
     return "\n".join(lines)

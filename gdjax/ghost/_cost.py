@@ -21,7 +21,10 @@ from typing import NamedTuple
 import jax
 
 NANOSECONDS = {"cpu": (0.016, 1.3, 0.35, 5000.0), "accelerator": (5e-5, 8e-3, 4e-3, 0.0)}
-"""Of a multiplication and of an entry in the Gram form; of a gradient's entry; of a branch or a further chunk."""
+"""Of a multiplication; of an entry in the Gram form; of a gradient's entry; of a chunk after the first, or a branch.
+
+Those of a CPU were measured on two cores in November 2026, those of accelerators are guessed until one has been used.
+"""
 WORKING_SET = {"cpu": 2**21, "accelerator": 2**26}
 """Numbers that a chunk may hold: 8 and 256 MiB in float32. Between 4 and 16 MiB the time on a CPU hardly changes."""
 

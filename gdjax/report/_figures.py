@@ -29,6 +29,8 @@ LINES = ("-", "--", "-.", ":")
 def curves(x: Any, values: Mapping[str, Any], *, xlabel: str, ylabel: str, title: str, log: str = "") -> "Figure":
     """Draw one curve for each label: medians over seeds and the range between them.
 
+    A curve that goes a thousand times higher than the middle one of them leaves the figure at the top.
+
     Args:
         x: positions [E].
         values: {label: [S, E]}.
@@ -41,17 +43,35 @@ def curves(x: Any, values: Mapping[str, Any], *, xlabel: str, ylabel: str, title
         band(axis, x, lanes, label, i)
     axis.set(xlabel=xlabel, ylabel=ylabel)
     log_scales(axis, log)
+    _cut_off(axis)
     axis.set_title("\n".join(textwrap.wrap(title, 80)), fontsize="medium", parse_math=False)
     axis.grid(alpha=0.3)
-    axis.legend(frameon=False)
+    beside = {"loc": "upper left", "bbox_to_anchor": (1, 1), "handlelength": 3} if len(values) > 6 else {}
+    axis.legend(frameon=False, **beside)
     return figure
 
 
+def _cut_off(axis: "Axes") -> None:
+    """Let a curve that diverges leave the figure instead of pressing the others to the bottom."""
+    drawn = [y for line in axis.lines if len(y := np.asarray(line.get_ydata()))]
+    tops = np.asarray([y.max() for y in drawn])
+    kept = tops[tops <= 1000 * np.median(tops)] if drawn else tops
+    if 0 < len(kept) < len(tops):
+        forth, back = axis.yaxis.get_transform().transform, axis.yaxis.get_transform().inverted().transform
+        low, high = forth(np.asarray([min(y.min() for y in drawn), kept.max()]))
+        margin = 0.05 * (high - low)
+        axis.set_ylim(*back(np.asarray([low - margin, high + margin])))
+
+
 def panels(count: int, *, title: str, width: float = 5.5, height: float = 4.2) -> tuple["Figure", list["Axes"]]:
-    """Return (figure, its `count` axes side by side), sizes in inches, for what the functions above cannot draw."""
+    """Return (figure, its `count` axes side by side), sizes in inches, for what the functions above cannot draw.
+
+    A title of more than one line stands below them.
+    """
     figure = blank(width=width * count, height=height)
     lines = textwrap.wrap(title, int(12 * width * count))
-    figure.suptitle("\n".join(lines), fontsize="medium", parse_math=False)
+    put = figure.suptitle if len(lines) == 1 else figure.supxlabel
+    put("\n".join(lines), fontsize="medium", parse_math=False)
     axes = list(figure.subplots(1, count, squeeze=False)[0])
     for axis in axes:
         axis.grid(alpha=0.3)

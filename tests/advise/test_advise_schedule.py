@@ -36,7 +36,7 @@ def twin():
     for rate, size in ((0.1, 8), (0.3, 8), (0.3, 64), (0.55, 64)):
         updates = np.unique(np.geomspace(1, 150, 20).astype(int))
         curves.append(Curve(rate, size, updates, loss_of(np.full(150, rate), np.full(150, size))[updates - 1]))
-    return _fitted.fitted(curves, start=LEVEL + float(H @ (1 / H**0.5)) / 2)
+    return _fitted.fitted(curves, start=LEVEL + float(H @ (1 / H**0.5)) / 2, target=TARGET)
 
 
 @pytest.mark.parametrize(
@@ -79,6 +79,30 @@ def test_every_way_that_is_planned_reaches_the_target_in_its_bounds(ways):
         seconds = sum(count * BOUNDS.seconds_per_update(size) for count, size in way.schedule)
         np.testing.assert_allclose(way.seconds[1], seconds, rtol=0.06)  # rounded to whole updates
         assert way.seconds[0] < way.seconds[1] < way.seconds[2]
+
+
+@pytest.mark.parametrize("decays", [False, True])
+def test_runs_of_the_twin_in_pieces_end_where_single_updates_do(decays):
+    sizes, num_updates = np.asarray([[8, 16, 64], [16, 16, 32]]), 1500
+    columns = {"rates": np.asarray([0.4, 0.2]), "shares": np.asarray([[0.4, 0.92], [0.75, 0.85]]), "sizes": sizes}
+    share = np.arange(num_updates) / num_updates
+    for rate, (first, second), (a, b, c), end in zip(
+        *columns.values(), _ways._ends(exact_twin(), columns, num_updates, decays), strict=True
+    ):
+        each = np.where(share < first, a, np.where(share < second, b, c))
+        exact = loss_of(rate * (1 - share) if decays else np.full(num_updates, rate), each)[-1] - LEVEL
+        np.testing.assert_allclose(end, exact, rtol=0.01)
+
+
+@pytest.mark.parametrize(("left", "seeds", "kinds"), [(1e4, 3, 4), (130.0, 1, 4), (70.0, 0, 4), (10.0, 0, 1)])
+def test_effort_follows_the_time_that_is_left(ways, left, seeds, kinds):
+    slow = {kind: [way._replace(seconds=(1.0, 2.0, 4.0)) for way in some] for kind, some in ways.items()}
+    slow["ramp"] = [way._replace(seconds=(0.5, 1.5, 3.0)) for way in slow["ramp"]]
+    times = Times.of([8, 32], [1e-4, 1e-4])
+    run, effort, unknown = _schedule._affordable(slow, times, 1.0, left)
+    assert (effort.seeds, len(run), run[0]) == (seeds, kinds, "ramp")
+    assert kinds == 1 or run[1] == "constant"  # what the others are compared with
+    assert len(unknown) == (4 - kinds) + (seeds < 3)
 
 
 def test_the_constant_way_is_the_fastest_of_all(ways):

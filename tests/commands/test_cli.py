@@ -152,6 +152,12 @@ def test_a_diverging_run_is_reported_and_the_command_finishes(gdjax):
         (["compare", "--out", "~nobody-of-this-name/out"], "out='~nobody-of-this-name/out' cannot be written"),
         (["advise"], "give exactly one of --target"),
         (["advise", "--problem", "my_module:problem", "--target", ""], "target='' is not of the form"),
+        (["advise", "--problem", "my_module:problem", "--target", "loss<=0.1", "--memory", "0"], "memory=0.0 must be"),
+        (
+            ["advise", "--problem", "my_module:problem", "--target", "loss<=0.1", "--memory", "nan"],
+            "memory=nan must be",
+        ),
+        (["problems", "--json", "absent/x.json"], "json='absent/x.json' cannot be written"),
         (["schedule", "--target", "accuracy>=0.9"], "must be of the training loss"),
         (["schedule", "--target", "loss<=0.1", "--phases", "9"], "phases=9 must be 2 or 3"),
         (["schedule", "--problem", "my_module:problem", "--target", "loss<=0.1"], "has 40 examples: a schedule takes"),
@@ -161,7 +167,6 @@ def test_a_diverging_run_is_reported_and_the_command_finishes(gdjax):
         (["compare", "--json", "my_module.py"], "json='my_module.py' cannot be written: the file there is no result"),
         (["bench", "--devices", "1000000"], "devices=1000000 must be at least 1 and at most"),
         (["bench", "--compare", "absent.json"], "compare='absent.json' cannot be read"),
-        ([], "give a command, one of compare, advise, rules, schedule, bench, problems; see gdjax --help"),
     ],
 )
 def test_bad_input_is_one_line_exit_status_2_and_no_file(gdjax, folder, given, message):
@@ -172,6 +177,24 @@ def test_bad_input_is_one_line_exit_status_2_and_no_file(gdjax, folder, given, m
     assert message in line
     assert printed == ""
     assert set(os.listdir(folder)) <= {"my_module.py", "__pycache__"}
+
+
+def test_alone_it_says_what_to_type_first(gdjax, folder):
+    status, printed, complained = gdjax()
+    assert (status, complained) == (0, "")
+    typed = re.findall(r"^  gdjax (\w+)", printed, re.MULTILINE)
+    assert typed == ["compare", "advise", "problems"]
+    assert all(name in printed for name in commands.COMMANDS)
+    assert max(map(len, printed.splitlines())) < 80
+
+
+def test_quiet_prints_nothing_and_keeps_the_result(gdjax, folder, monkeypatch):
+    monkeypatch.setenv("TQDM_DISABLE", "")  # to be set back
+    quick = ["compare", "-q", "--problem", "my_module:problem", "--batch-sizes", "8", "--num-epochs", "1", "--out", "o"]
+    assert gdjax(*quick) == (0, "", "")
+    assert (folder / "o" / "result.json").exists()
+    status, printed, _ = gdjax(*quick, "--json", "-")
+    assert (status, json.loads(printed)["rows"][0]["batch_size"]) == (0, 8)
 
 
 @pytest.mark.parametrize(
@@ -313,7 +336,7 @@ def test_help_lists_every_option_with_its_text_and_the_exit_statuses(gdjax):
     for name, kind in commands.COMMANDS.items():
         status, printed, complained = gdjax(name, "--help")
         assert (status, complained) == (0, "")
-        explained = [part for part in re.split(r"\n│? {0,3}--(?=\w)", printed)[1:] if len(part.split()) > 3]
+        explained = [part for part in re.split(r"\n│? {0,3}(?:-q, )?--(?=\w)", printed)[1:] if len(part.split()) > 3]
         assert {part.split()[0] for part in explained} == {*fields(kind)}
         assert "{None}" not in printed
     assert arguments.STATUSES in gdjax("--help")[1]

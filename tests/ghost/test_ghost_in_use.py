@@ -188,7 +188,14 @@ def test_a_batch_sharded_along_explicit_axes_gives_the_same():
 
 
 @pytest.mark.parametrize(
-    "name", ["mlp", "transformer", "rnn", "convolution_2d_strided_channels_last", "normalisations"]
+    "name",
+    [
+        "mlp",
+        pytest.param("transformer", marks=pytest.mark.nightly),
+        "rnn",
+        "convolution_2d_strided_channels_last",
+        "normalisations",
+    ],
 )
 @pytest.mark.slow
 def test_in_float32_norms_are_exact_to_rounding(name):

@@ -227,3 +227,18 @@ def test_bars_reach_from_low_to_high_with_the_first_at_the_top():
     bottom, top = axis.get_ylim()
     assert bottom > top  # downwards
     assert [label.get_text() for label in axis.get_yticklabels()] == ["first", "second"]
+
+
+@pytest.mark.parametrize("log", ["", "y"])
+def test_a_curve_that_diverges_does_not_press_the_others_together(log):
+    x = np.arange(1.0, 20.0)
+    values = {f"B = {2**i}": [x ** (-0.1 * (i + 1))] for i in range(9)} | {"diverges": [np.exp(2 * x)]}
+    [axis] = plots.curves(x, values, xlabel="epochs", ylabel="loss", title="ten", log=log).axes
+    assert 1 < axis.get_ylim()[1] < 1.3
+    looks = [(line.get_color(), line.get_linestyle()) for line in axis.lines]
+    assert len(set(looks)) == 10
+
+
+def test_a_long_title_stands_below():
+    figure, _ = plots.panels(1, title="word " * 40)
+    assert (figure.get_suptitle(), figure.get_supxlabel().split()) == ("", ["word"] * 40)
