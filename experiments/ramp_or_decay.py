@@ -31,7 +31,7 @@ from gdjax import advise, batching, noise, problems, report, tuning
 from gdjax.commands import experiment
 
 EPOCHS = 6
-SCHEDULE_SECONDS, RACE_SECONDS = 80.0, 60.0  # for `gdjax schedule`, and for the tuning of the seven, on one problem
+SCHEDULE_SECONDS, RACE_SECONDS = 90.0, 45.0  # for `gdjax schedule`, and for the tuning of the seven, on one problem
 SIZES = 8, 16, 32, 64
 NUM_PHASES, NUM_SEEDS, FACTOR = 4, 3, 2.0
 WAYS = {  # by what the rate shrinks and the batch grows from each quarter of the examples to the next
@@ -250,9 +250,10 @@ def race(problem, optimizer, plan, key) -> dict[str, ways.Raced]:
     make, _ = tuning.named(optimizer)
     search = tuning.searching(problem, ways.shaped(make), plan.goal, num_runs=8)
     tune_key, fresh_key, follow_key = jax.random.split(key, 3)
-    constant = plan.runs["constant"]
-    size, rate, times = constant.way.schedule[0][1], constant.way.learning_rate, plan.times
-    least = float(constant.updates.mean()) * size
+    run, constant, times = plan.runs.get("constant"), plan.ways["constant"], plan.times
+    constant = run.way if run else constant
+    size, rate = constant.schedule[0][1], constant.learning_rate
+    least = float(run.updates.mean() if run else constant.num_updates) * size
     deadline = time.perf_counter() + RACE_SECONDS
 
     def rows(factor, schedule):
