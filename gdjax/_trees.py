@@ -49,3 +49,12 @@ def kept(owner: Any, key: Hashable, make: Callable[[], Any]) -> Any:
 def traced(*trees: Any) -> bool:
     """Return whether an array in these trees is known only when the program runs that JAX is tracing."""
     return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees))
+
+
+def bare(tree: Any) -> Any:
+    """Return the tree with the array itself in place of what holds one, such as a variable of Flax NNX."""
+    return jax.tree.map(lambda leaf: leaf.__jax_array__() if _holds_one(leaf) else leaf, tree, is_leaf=_holds_one)
+
+
+def _holds_one(leaf: Any) -> bool:
+    return hasattr(leaf, "__jax_array__") and not isinstance(leaf, jax.Array)  # as a tracer is

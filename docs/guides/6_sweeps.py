@@ -15,11 +15,11 @@ from gdjax import batching, descent, gradients, problems, sweep
 problem = problems.least_squares()
 
 
-def final_loss(batch_size, point):
-    """Return the training loss after four epochs at one rate and one seed."""
+def final_loss(point):
+    """Return the training loss after four epochs at one batch size, rate and seed."""
     method = descent.method(gradients.mean(problem.loss), optax.sgd(point["rate"]))
     stream = batching.reshuffled(point["key"], problem.num_examples, num_epochs=4)
-    batches = batching.batches(stream, batch_size)
+    batches = batching.batches(stream, point["batch_size"])
     state, _ = descent.run(
         method, method.init(problem.init(point["key"])), problem.train, batches
     )
@@ -27,25 +27,33 @@ def final_loss(batch_size, point):
 
 
 rates = np.geomspace(0.01, 2.0, 12)
-grid = sweep.grid(rate=rates, key=jax.random.split(jax.random.key(0), 5))
-sizes = (8, 64, 512)
-found = {
-    size: sweep.map(lambda point, size=size: final_loss(size, point), grid)
-    for size in sizes
-}
-print({size: losses.shape for size, losses in found.items()})
+sizes = [8, 64, 512]
+grid = sweep.grid(
+    {"batch_size": sizes}, rate=rates, key=jax.random.split(jax.random.key(0), 5)
+)
+losses = sweep.map(final_loss, grid)
+print(losses.shape)
 
 # %% [markdown]
-# A batch size changes shapes, so that it is a loop of Python; rates and seeds are lanes. A run that diverges is NaN
-# or huge, and leaves the others as they are.
+# A batch size changes shapes: it is an axis of programs, the first argument of `grid`, and each is compiled. Rates and
+# seeds are lanes of a program. An optimiser or a model is an axis of programs too, as `{"optimizer": {"sgd": optax.sgd,
+# "adam": optax.adam}}`. A run that diverges is NaN or huge, and leaves the others as they are. `grid.best` finds the
+# best that is finite, and `grid.table` makes rows for CSV or pandas.
+
+# %%
+best = sweep.grid({"batch_size": sizes}, rate=rates).best(np.median(losses, 2))
+print(
+    "the best by the median of seeds:", sizes[best[0]], round(float(rates[best[1]]), 2)
+)
+print(grid.table(losses)[0])
 
 # %%
 plt.figure(figsize=(5.5, 3.4), layout="constrained")
-for size, losses in found.items():
-    plt.plot(rates, np.median(losses, 1), "o-", label=f"B = {size}")
+for size, of_size in zip(sizes, losses, strict=True):
+    plt.plot(rates, np.median(of_size, 1), "o-", label=f"B = {size}")
 plt.xscale("log")
 plt.yscale("log")
-plt.ylim(top=10 * max(float(losses[0].max()) for losses in found.values()))
+plt.ylim(top=10 * float(losses[:, 0].max()))
 plt.xlabel("learning rate")
 plt.ylabel("loss after 4 epochs, median of 5 seeds")
 plt.legend(frameon=False)
@@ -55,23 +63,15 @@ plt.show()
 # ## A store: crash, and go on
 #
 # With `store=` every finished chunk is a file. The same call after a crash, or Ctrl-C, computes what is missing; with
-# other code or another grid it is refused, by a fingerprint of the program.
+# other code or another grid it is refused, by a fingerprint of the program; a longer axis of programs computes the new.
 
 # %%
-
-
-def small_batches(point):
-    return final_loss(64, point)
-
-
-first = sweep.map(small_batches, grid, store="runs/rates", chunk_size=20)
-again = sweep.map(
-    small_batches, grid, store="runs/rates"
-)  # reads three chunks, computes nothing
+first = sweep.map(final_loss, grid, store="runs/rates", chunk_size=20)
+again = sweep.map(final_loss, grid, store="runs/rates")  # reads nine chunks
 print("the same, bit for bit:", bool(np.array_equal(first, again, equal_nan=True)))
-other = sweep.grid(rate=rates * 2, key=jax.random.split(jax.random.key(0), 5))
+other = grid._replace(axes=grid.axes | {"rate": 2 * grid.axes["rate"]})
 try:
-    sweep.map(small_batches, other, store="runs/rates")
+    sweep.map(final_loss, other, store="runs/rates")
 except ValueError as error:
     print(error)
 

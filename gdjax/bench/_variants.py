@@ -98,12 +98,15 @@ def num_seeds() -> int:
 
 
 def sharded(problem: Problem, learning_rate: float, *, devices: Sequence[Any] | None = None) -> Run:
-    """Share each batch by devices, default all, which hold the parameters each; the compiler adds the gradients up.
+    """Share each batch by devices, default all of this process, which hold the parameters each.
+
+    The compiler adds the gradients up.
 
     Raises:
         ValueError: where there is one device only, or the devices cannot share the batch equally.
     """
-    num_devices = len(devices or jax.devices())
+    devices = devices or jax.local_devices()
+    num_devices = len(devices)
     if num_devices == 1:
         raise ValueError("one device only (a CPU is split by --devices 2)")
     mesh = jax.make_mesh((num_devices,), ("examples",), axis_types=(AxisType.Auto,), devices=devices)

@@ -36,6 +36,8 @@ class Problems:
 
         from gdjax import _files, problems
 
+        if self.common.json not in (None, "-"):
+            _files.check_replaceable(Path(self.common.json), "json")
         rows, missing = [], ""
         for name, source in SOURCES.items():
             row = {"problem": name, "examples": None, "parameters": None, "source": source}

@@ -3,7 +3,8 @@
 Factors A [B, K, T, I] and G [B, K, T, O] give the summed gradient A'G in any case. What the ways cost beside it:
 
     product      for T = 1: nothing to speak of
-    gram         AA' and GG', for every example: T^2 (I + O) multiplications and T^2 numbers written and read
+    gram         AA' and GG', for every example: T^2 (I + O) multiplications and T^2 numbers written and read; and a
+                 branch, where A'G is formed after all
     in chunks    A'G formed for every example of a chunk, squared, and added up for the summed gradient: I O numbers
 
 A chunk is as many examples as keep what has to be formed, the gradients and those numbers of A that are not yet in x
@@ -20,7 +21,10 @@ from typing import NamedTuple
 import jax
 
 NANOSECONDS = {"cpu": (0.016, 1.3, 0.35, 5000.0), "accelerator": (5e-5, 8e-3, 4e-3, 0.0)}
-"""Of a multiplication and of an entry in the Gram form; of a gradient's entry and of a chunk, formed in chunks."""
+"""Of a multiplication; of an entry in the Gram form; of a gradient's entry; of a chunk after the first, or a branch.
+
+Those of a CPU were measured on two cores in November 2026, those of accelerators are guessed until one has been used.
+"""
 WORKING_SET = {"cpu": 2**21, "accelerator": 2**26}
 """Numbers that a chunk may hold: 8 and 256 MiB in float32. Between 4 and 16 MiB the time on a CPU hardly changes."""
 
@@ -62,7 +66,7 @@ def counts(sizes: Sizes, device: str) -> dict[str, tuple[int, int]]:
     num_chunks = -(-b // chunk_size(sizes, device))
     return {
         "gram": (b * k * t * t * (o if is_index else i + o), b * k * t * t),
-        "in chunks": (b * k * i * o, num_chunks),
+        "in chunks": (b * k * i * o, num_chunks - 1),
     }
 
 
@@ -71,7 +75,7 @@ def nanoseconds(sizes: Sizes, device: str) -> dict[str, float]:
     cost = NANOSECONDS[device]
     (products, entries), (formed, chunks) = counts(sizes, device).values()
     return {
-        "gram": products * cost[0] + entries * cost[1],
+        "gram": products * cost[0] + entries * cost[1] + cost[3],
         "in chunks": formed * cost[2] + chunks * cost[3],
     }
 

@@ -58,19 +58,14 @@ def _site(plan, action, env, hooks, taps):
         outs = [_tapped(measure, outs[0], operands, hook)]
     else:
         zeros = iter(hooks[action.inner])
-        # In a loop, or without an operand that depends on the example, vmap may hold the output to be the same for all.
-        hook = _hooked_anew if site.lengths or not operands else _hooked
+        # A zero that a loop or a rematerialised block reads would be kept and added; elsewhere XLA removes it.
+        hook = _hooked if site.inside else _added
         outs = [hook(out, next(zeros)) if differentiable(out) else out for out in outs]
     env.update(zip(action.outs, outs, strict=True))
     return {} if action.inner in taps else {action.inner: operands}
 
 
-@jax.custom_vjp
-def _hooked(out, hook):
-    return out
-
-
-_hooked.defvjp(lambda out, hook: (out, None), lambda _, g: (g, g))
+_added = jax.jit(lax.add)
 
 
 @custom_vmap
@@ -83,8 +78,8 @@ def _(size, batched, out, hook):
     return out if batched[0] else jnp.broadcast_to(out, (size, *out.shape)), True
 
 
-_hooked_anew = jax.custom_vjp(_spread)
-_hooked_anew.defvjp(lambda out, hook: (_spread(out, hook), None), lambda _, g: (g, g))
+_hooked = jax.custom_vjp(_spread)
+_hooked.defvjp(lambda out, hook: (_spread(out, hook), None), lambda _, g: (g, g))
 
 
 def _tapped(measure, out, operands, hook):

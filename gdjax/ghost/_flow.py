@@ -150,6 +150,7 @@ def plan(function: Callable, leaves: Sequence[Any], example: Any) -> Plan:
 class _Planner:
     def __init__(self):
         self.constants, self.steps, self.sites = {}, [], []
+        self.functions: dict[Any, Callable] = {}
         self.slots = itertools.count()
         self.lengths: list[int] = []
         self.sliced: list[set[int]] = []
@@ -221,7 +222,7 @@ class _Planner:
 
     def step(self, jaxpr, equation, ins) -> Sequence[Kind]:
         """Take an equation between Top values out of all loops, for all their iterations at once."""
-        places, function = function_of(jaxpr, equation)
+        places, function = function_of(jaxpr, equation, self.functions)
         tops = [ins[i] for i in places]
         loops = tuple((length, any(top.loops[depth][1] for top in tops)) for depth, length in enumerate(self.lengths))
         for depth in reversed(range(len(loops))):
@@ -242,11 +243,11 @@ class _Planner:
 
     def moved(self, equation, ins, function, tops) -> tuple[Sequence[Any], tuple, Callable | None]:
         """Return what an equation makes of the entries of one leaf: (views of the outputs, scalars, move or None)."""
-        name, parameters, shape = equation.primitive.name, equation.params, equation.outvars[0].aval.shape
         nothing = [None] * len(equation.outvars), (), None
         weights = [top for top in tops if top.leaves]
-        if len(weights) != 1 or not weights[0].isometric:
+        if len(weights) != 1 or not weights[0].isometric or not equation.outvars:
             return nothing
+        name, parameters, shape = equation.primitive.name, equation.params, equation.outvars[0].aval.shape
         view, scales = weights[0].view, weights[0].scales
         if name in ("mul", "div"):
             place = next(i for i, kind in enumerate(ins) if kind is weights[0])
@@ -272,7 +273,7 @@ class _Planner:
 
     def act(self, actions, name: str, jaxpr, equation, ins) -> Sequence[Kind]:
         """Add an equation as an action; a site also says how its parameters are measured."""
-        places, function = function_of(jaxpr, equation)
+        places, function = function_of(jaxpr, equation, self.functions)
         operands = tuple(ins[i] for i in places)
         outs = [self.local() for _ in equation.outvars]
         index = None

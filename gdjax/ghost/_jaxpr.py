@@ -61,24 +61,34 @@ def literal(variable) -> np.ndarray:
     return np.asarray(variable.val, variable.aval.dtype)
 
 
-def function_of(jaxpr: Jaxpr, equation) -> tuple[list[int], Callable]:
+def function_of(jaxpr: Jaxpr, equation, known: dict[Any, Callable]) -> tuple[list[int], Callable]:
     """Return the places of an equation's operands, each once and without literals, and its outputs as a function.
 
-    The function keeps whatever derivative rule the equation has.
+    The function keeps whatever derivative rule the equation has. Equations that are alike have the same one, which JAX
+    differentiates once: `known` holds them.
     """
     places: dict[Any, int] = {}
     for i, v in enumerate(equation.invars):
         if not is_literal(v):
             places.setdefault(v, i)
-    part = jaxpr.replace(
-        constvars=[],
-        invars=list(places),
-        outvars=equation.outvars,
-        eqns=[equation],
-        effects=equation.effects,
-        debug_info=jaxpr.debug_info.with_unknown_names(),
-    )
-    return list(places.values()), core.jaxpr_as_fun(core.ClosedJaxpr(part, []))
+    operands = [literal(v).tobytes() if is_literal(v) else places[v] for v in equation.invars]
+    avals = [v.aval for v in (*equation.invars, *equation.outvars)]
+    key = equation.primitive, tuple(sorted(equation.params.items())), equation.ctx, *operands, *avals
+    try:
+        is_known = key in known
+    except (TypeError, ValueError):  # of parameters without a hash
+        key, is_known = equation, False
+    if not is_known:
+        part = jaxpr.replace(
+            constvars=[],
+            invars=list(places),
+            outvars=equation.outvars,
+            eqns=[equation],
+            effects=equation.effects,
+            debug_info=jaxpr.debug_info.with_unknown_names(),
+        )
+        known[key] = jax.jit(core.jaxpr_as_fun(core.ClosedJaxpr(part, [])))
+    return list(places.values()), known[key]
 
 
 def custom_rules(jaxpr: Jaxpr, equations: Sequence[Any] | None = None) -> Iterator[tuple[Jaxpr, Any]]:
@@ -95,7 +105,7 @@ def nonlinear_rules(jaxpr: Jaxpr, equations: Sequence[Any] | None = None) -> lis
     """Return the names of the functions whose custom backward pass is seen not to be linear in the cotangent."""
     found = []
     for outer, equation in custom_rules(jaxpr, equations):
-        places, function = function_of(outer, equation)
+        places, function = function_of(outer, equation, {})
         ins, outs = [struct(equation.invars[i].aval) for i in places], [struct(v.aval) for v in equation.outvars]
         try:
             backward = jax.make_jaxpr(lambda outs, ins, f=function: jax.vjp(f, *ins)[1](list(outs)))(outs, ins).jaxpr

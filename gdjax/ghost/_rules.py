@@ -125,6 +125,9 @@ def _alike(a, g):
     return (a, g) if a.dtype == g.dtype else (wide(a), wide(g))
 
 
+# Functions that every leaf passes through are compiled with the program around them; `jit` has JAX trace them once for
+# all leaves of the same shapes.
+@partial(jax.jit, static_argnums=2)
 def _total(a: jax.Array, g: jax.Array, sizes: Sizes) -> jax.Array:
     """Return the sum over examples of A'G, in float32 at least."""
     if sizes.is_index:
@@ -156,31 +159,44 @@ def norms_by(way: ghost_cost.Way, of, sizes: Sizes, x, g, *, want_total: bool) -
     if way.name == "product":
         return total, _product(wide(a), wide(g_factor))
     norms, is_bad = _gram_norms(wide(a), wide(g_factor))
-    other = partial(norms_by, ghost_cost.Way("in chunks", 1), of, sizes, want_total=False)
+    chunks = ghost_cost.Way("in chunks", ghost_cost.chunk_size(sizes, ghost_cost.device()))
+    other = partial(norms_by, chunks, of, sizes, want_total=False)
     return total, lax.cond(is_bad, lambda x, g: other(x, g)[1], lambda x, g: norms, x, g)
 
 
+@jax.jit
 def _row_norms(rows, g):
     """Add up what goes to the same row, at each of its positions; such a row is counted as often as it is read."""
     same = (rows[..., :, None] == rows[..., None, :]).astype(g.dtype)
     return jnp.sum(jnp.sum(jnp.einsum("bkts,bkso->bkto", same, g) ** 2, 3) / jnp.sum(same, 3), (1, 2))
 
 
+def _balanced(a, g):
+    """Move the size of every example's g to its a, as a power of two: neither has squares that overflow or vanish
+    where those of their product do not.
+    """
+    kind = jnp.finfo(g.dtype)
+    size = lax.reduce_precision(jnp.max(jnp.abs(g), (1, 2, 3), keepdims=True, initial=0), kind.nexp, 0)
+    # Were cotangents constant, XLA would square a and the size apart.
+    size = lax.optimization_barrier(jnp.where((size >= kind.tiny) & jnp.isfinite(size), size, 1))
+    return a * size, g / size
+
+
+@jax.jit
 def _product(a, g):
-    """Multiply before squaring: an activation beyond 1e19 is no harm where the cotangent is small."""
+    a, g = _balanced(a, g)
     norms = jnp.sqrt(jnp.sum(g**2, (2, 3), keepdims=True))
     return jnp.sum((a * norms) ** 2, (1, 2, 3))
 
 
+@jax.jit
 def _gram_norms(a, g):
     """Return the sums of AA' * GG' (Li et al. 2022, arXiv 2110.05679), and whether rounding has spoilt one.
 
     With S = (sum over positions of |a_t| |g_t|)^2, the norm that nothing cancelled in, rounding is about eps S at most.
     Where a norm is below 2^10 eps S, so that it may be wrong by a thousandth, A'G itself should be formed.
     """
-    scale = jnp.sqrt(jnp.sum(g**2, (1, 2, 3), keepdims=True))
-    scale = jnp.where(scale > 0, scale, 1)  # from g to a, so that no square overflows
-    a, g = a * scale, g / scale
+    a, g = _balanced(a, g)
     inner = jnp.einsum("bkti,bksi->bkts", a, a) * jnp.einsum("bkto,bkso->bkts", g, g)
     norms = jnp.sum(inner, (1, 2, 3))
     straight = jnp.sum(jnp.sum(jnp.sqrt(jnp.diagonal(inner, axis1=2, axis2=3)), 2) ** 2, 1)
@@ -191,8 +207,11 @@ def _moments_of_factors(of, sizes: Sizes, x, g, want_total: bool) -> Measured:
     """Sum the squares of every element; for T = 1 that is (a * a)'(g * g) (Dangel et al. 2020, arXiv 1912.10985)."""
     if sizes.t == 1:
         a, g = jax.vmap(of)(x, g)
-        square = a if sizes.is_index else wide(a) ** 2
-        return _total(a, g, sizes) if want_total else None, _total(square, wide(g) ** 2, sizes)
+        total = _total(a, g, sizes) if want_total else None
+        if sizes.is_index:
+            return total, _total(a, wide(g) ** 2, sizes)
+        a, g = _balanced(wide(a), wide(g))
+        return total, _total(a**2, g**2, sizes)
     chunk = ghost_cost.chunk_size(sizes, "cpu")
     [total], [moments] = in_chunks(lambda both: [gradient(sizes, *of(*both))], (x, g), sizes.b, chunk, MOMENTS)
     return total, moments
@@ -204,8 +223,9 @@ def _gram_of_factors(of, sizes: Sizes, x, g, want_total: bool) -> Measured:
     total = _total(a, g, sizes) if want_total else None
     if sizes.t > 1:
         return total, inner_products(jax.vmap(lambda a, g: gradient(sizes, a, g))(a, g))
-    a, g = a[:, :, 0], wide(g)[:, :, 0]
-    alike = a.T[:, :, None] == a.T[:, None, :] if sizes.is_index else jnp.einsum("bki,cki->kbc", wide(a), wide(a))
+    a, g = (a, wide(g)) if sizes.is_index else _balanced(wide(a), wide(g))
+    a, g = a[:, :, 0], g[:, :, 0]
+    alike = a.T[:, :, None] == a.T[:, None, :] if sizes.is_index else jnp.einsum("bki,cki->kbc", a, a)
     return total, jnp.sum(alike * jnp.einsum("bko,cko->kbc", g, g), 0)
 
 

@@ -26,7 +26,7 @@ from jax import lax
 from jax.core import Tracer
 
 from gdjax import ghost, gradients, problem
-from gdjax._trees import wide
+from gdjax._trees import bare, wide
 from gdjax.curvature import unit
 from gdjax.noise import _intervals as intervals
 from gdjax.noise._scale import variance_factor, verdict
@@ -88,7 +88,7 @@ def diagonal(opt_state: Any) -> Params:
             "geometry must hold one state with second moments, of optax.adam, adamw, amsgrad or rmsprop, "
             f"but has {names}"
         )
-    [state] = states
+    [state] = bare(states)
     count = state.count if "count" in state._fields else None
     if count is not None and not isinstance(count, Tracer) and not jnp.any(count > 0):
         raise ValueError("geometry is the state of an optimiser before its first update: it has no second moments yet")
@@ -107,12 +107,13 @@ def in_coordinates(loss: Loss, params: Params, geometry: Any) -> tuple[Loss, Par
         raise ValueError(f"geometry={geometry!r} must be {names}, an optimiser's state, or P like the parameters")
     train, frozen = problem.trainable(jax.tree.map(jnp.asarray, params))
     states = any(_has_moment(x) for x in jax.tree.leaves(geometry, is_leaf=_has_moment))
-    weights = diagonal(geometry) if states else geometry
-    if jax.tree.map(jnp.shape, weights) != jax.tree.map(jnp.shape, train):
+    weights = diagonal(geometry) if states else bare(geometry)
+    if jax.tree.map(jnp.shape, weights) != jax.tree.map(jnp.shape, bare(train)):
         raise ValueError(
             "geometry must be a state of optax.adam, adamw, amsgrad or rmsprop for these parameters, or have the "
             f"structure and the shapes of the trainable ones, {jax.tree.map(jnp.shape, train)}"
         )
+    weights = jax.tree.unflatten(jax.tree.structure(train), jax.tree.leaves(weights))
     roots = jax.tree.map(lambda p, leaf: jnp.sqrt(jnp.asarray(p, wide(leaf).dtype)), weights, train)
 
     def moved(shift: Params, example):

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from gdjax import theory
+from gdjax._trees import bare
 from gdjax.noise import _intervals as intervals
 from gdjax.noise._scale import sentence, verdict
 
@@ -196,7 +197,7 @@ def reading(state: Any, *, confidence: float = 0.9) -> Reading:
     found = [x for x in jax.tree.leaves(state, is_leaf=_is_running) if _is_running(x)]
     if len(found) != 1:
         raise ValueError(f"state holds {len(found)} noise scales: it must be that of one noise.watch, probe or track")
-    [running] = found
+    [running] = bare(found)  # nnx.Optimizer wraps its state
     weight = jnp.where(running.weight > 0, running.weight, 1)
     mean, twice = running.sums / weight, running.sums_twice / weight
     effective = running.weight**2 / jnp.where(running.weight > 0, running.weight_squares, 1)

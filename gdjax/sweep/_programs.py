@@ -8,7 +8,7 @@
 >>> function = traced(fn, {"x": np.arange(8.0)})
 >>> [constant.shape for constant in function.constants]  # what it closes over is an argument of the program
 [(2,)]
->>> program = compiled(fn, function, [np.zeros(8, np.float32)], 4, 8, mesh)
+>>> program = compiled(fn, function, [np.zeros(8, np.float32)], mesh, 4)
 >>> program.size, program([np.arange(4, dtype=np.float32)])[0][3]
 (4, Array([ 3., 30.], dtype=float32))
 """
@@ -109,9 +109,8 @@ def compiled(
     fn: Callable[[Any], Any],
     function: Function,
     leaves: Sequence[np.ndarray],
-    size: int | None,
-    num_points: int,
     mesh: Mesh,
+    size: int | None,
 ) -> Program:
     """Return `function` compiled for chunks of `size` points; where that is None, for as many as are run and fit.
 
@@ -120,7 +119,7 @@ def compiled(
     is kept with `fn`, the function that was traced.
     """
     asked, devices = size is not None, tuple(mesh.devices.flat)
-    first = size or mesh.size * min(POINTS_PER_DEVICE, math.ceil(num_points / mesh.size))
+    first = size or mesh.size * min(POINTS_PER_DEVICE, math.ceil(len(leaves[0]) / mesh.size))
 
     def make() -> Program:
         everywhere, spread = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("points"))
@@ -164,7 +163,7 @@ def free_bytes(mesh: Mesh | None = None) -> float:
 
     Without a mesh it is that of the default device.
     """
-    mesh = mesh or Mesh(np.asarray(jax.devices()[:1]), ("points",))
+    mesh = mesh or Mesh(np.asarray(jax.local_devices()[:1]), ("points",))
     stats = [device.memory_stats() for device in mesh.devices.flat]
     if all(stats):
         return min(s["bytes_limit"] - s["bytes_in_use"] for s in stats)

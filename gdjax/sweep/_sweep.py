@@ -26,7 +26,6 @@ model of a CPU.
 
 import math
 import os
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -39,9 +38,8 @@ from jax.sharding import Mesh
 from gdjax import _files, report
 from gdjax.sweep import _programs as programs
 from gdjax.sweep import _store as stores
-from gdjax.sweep._grid import Grid, named, num_points_of
-
-SHORTEST_PAUSE, LONGEST_PAUSE = 0.05, 2.0  # seconds between two looks for chunks that other processes are at
+from gdjax.sweep._chunks import Chunk, Store, Work, alone, shared
+from gdjax.sweep._grid import Grid, functions, named, num_points_of
 
 Points = Any
 """A pytree of arrays and typed PRNG keys with a leading axis P on every leaf, one entry a point."""
@@ -69,11 +67,13 @@ def map(  # noqa: A001
     hence in other chunks.
 
     Args:
-        fn: one point -> pytree of arrays. A point of a grid is a dict with an entry for every axis.
+        fn: one point -> pytree of arrays. A point of a grid is a dict with an entry for each axis. For axes of programs
+            it is traced and compiled for each of their combinations, and must return the same shapes.
         grid: from `grid`; or, for points that are no product, any pytree of arrays and typed keys [P, ...].
         store: folder of finished chunks, made where there is none, and shared by all processes that make this call.
             Where it holds all chunks nothing is compiled, and where `fn` was mapped before in this process, nothing is
-            traced. A new function is: the program of what is stored is compared with its own.
+            traced. A new function is: the program of what is stored is compared with its own. Each of several programs
+            has a folder in it: a longer axis of them computes what is new.
         chunk_size: points computed together, a multiple of the number of devices. By default that of the store, else
             chosen by the compiler's own count of the program's memory. The last chunk is filled up by repeating its
             last point.
@@ -84,118 +84,75 @@ def map(  # noqa: A001
 
     Raises:
         ValueError: before anything is compiled, for no points, leaves that disagree about P, a chunk size that is not a
-            multiple of the devices, and a store that cannot be written, or was made by another sweep.
+            multiple of the devices, programs that disagree about what they return, and a store that cannot be written,
+            or was made by another sweep.
         OSError: where a chunk cannot be written, for instance on a full disk.
         ModuleNotFoundError: for a store, without filelock.
     """
     points = grid.points if isinstance(grid, Grid) else grid
     num_points = num_points_of(points, "points")
     data = jax.tree_util.tree_map_with_path(lambda path, x: programs.numbers(x, f"points{named(path)}"), points)
-    leaves = jax.tree.leaves(data)
     mesh = _checked_mesh(mesh)
     chunk_size = _checked_size(chunk_size, num_points, mesh.size)
-    if store is None:
-        function = programs.traced(fn, points)
-        program = programs.compiled(fn, function, leaves, chunk_size, num_points, mesh)
-        results = _all_chunks(lambda: program, program.size, function.results, leaves)
-    else:
-        results = _stored(fn, points, data, chunk_size, mesh, store)
-    if not isinstance(grid, Grid):
-        return results
-    return jax.tree.map(lambda x: x.reshape(*grid.shape, *x.shape[1:]), results)
+    parts = functions(grid, fn) if isinstance(grid, Grid) else {"": fn}
+    begun = {} if store is None else _begun(store, parts, data, points, mesh, chunk_size)
+    works, shapes = [], {}
+    for name, part in parts.items():
+        function = programs.traced(part, points)
+        shapes[name] = function.results
+        place = begun.get(name)
+        if place:
+            place.identity.update(_identity_of(part, function, jax.tree.leaves(data)))
+            stores.check(place.folder, place.identity)
+        compiled = partial(programs.compiled, part, function, jax.tree.leaves(data), mesh)
+        works.append(Work(compiled, jax.tree.leaves(data), chunk_size, place))
+    results = _gathered(shared(works) if begun else alone(works), _same(shapes), len(works), num_points)
+    shape = grid.shape if isinstance(grid, Grid) else (num_points,)
+    return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), results)
 
 
-def _stored(fn, points: Points, data: Points, chunk_size: int | None, mesh: Mesh, store: str | os.PathLike) -> Any:
-    """Return the results of all points with the chunks of a store, which others may work on at the same time."""
-    leaves = jax.tree.leaves(data)
-    made = report.provenance(arguments={}, seed=0, wall_seconds=0)
-    known = _identity(data, points, mesh, made) | ({"chunk_size": chunk_size} if chunk_size else {})
-    with stores.locked(store) as folder:
-        stores.check(folder, known)
-    function = programs.traced(fn, points)
-    known |= _identity_of(fn, function, leaves)
-    stores.check(folder, known)
-    compiled = partial(programs.compiled, fn, function, leaves, num_points=len(leaves[0]), mesh=mesh)
-    asked = stores.recorded(folder).get("chunk_size", chunk_size)
-    size = asked or compiled(asked).size
-    notes = {name: made[name] for name in ("versions", "device", "commit", "gdjax_commit", "command")}
-    with stores.locked(store):
-        recorded = stores.recorded(folder).get("chunk_size", size)  # another may have been faster
-        key = stores.claim(folder, known | {"chunk_size": recorded}, made_by=notes)
-    make = partial(compiled, asked if recorded == size else recorded)
-    return _all_chunks(make, recorded, function.results, leaves, (folder, key))
-
-
-def _all_chunks(
-    compiled: Callable[[], programs.Program],
-    size: int,
-    shapes: Any,
-    data: list[np.ndarray],
-    store: tuple[Path, str] | None = None,
-) -> Any:
-    """Return the results of all points, reading the chunks that the store has and writing those that it lacks."""
-    num_points = len(data[0])
+def _gathered(chunks: Iterator[Chunk], shapes: Any, num_programs: int, num_points: int) -> Any:
+    """Return the results of all points of all programs, one program after the other."""
     leaves, tree = jax.tree.flatten(shapes)
-    results = [np.empty((num_points, *leaf.shape), leaf.dtype) for leaf in leaves]
-    programs_made: list[programs.Program] = []
-
-    def computed(index: int) -> list[np.ndarray]:
-        if not programs_made:
-            programs_made.append(compiled())
-        rows = np.minimum(np.arange(index * size, (index + 1) * size), num_points - 1)
-        count = min(size, num_points - index * size)
-        return [_fetched(x)[:count] for x in programs_made[0]([leaf[rows] for leaf in data])]
-
-    num_chunks = math.ceil(num_points / size)
-    with report.progress_bar(total=num_points, unit=" points") as bar:
-        for index, chunk, was_there in _shared(num_chunks, computed, *store) if store else _alone(num_chunks, computed):
-            rows = slice(index * size, min((index + 1) * size, num_points))
+    results = [np.empty((num_programs * num_points, *leaf.shape), leaf.dtype) for leaf in leaves]
+    with report.progress_bar(total=num_programs * num_points, unit=" points") as bar:
+        for number, rows, arrays, was_there in chunks:
+            first, count = number * num_points + rows.start, rows.stop - rows.start
             if was_there and not bar.disable:
-                bar.initial += rows.stop - rows.start  # what was read does not count for the rate
-            for result, part in zip(results, chunk, strict=True):
-                result[rows] = part.view(result.dtype)  # NumPy's files do not know bfloat16 and its like
-            bar.update(rows.stop - rows.start)
+                bar.initial += count  # what was read does not count for the rate
+            for result, part in zip(results, arrays, strict=True):
+                result[first : first + count] = part.view(result.dtype)  # NumPy's files do not know bfloat16
+            bar.update(count)
     return tree.unflatten(results)
 
 
-Chunks = Iterator[tuple[int, list[np.ndarray], bool]]
-"""(number, arrays, whether it was read from a store) of every chunk once, in any order."""
+def _begun(store, parts, data: Points, points: Points, mesh: Mesh, chunk_size: int | None) -> dict[str, Store]:
+    """Return the store of every program, once what is known before anything is traced was found to agree with it."""
+    made = report.provenance(arguments={}, seed=0, wall_seconds=0)
+    notes = {name: made[name] for name in ("versions", "device", "commit", "gdjax_commit", "command")}
+    identity = _identity(data, points, mesh, made) | ({"chunk_size": chunk_size} if chunk_size else {})
+    root = _files.writable_folder(store, "store") if store == "" or parts.keys() != {""} else Path(store)
+    if parts.keys() != {""} and (root / "store.json").exists():
+        raise ValueError(f"store={str(store)!r} holds a sweep without axes of programs: use another folder")
+    found = {}
+    for name in parts:
+        of_program = {"programs": name} if name else {}
+        with stores.locked(root / name) as folder:
+            stores.check(folder, identity | of_program)
+        found[name] = Store(folder, identity | of_program, {"made_by": notes})
+    return found
 
 
-def _alone(num_chunks: int, computed: Callable[[int], list[np.ndarray]]) -> Chunks:
-    for index in range(num_chunks):
-        yield index, computed(index), False
-
-
-def _shared(num_chunks: int, computed: Callable[[int], list[np.ndarray]], folder: Path, key: str) -> Chunks:
-    """Read the chunks that are there, compute those that nobody is at, and wait for the others.
-
-    The processes of a `jax.distributed` group begin at different chunks, and so do not ask for the same ones.
-    """
-    first = jax.process_index() * num_chunks // jax.process_count()
-    missing, pause = [*range(first, num_chunks), *range(first)], SHORTEST_PAUSE
-    while missing:
-        files, left = stores.listed(folder), []
-        for index in missing:
-            chunk, was_there = stores.read(key, index, files), True
-            if chunk is None:
-                with stores.claimed(folder, index) as mine:
-                    if mine and (chunk := stores.read(key, index, stores.listed(folder, index))) is None:
-                        chunk, was_there = computed(index), False
-                        stores.write(folder, key, index, chunk)
-            if chunk is None:
-                left.append(index)
-            else:
-                yield index, chunk, was_there
-        pause = SHORTEST_PAUSE if len(left) < len(missing) else min(2 * pause, LONGEST_PAUSE)
-        if missing := left:
-            time.sleep(pause)
-    stores.tidied(folder)
-
-
-def _fetched(x: jax.Array) -> np.ndarray:
-    # jax 0.10 cannot fetch an array without entries that is spread over devices.
-    return np.asarray(x) if x.size else np.empty(x.shape, x.dtype)
+def _same(shapes: dict[str, Any]) -> Any:
+    """Return what all programs return."""
+    (first, expected), *others = shapes.items()
+    for name, found in others:
+        if found != expected:
+            raise ValueError(
+                f"fn must return the same shapes for all programs of a grid, but returns {_all_shown(expected)} for "
+                f"{first} and {_all_shown(found)} for {name}"
+            )
+    return expected
 
 
 def _identity(data: Points, points: Points, mesh: Mesh, made: dict[str, Any]) -> dict[str, str | int | bool]:
@@ -217,9 +174,8 @@ def _identity(data: Points, points: Points, mesh: Mesh, made: dict[str, Any]) ->
 
 def _identity_of(fn, function: programs.Function, leaves: list[np.ndarray]) -> dict[str, str]:
     """Return what identifies the function: its program, the arrays that it closes over, and its results."""
-    results = [f"{named(path)} {_shown(x)}" for path, x in jax.tree_util.tree_leaves_with_path(function.results)]
     program, arrays = programs.fingerprint(fn, function, leaves)
-    return {"results of fn": ", ".join(results), "program of fn": program, "arrays in fn": arrays}
+    return {"results of fn": _all_shown(function.results), "program of fn": program, "arrays in fn": arrays}
 
 
 def _checked_size(chunk_size: int | None, num_points: int, num_devices: int) -> int | None:
@@ -247,3 +203,7 @@ def _checked_mesh(mesh: Mesh | None) -> Mesh:
 def _shown(array: Any) -> str:
     array = array if hasattr(array, "dtype") else np.asarray(array)
     return f"{array.dtype}[{','.join(f'{n}' for n in array.shape)}]"
+
+
+def _all_shown(shapes: Any) -> str:
+    return ", ".join(f"{named(path)} {_shown(x)}" for path, x in jax.tree_util.tree_leaves_with_path(shapes))

@@ -24,8 +24,10 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from gdjax import _files
@@ -44,11 +46,13 @@ class Checkpoints(NamedTuple):
         manager: orbax's `CheckpointManager`.
         folder: where they are.
         identity: of the run that reads and writes them.
+        like: arrays on devices that are written shard by shard, and read to where these lie.
     """
 
     manager: Any
     folder: Path
     identity: Identity
+    like: Mapping[str, jax.Array] = MappingProxyType({})
 
     def save(self, num_updates: int, arrays: Arrays) -> None:
         """Begin to write `arrays` as the checkpoint of this update; they must not change until it is written.
@@ -113,14 +117,26 @@ class Checkpoints(NamedTuple):
     def _read(self, num_updates: int) -> tuple[dict[str, Any], Arrays]:
         import orbax.checkpoint as ocp
 
-        names = ocp.args.Composite(arrays=ocp.args.StandardRestore(), about=ocp.args.JsonRestore())
+        template = self._template(num_updates) if self.like else None
+        names = ocp.args.Composite(arrays=ocp.args.StandardRestore(template), about=ocp.args.JsonRestore())
         with warnings.catch_warnings():  # about restoring without a template: every leaf is a NumPy array
             warnings.simplefilter("ignore")
             found = self.manager.restore(num_updates, args=names)
-        arrays = {name: np.asarray(array) for name, array in found.arrays.items()}
+        arrays = {name: x if name in self.like else np.asarray(x) for name, x in found.arrays.items()}
         if _of_all(arrays, found.about["identity"]) != found.about["checksum"]:
             raise ValueError("its contents do not match their checksum")
         return found.about, arrays
+
+    def _template(self, num_updates: int) -> dict[str, Any]:
+        """Return where each array of a checkpoint is wanted: as in `like`, where that is of its shape, or in NumPy."""
+
+        def place(name: str, x: Any):
+            wanted = self.like.get(name)
+            if wanted is None or wanted.shape != tuple(x.shape):
+                return np.empty(x.shape, x.dtype)
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=wanted.sharding)
+
+        return {name: place(name, x) for name, x in self.manager.item_metadata(num_updates).arrays.items()}
 
     def _check_identity(self, found: Identity) -> None:
         if changes := _files.differences(found, {**dict.fromkeys(found), **self.identity}):
@@ -140,7 +156,9 @@ class Checkpoints(NamedTuple):
 
 
 @contextlib.contextmanager
-def opened(folder: str | os.PathLike, identity: Identity) -> Iterator[Checkpoints]:
+def opened(
+    folder: str | os.PathLike, identity: Identity, like: Mapping[str, jax.Array] = MappingProxyType({})
+) -> Iterator[Checkpoints]:
     """Open a folder of checkpoints, made where it is missing; what was saved is on the disk when the block ends.
 
     One run at a time has it open, see `store`: the lock of a process that was killed is taken over with a warning.
@@ -162,7 +180,9 @@ def opened(folder: str | os.PathLike, identity: Identity) -> Iterator[Checkpoint
         create=False,
     )
     with _files.alone(path, "folder"), _quiet_orbax():
-        checkpoints = Checkpoints(ocp.CheckpointManager(path, options=options), path, identity)
+        handlers = {"arrays": ocp.StandardCheckpointHandler(), "about": ocp.JsonCheckpointHandler()}
+        manager = ocp.CheckpointManager(path, options=options, item_handlers=handlers)
+        checkpoints = Checkpoints(manager, path, identity, like)
         try:
             yield checkpoints
             checkpoints.finish()
@@ -211,5 +231,5 @@ def _of_all(arrays: Mapping[str, np.ndarray], identity: Identity) -> str:
 
 def checksum(arrays: Mapping[str, np.ndarray]) -> str:
     """Return a digest of names, shapes, dtypes and contents, 16 hexadecimal digits."""
-    parts = [part for name, array in sorted(arrays.items()) for part in (name.encode(), array)]
+    parts = [part for name, array in sorted(arrays.items()) for part in (name.encode(), np.asarray(array))]
     return _files.digest(*parts)[:16]

@@ -220,12 +220,17 @@ def placed(tree, sharding: NamedSharding | None):
 
 def to_host(x) -> np.ndarray:
     """Copy an array, or the numbers inside an array of keys, into host memory."""
-    return np.array(jax.random.key_data(x) if is_key(x) else x)
+    return np.array(as_data(x))
 
 
-def to_names(name: str, tree) -> dict[str, np.ndarray]:
-    """Return copies in host memory of the leaves of `tree` by their paths, which begin with `name`."""
-    return {name + jax.tree_util.keystr(path): to_host(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+def as_data(x: jax.Array) -> jax.Array:
+    """Return an array where it is, or the numbers inside an array of keys."""
+    return jax.random.key_data(x) if is_key(x) else x
+
+
+def to_names(name: str, tree, *, to: Callable[[Any], Any] = to_host) -> dict[str, Any]:
+    """Return the leaves of `tree` by their paths, beginning with `name`: copies in host memory, or what `to` makes."""
+    return {name + jax.tree_util.keystr(path): to(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def from_names(name: str, tree, arrays: Mapping[str, np.ndarray]):

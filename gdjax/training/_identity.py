@@ -13,8 +13,15 @@ from gdjax.training import _checkpoint, _feeding
 NUM_SAMPLED = 1024  # examples that a data set is recognised by
 
 
-def of(program: Any, task: Any, plan: _feeding.Plan, stream, until: Mapping, ema) -> _checkpoint.Identity:
-    """Return {name: value}. `program` is the closed jaxpr of an update, its record and the rules."""
+def of(program: Any, task: Any, plan: _feeding.Plan, stream, until: Mapping, ema, sharded) -> _checkpoint.Identity:
+    """Return {name: value}. `program` is the closed jaxpr of an update, its record and the rules.
+
+    A sharded state is drawn by other programs on other devices, and known to rounding.
+    """
+    if sharded is None:
+        begin = {"first state": _checkpoint.checksum(_feeding.to_names("", task.state))}
+    else:
+        begin = {"sharded": getattr(sharded, "__name__", str(sharded))}
     text = re.sub("0x[0-9a-f]+", "", str(program.jaxpr)).encode()  # functions print their address
     constants = _feeding.to_names("", list(program.consts))
     shapes = {
@@ -31,7 +38,7 @@ def of(program: Any, task: Any, plan: _feeding.Plan, stream, until: Mapping, ema
         "stream": getattr(stream, "__name__", repr(stream)),
         "jax": jax.__version__,
         "program of method, record and until": f"{_files.digest(text)[:16]} {_checkpoint.checksum(constants)}",
-        "first state": _checkpoint.checksum(_feeding.to_names("", task.state)),
+        **begin,
         "sample of data": _checkpoint.checksum(
             _feeding.to_names("", jax.tree.map(_sampled, (task.data, task.examples)))
         ),

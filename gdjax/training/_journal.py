@@ -143,10 +143,9 @@ class _Reporter:
     def save(self, carry: Carry) -> None:
         if self.checkpoints is not None and self.saved != self.journal.num_updates:
             history = _feeding.to_names("history", self.journal.so_far())
-            self.checkpoints.save(
-                self.journal.num_updates,
-                _feeding.to_names("run", carry) | history | {"num_records": np.asarray(self.journal.num_records)},
-            )
+            history["num_records"] = np.asarray(self.journal.num_records)
+            to = _feeding.as_data if self.checkpoints.like else _feeding.to_host
+            self.checkpoints.save(self.journal.num_updates, _feeding.to_names("run", carry, to=to) | history)
             self.saved = self.journal.num_updates
             self.report()
         self.saved_at = time.monotonic()

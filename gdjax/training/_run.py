@@ -26,6 +26,7 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -40,7 +41,7 @@ from gdjax._trees import is_key, kept
 from gdjax.descent import Method, Record, Rule, State, Stream
 from gdjax.gradients import Gradient
 from gdjax.problem import Batch, Params, Problem, num_examples
-from gdjax.training import _checkpoint, _feeding, _identity, _signals, _updates
+from gdjax.training import _checkpoint, _feeding, _identity, _layout, _signals, _updates
 from gdjax.training import average as averages
 from gdjax.training._feeding import Plan
 from gdjax.training._journal import Journal, loop
@@ -112,6 +113,7 @@ def run(
     ema: float | None = None,
     chunk_updates: int = 1000,
     mesh: Mesh | None = None,
+    sharded: str | _layout.Rule | None = None,
     folder: str | os.PathLike | None = None,
     checkpoint_seconds: float = 60.0,
 ) -> Trained:
@@ -160,6 +162,10 @@ def run(
         mesh: devices that share each batch: it is sharded over all axes of the mesh, the parameters are replicated.
             With several processes (`jax.distributed`), all call `run` with the same arguments. Process 0 alone writes
             and prints, so that only it needs the folder.
+        sharded: for a state that one device cannot hold, how it lies on the mesh, and in checkpoints, which are resumed
+            on any mesh. 'fsdp' shares the longest axis of every leaf that all devices can share equally. A function
+            is given the path of a leaf, such as "params['w']" or "opt_state[0].mu['w']", and returns its PartitionSpec.
+            Parameters are then drawn where they lie. The devices must be those of one process.
         folder: where checkpoints are kept, the newest two. Each holds the state and the whole history.
         checkpoint_seconds: seconds between checkpoints. There is one at the end in any case.
 
@@ -175,9 +181,9 @@ def run(
         OSError: where a checkpoint cannot be written, as on a full disk. Those before it are intact.
     """
     _check(until, ema, checkpoint_seconds)
-    phases = _phases(schedule, batch_size, num_updates, num_epochs)
+    phases, layout = _phases(schedule, batch_size, num_updates, num_epochs), _layout.of(mesh, sharded)
     if isinstance(problem_or_method, Problem):
-        task = _of_problem(problem_or_method, optimizer_or_state, data, key, phases, gradient, record)
+        task = _of_problem(problem_or_method, optimizer_or_state, data, key, phases, gradient, record, layout)
     else:
         task = _of_method(problem_or_method, optimizer_or_state, data, key, gradient, record)
     total = phases.num_updates if schedule is not None else None
@@ -188,12 +194,16 @@ def run(
     _check_installed(saves=folder is not None, feeds=on_host)
 
     rules = tuple(until.values())
-    parts = _updates.Parts(task.method, task.record_of, rules, ema is not None, mesh, unroll=unroll, fed=on_host)
-    same = ("training", task.of, rules, ema, mesh, unroll, on_host)
+    parts = _updates.Parts(
+        task.method, task.record_of, rules, ema is not None, mesh, layout, unroll=unroll, fed=on_host
+    )
+    same = ("training", task.of, rules, ema, mesh, sharded, unroll, on_host)
     updates = kept(task.method.step, same, lambda: _updates.updates(parts, ema))
-    carry = _feeding.placed(updates.begin(task.state), plan.sharding())
+    carry = updates.begin(task.state if layout is None else jax.device_put(task.state, layout(task.state)))
+    carry = carry if layout else _feeding.placed(carry, plan.sharding())
+    shapes = jax.eval_shape(lambda tree: tree, carry)  # without their mesh, which a resumed run may change
     described, *others = (
-        updates.describe.trace(carry, _batch_shapes(task.data, size), task.examples) for size in phases.sizes
+        updates.describe.trace(shapes, _batch_shapes(task.data, size), task.examples) for size in phases.sizes
     )
     if any(other.out_info != described.out_info for other in others):
         raise ValueError(f"record must return the same shapes at every batch size of schedule={schedule!r}")
@@ -202,9 +212,11 @@ def run(
         if folder is not None:
             received = stack.enter_context(_signals.received())
             if jax.process_index() == 0:
-                identity = _identity.of(described.jaxpr, task, plan, stream, until, ema)
-                checkpoints = stack.enter_context(_checkpoint.opened(folder, identity))
-        journal, carry = _resumed(checkpoints, carry, described.out_info[0], plan, (*until, BUDGET))
+                identity = _identity.of(described.jaxpr, task, plan, stream, until, ema, sharded)
+                like = {} if layout is None else _feeding.to_names("run", carry, to=_feeding.as_data)
+                checkpoints = stack.enter_context(_checkpoint.opened(folder, identity, like))
+        place = (lambda tree: tree) if layout else partial(_feeding.placed, sharding=plan.sharding())
+        journal, carry = _resumed(checkpoints, carry, described.out_info[0], plan, (*until, BUDGET), place)
         if not journal.stopped and journal.num_updates < plan.num_updates:
             feed = _feeding.from_host if on_host else _feeding.from_device
             inputs = feed(task.data, task.key, plan, stream, journal.num_updates, task.examples)
@@ -248,7 +260,7 @@ def _batch_shapes(data: Batch, batch_size: int) -> Batch:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), _dtype(x)), data)
 
 
-def _of_problem(problem, optimizer, data, key, phases, gradient, record) -> Task:
+def _of_problem(problem, optimizer, data, key, phases, gradient, record, layout) -> Task:
     """Return the task of a problem, as `descent.train` begins it; the method is kept with the problem."""
     if data is not None:
         raise ValueError("data comes with a method: a problem has its own; run(problem, optimizer, key=...)")
@@ -275,7 +287,7 @@ def _of_problem(problem, optimizer, data, key, phases, gradient, record) -> Task
     method = kept(problem, ("training", optimizer, gradient), make)
     _check_key(key)
     init_key, stream_key = jax.random.split(key)
-    state = method.init(problem.init(init_key))
+    state = _layout.begun(layout, lambda key: method.init(problem.init(key)), init_key)
     every = max(1, problem.num_examples * phases.num_updates // phases.examples(phases.num_updates))
     if record is not None:
         return Task(method, state, problem.train, stream_key, lambda _: record, (), every, record)
@@ -322,7 +334,7 @@ def _check_installed(*, saves: bool, feeds: bool) -> None:
         raise ModuleNotFoundError(f"data in NumPy arrays is fed by grain: {advice}")
 
 
-def _resumed(checkpoints, carry: Carry, records: Records, plan: Plan, names) -> tuple[Journal, Carry]:
+def _resumed(checkpoints, carry: Carry, records: Records, plan: Plan, names, place) -> tuple[Journal, Carry]:
     """Return what the folder holds of the run, all of it where that is more than was asked for."""
     done, arrays = (checkpoints.newest() if checkpoints else None) or (0, {})
     held = int(arrays.pop("num_records", 0))
@@ -343,7 +355,7 @@ def _resumed(checkpoints, carry: Carry, records: Records, plan: Plan, names) -> 
         blank = _feeding.to_names("run", carry) | _feeding.to_names("history", past)
         arrays = jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all({**blank, **arrays}))
     jax.tree.map(np.copyto, past, _feeding.from_names("history", past, arrays))
-    carry = _feeding.placed(_feeding.from_names("run", carry, arrays), plan.sharding())
+    carry = place(_feeding.from_names("run", carry, arrays))
     # A record that only the end of a shorter run has made is none of a longer one.
     num_records = held if done >= plan.num_updates else min(held, plan.num_records(done))
     return Journal(plan, names, history, done=done, num_records=num_records, rule=int(carry.rule)), carry

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from gdjax import batching, descent
 from gdjax.descent import Info, Method, Record, Rule, State
 from gdjax.problem import Batch
+from gdjax.training import _layout
 from gdjax.training import average as averages
 from gdjax.training._feeding import Cut
 
@@ -69,6 +70,7 @@ class Parts(NamedTuple):
         rules: in their order.
         averages: whether there is an average.
         mesh: devices that share a batch, or None.
+        layout: of the state on them, or None where each holds it whole.
         unroll: as in `descent.run`.
         fed: inputs are (batches [K, B, ...], examples), and else (data, window of a stream, place in it, examples).
     """
@@ -78,6 +80,7 @@ class Parts(NamedTuple):
     rules: tuple[Rule, ...]
     averages: bool
     mesh: Mesh | None
+    layout: _layout.Layout | None
     unroll: int
     fed: bool
 
@@ -105,10 +108,13 @@ def updates(parts: Parts, half_life: float | None) -> Updates:
     """
     method = parts.method if half_life is None else averages.averaged(parts.method, half_life)
     parts = parts._replace(method=Method(method.init, jax.jit(method.step, inline=True)))
-    options: dict[str, Any] = (
-        {} if parts.mesh is None else {"out_shardings": NamedSharding(parts.mesh, PartitionSpec())}
-    )
-    compiled = jax.jit(partial(_program, parts), static_argnames="cut", donate_argnums=0, **options)
+    options, of_program = {}, parts
+    if parts.mesh is not None:
+        options["out_shardings"] = NamedSharding(parts.mesh, PartitionSpec())
+    if parts.layout is not None:
+        options["out_shardings"] = (None, options["out_shardings"])
+        of_program = parts._replace(method=_layout.kept_in(parts.layout, parts.method))
+    compiled = jax.jit(partial(_program, of_program), static_argnames="cut", donate_argnums=0, **options)
 
     def program(carry: Carry, inputs: Any, cut: Cut) -> tuple[Carry, Output]:
         return compiled(carry, inputs, cut=cut._replace(first=0))  # one program serves every place
@@ -118,6 +124,7 @@ def updates(parts: Parts, half_life: float | None) -> Updates:
 
 def _begin(parts: Parts, state: State) -> Carry:
     state = averages.begun(state) if parts.averages else state
+    state = state if parts.layout is None else lax.with_sharding_constraint(state, parts.layout(state))
     return Carry(state, tuple(rule.init() for rule in parts.rules), jnp.int32(len(parts.rules)))
 
 

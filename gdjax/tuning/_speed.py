@@ -132,6 +132,8 @@ def microbatch_sizes(problem: Problem, sizes: Sequence[int], *, memory: float | 
     Raises:
         ValueError: where not even one example fits.
     """
+    if memory is not None and not 0 < memory < math.inf:
+        raise ValueError(f"memory={memory} must be positive and finite")
     limit = memory or MEMORY_SHARE * sweep.free_bytes()
     if memory is None and jax.default_backend() == "cpu":
         limit = min(limit, ENOUGH)

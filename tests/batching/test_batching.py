@@ -162,8 +162,11 @@ def test_an_order_that_is_looked_up_is_a_permutation_of_any_number():
         np.testing.assert_array_equal(np.sort(entries[:, :num_examples]), np.tile(places[:num_examples], (2, 1)))
 
 
+TEN_MILLION = pytest.param(10**7, marks=pytest.mark.nightly)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("num_examples", [*range(1, 301), LOOKED_UP - 1, LOOKED_UP, 2**20 - 1, 2**20, 10**7])
+@pytest.mark.parametrize("num_examples", [*range(1, 301), LOOKED_UP - 1, LOOKED_UP, 2**20 - 1, 2**20, TEN_MILLION])
 def test_every_epoch_visits_every_example_once(num_examples, key):
     for stream in (batching.reshuffled, batching.shuffled_once):
         epochs = np.asarray(stream(key, num_examples, num_epochs=2)).reshape(2, num_examples)

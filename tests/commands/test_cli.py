@@ -152,6 +152,12 @@ def test_a_diverging_run_is_reported_and_the_command_finishes(gdjax):
         (["compare", "--out", "~nobody-of-this-name/out"], "out='~nobody-of-this-name/out' cannot be written"),
         (["advise"], "give exactly one of --target"),
         (["advise", "--problem", "my_module:problem", "--target", ""], "target='' is not of the form"),
+        (["advise", "--problem", "my_module:problem", "--target", "loss<=0.1", "--memory", "0"], "memory=0.0 must be"),
+        (
+            ["advise", "--problem", "my_module:problem", "--target", "loss<=0.1", "--memory", "nan"],
+            "memory=nan must be",
+        ),
+        (["problems", "--json", "absent/x.json"], "json='absent/x.json' cannot be written"),
         (["schedule", "--target", "accuracy>=0.9"], "must be of the training loss"),
         (["schedule", "--target", "loss<=0.1", "--phases", "9"], "phases=9 must be 2 or 3"),
         (["schedule", "--problem", "my_module:problem", "--target", "loss<=0.1"], "has 40 examples: a schedule takes"),

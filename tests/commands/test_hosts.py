@@ -1,7 +1,10 @@
 import json
+import os
+import re
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -57,3 +60,40 @@ def test_one_process_is_left_as_it_is(capsys):
 def test_what_cannot_be_joined_is_refused(given, message):
     with pytest.raises(ValueError, match=message):
         hosts.joined(hosts.Hosts(**given)).__enter__()
+
+
+SMALL = ["--problem", "least-squares", "--batch-sizes", "32", "--num-epochs", "2", "--learning-rate", "0.01"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("begin", ["srun ", "gdjax compare --coordinator"])
+def test_the_cluster_lines_of_the_documentation_run_as_two_processes_of_this_machine(begin, tmp_path):
+    """In place of `srun` they are told what SLURM tells: the number, the nodes, and who they are."""
+    documentation = (Path(__file__).parents[2] / "docs" / "commands.md").read_text()
+    [line] = [line for line in documentation.splitlines() if line.startswith(begin)]
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for i in range(2):
+        arguments = re.sub(r"^srun (--\S+ \d+ )*|\s+#.*", "", line).replace("HOST0:1234", f"localhost:{port}")
+        arguments = arguments.replace("--num-processes 4", "--num-processes 2").replace(
+            "--process-id 0", f"--process-id {i}"
+        )
+        program, *words = arguments.split()
+        assert program == "gdjax"
+        slurm = {"JOB_ID": port, "STEP_NODELIST": "localhost", "NTASKS": 2, "PROCID": i, "LOCALID": 0}
+        told = {f"SLURM_{name}": f"{value}" for name, value in slurm.items()} if begin == "srun " else {}
+        command = [sys.executable, "-W", "ignore", "-c", "from gdjax.commands import main; main()", *words, *SMALL]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        processes.append(subprocess.Popen([*command, "--out", tmp_path / f"{i}"], env=os.environ | told, **pipes))
+    try:
+        outputs = [process.communicate(timeout=200) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert (tmp_path / "0" / "result.json").exists()
+    assert not (tmp_path / "1").exists()
+    assert "mini-batch" in outputs[0][0]
+    assert outputs[1][0] == ""

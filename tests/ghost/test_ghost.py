@@ -14,6 +14,7 @@ from flax import nnx
 from jax import lax
 
 from gdjax import ghost, problem
+from gdjax.ghost import _flow as ghost_flow
 from gdjax.problems import models
 
 B = 5
@@ -548,6 +549,19 @@ def test_every_statistic_equals_that_of_the_gradients_of_all_examples(name):
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         params, batch, loss = PROGRAMS[name]()
         check(loss, params, batch)
+
+
+def test_layers_that_are_alike_share_functions_that_are_differentiated_once():
+    """So that tracing thousands of layers costs about what `vmap(grad)` does; a literal makes a difference."""
+
+    def loss(weights, x):
+        for i, weight in enumerate(weights):
+            x = jnp.tanh(x @ weight) * (1.0 + i % 2)
+        return jnp.sum(x)
+
+    plan = ghost_flow.plan(loss, [jnp.eye(3)] * 10, jnp.ones(3))
+    assert len({action.function for action in plan.actions}) == 5  # products, tanh, times 1, times 2, the sum
+    assert len(plan.actions) == 31
 
 
 @pytest.mark.slow

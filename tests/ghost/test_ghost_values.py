@@ -90,18 +90,26 @@ def test_activations_whose_squares_overflow_do_no_harm_where_the_gradient_is_sma
     np.testing.assert_allclose(found.sq_norms, [0, 16e20, 16], rtol=1e-5)
 
 
-@pytest.mark.slow
-def test_over_positions_too():
-    """In the Gram form: activations of 1e20 times cotangents of 1e-10."""
+@pytest.mark.parametrize("size", [1e20, 1e-30])
+@pytest.mark.parametrize("num_positions", [1, 2])
+def test_nor_where_the_squares_of_cotangents_vanish_or_overflow(monkeypatch, num_positions, size):
+    """Activations times cotangents of one over their size, in the Gram form where there is more than one position."""
+    if num_positions > 1:
+        monkeypatch.setattr(ghost_cost, "cheapest", lambda sizes, device: ghost_cost.Way("gram"))
+    batch = size * normal(1, 3, num_positions, 4)
+    w = normal(0, 4, 2)
 
     def loss(w, x):
-        return 1e-10 * jnp.sum(jnp.tanh(x @ w * 1e-20) * 1e20)
+        return jnp.sum((x @ w) * jnp.asarray([1 / size, 2 / size]))
 
-    batch = 1e20 * normal(1, 3, 2, 32)
-    w = 0.01 * normal(0, 32, 32)
+    def statistics(w, batch):
+        return [measure(loss)(w, batch)[2] for measure in (ghost.sq_norms, ghost.second_moments, ghost.gram)]
+
     gradients = np.asarray(jax.vmap(jax.grad(loss), (None, 0))(w, batch), float)
-    found = jax.jit(ghost.sq_norms(loss))(w, batch)
-    np.testing.assert_allclose(found.sq_norms, (gradients**2).sum((1, 2)), rtol=1e-4)
+    norms, moments, gram = jax.jit(statistics)(w, batch)
+    np.testing.assert_allclose(norms, (gradients**2).sum((1, 2)), rtol=1e-5)
+    np.testing.assert_allclose(moments, (gradients**2).mean(0), rtol=1e-5)
+    np.testing.assert_allclose(gram, np.einsum("bio,cio->bc", gradients, gradients), rtol=1e-4, atol=1e-5)
 
 
 def test_norms_beyond_the_largest_square():

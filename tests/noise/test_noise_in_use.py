@@ -57,6 +57,7 @@ def texts(key, num_examples):
     return jnp.cumsum(steps, 1) % 7
 
 
+@pytest.mark.nightly  # the guide on noise runs this loop
 def test_a_flax_nnx_transformer_with_adamw_and_four_microbatches():
     graph, params = nnx.split(Transformer(7, 8, nnx.Rngs(0)), nnx.Param)
 
@@ -91,6 +92,42 @@ def test_a_flax_nnx_transformer_with_adamw_and_four_microbatches():
     assert expected.low < found.high
 
 
+def test_the_optimizer_of_flax_nnx():
+    """Which wraps every array of its state."""
+    model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+    chain = optax.chain(noise.watch(half_life=2000.0), optax.adam(1e-5))
+    optimizer = nnx.Optimizer(model, chain, wrt=nnx.Param)
+    graph, params = nnx.split(model, nnx.Param)
+
+    def loss(params, example):
+        x, y = example
+        return (nnx.merge(graph, params)(x)[0] - y) ** 2
+
+    @nnx.jit
+    def step(model, optimizer, batch):
+        _, grads, sq_norms = ghost.sq_norms(loss)(nnx.state(model, nnx.Param), batch)
+        optimizer.update(model, grads, noise=noise.parts(sq_norms=sq_norms, batch_size=BATCH_SIZE))
+
+    state = chain.init(params)
+    x = jax.random.normal(jax.random.key(1), (20, BATCH_SIZE, 3))
+    y = x.sum(2) + jax.random.normal(jax.random.key(2), x.shape[:2])
+    after = params
+    for batch in zip(x, y, strict=True):
+        step(model, optimizer, batch)
+        _, grads, sq_norms = ghost.sq_norms(loss)(after, batch)
+        updates, state = chain.update(grads, state, after, noise=noise.parts(sq_norms=sq_norms, batch_size=BATCH_SIZE))
+        after = optax.apply_updates(after, updates)
+    found, expected = noise.reading(optimizer.opt_state), noise.reading(state)
+    np.testing.assert_allclose(found.b_simple, expected.b_simple, rtol=1e-4)
+    data, key = (x.reshape(-1, 3), y.reshape(-1)), jax.random.key(3)
+    scales = [
+        noise.measure(loss, after, data, key, num_examples=320, geometry=geometry).b_simple
+        for geometry in (optimizer.opt_state, state)
+    ]
+    np.testing.assert_allclose(*scales, rtol=1e-4)
+
+
+@pytest.mark.nightly  # and this
 def test_an_equinox_model():
     model = eqx.nn.MLP(3, 1, width_size=4, depth=1, key=jax.random.key(0))
     params, static = eqx.partition(model, eqx.is_inexact_array)

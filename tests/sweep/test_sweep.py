@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import weakref
 from functools import partial
 from types import SimpleNamespace
@@ -24,9 +25,9 @@ import pytest
 from jax.sharding import AxisType
 
 from gdjax import batching, descent, gradients, sweep
+from gdjax.sweep import _chunks as chunks
 from gdjax.sweep import _programs as programs
 from gdjax.sweep import _store as stores
-from gdjax.sweep import _sweep as sweep_module
 
 X = np.linspace(-1, 1, 15).reshape(5, 3)
 Y = np.asarray([1.0, -1.0, 0.5, 2.0, 0.0])
@@ -412,6 +413,65 @@ def test_a_table_has_a_row_for_every_point_and_the_best_is_finite():
         grid.best(np.full((2, 3, 2), np.nan))
 
 
+def powers(point):
+    """Return a matrix product of a size and a function that a program is made for."""
+    size, function = point["size"], point["function"]
+    return {"sum": function(jnp.full(size, point["x"])).sum(), "size": jnp.float32(size)}
+
+
+FUNCTIONS = {"square": jnp.square, "negative": jnp.negative}
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_axes_of_programs_come_first_in_one_result(stored, tmp_path, monkeypatch):
+    chex.clear_trace_counter()
+    compilations = counted_compilations(monkeypatch)
+    grid = sweep.grid({"size": [2, 3, 5], "function": FUNCTIONS}, x=[1.0, 2.0, 3.0, 4.0], y=[0.0, 1.0])
+    assert grid.shape == (3, 2, 4, 2)
+    counted, store = chex.assert_max_traces(powers, n=6), tmp_path if stored else None
+    for _ in range(2):
+        found = sweep.map(counted, grid, store=store, chunk_size=4)
+    sizes, x = np.asarray([2, 3, 5]).reshape(-1, 1, 1), np.asarray([1.0, 2.0, 3.0, 4.0]).reshape(-1, 1)
+    for i, one in enumerate((x**2, -x)):
+        np.testing.assert_array_equal(found["sum"][:, i], sizes * np.repeat(one, 2, 1))
+    np.testing.assert_array_equal(found["size"], np.broadcast_to(sizes[:, None], grid.shape))
+    assert len(compilations) == 6
+    row = {"size": 3, "function": "negative", "x": 2.0, "y": 1.0, "['size']": 3.0, "['sum']": -6.0}
+    assert grid.table(found)[16 + 8 + 3] == row
+    assert grid.best(found["sum"]) == (2, 1, 3, 0)
+    if stored:  # a longer axis computes what is new
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/chunk-*")}
+        assert {path.parent.name for path in before} == {f"size={n},function={f}" for n in (2, 3, 5) for f in FUNCTIONS}
+        longer = sweep.grid({"size": [5, 7, 2, 3], "function": FUNCTIONS}, x=[1.0, 2.0, 3.0, 4.0], y=[0.0, 1.0])
+        again = sweep.map(powers, longer, store=tmp_path)
+        same(jax.tree.map(lambda x: x[[2, 3, 0]], again), found)
+        assert len(compilations) == 8
+        assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_programs_that_are_no_axis_of_a_grid_are_refused(tmp_path, monkeypatch):
+    for axis in ([], ["a b"], [1, 1], [optax.sgd], {"a": np.zeros(2)}, 3):
+        with pytest.raises(ValueError, match=r"programs\['p'\].* must be"):
+            sweep.grid({"p": axis}, x=[1.0])
+    with pytest.raises(ValueError, match="x is an axis of programs and one of numbers"):
+        sweep.grid({"x": [1]}, x=[1.0])
+    monkeypatch.setattr(jax.stages.Lowered, "compile", never)
+    grid = sweep.grid({"size": [2, 3]}, x=[1.0])
+    with pytest.raises(ValueError, match=r"same shapes.*returns  float.*\[2\] for size=2 and  float.*\[3\] for size=3"):
+        sweep.map(lambda point: jnp.full(point["size"], point["x"]), grid)
+    monkeypatch.undo()
+    sweep.map(lambda x: x, np.arange(2.0), store=tmp_path / "plain")
+    with pytest.raises(ValueError, match="holds a sweep without axes of programs"):
+        sweep.map(lambda point: point["x"], grid, store=tmp_path / "plain")
+    with pytest.raises(ValueError, match="store='' names no folder"):
+        sweep.map(lambda point: point["x"], grid, store="")
+    sweep.map(lambda point: point["x"], grid, store=tmp_path / "programs")
+    with pytest.raises(ValueError, match="is no store, but a folder with other files"):
+        sweep.map(lambda x: x, np.arange(2.0), store=tmp_path / "programs")
+    with pytest.raises(ValueError, match="program of fn was"):
+        sweep.map(lambda point: point["x"] + 1, grid, store=tmp_path / "programs")
+
+
 @pytest.mark.parametrize("finished", [True, False])
 def test_a_chunk_that_another_is_at_is_waited_for_and_computed_where_that_one_dies(finished, tmp_path, monkeypatch):
     whole = sweep.map(train, POINTS, chunk_size=4, store=tmp_path)
@@ -427,7 +487,7 @@ def test_a_chunk_that_another_is_at_is_waited_for_and_computed_where_that_one_di
                 path.write_bytes(content)
             other.__exit__(None, None, None)
 
-    monkeypatch.setattr(sweep_module, "time", SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr(chunks, "time", SimpleNamespace(sleep=sleep))
     if finished:
         monkeypatch.setattr(programs.Program, "__call__", never)
     assert other.__enter__()
@@ -460,7 +520,8 @@ import jax, numpy as np
 index, count, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[4]
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_enable_x64", sys.argv[5] == "True")
-if count > 1:
+joined = count > 1 and sys.argv[3] != "None"
+if joined:
     jax.distributed.initialize(sys.argv[3], count, index, heartbeat_timeout_seconds=10)
 from gdjax import sweep
 from gdjax.sweep import _store
@@ -474,16 +535,16 @@ def slowly(folder, key, index, chunk):
 _store.write = slowly
 result = sweep.map(test_sweep.train, test_sweep.POINTS, chunk_size=2, store=store)
 np.savez(f"{store}-{index}-of-{count}.npz", wrote=wrote, **result)
-if count > 1:
+if joined:
     jax.distributed.shutdown()  # waits for the other: with its coordinator a process ends
 """
 
 
-def group(count, store):
-    """Start the processes of a group that share a store."""
+def group(count, store, *, joined=True):
+    """Start the processes of a group that share a store: of jax.distributed, or as the tasks of a cluster's array."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
-        coordinator = f"localhost:{probe.getsockname()[1]}"
+        coordinator = f"localhost:{probe.getsockname()[1]}" if joined else None
     root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
     command = [sys.executable, "-W", "ignore", "-c", GROUP]
     return [
@@ -522,3 +583,40 @@ def test_where_one_of_two_processes_is_killed_a_later_call_of_one_computes_what_
     with np.load(tmp_path / "killed-0-of-1.npz") as killed, np.load(tmp_path / "alone-0-of-1.npz") as alone:
         assert len(killed["wrote"]) < 11
         same({name: killed[name] for name in ("w", "losses")}, {name: alone[name] for name in ("w", "losses")})
+
+
+@pytest.fixture(scope="module")
+def never_killed(tmp_path_factory):
+    """Results of one process, as arrays, and the names of its chunks."""
+    place = tmp_path_factory.mktemp("never_killed")
+    [process] = group(1, place / "store")
+    assert process.wait(timeout=120) == 0
+    with np.load(place / "store-0-of-1.npz") as arrays:
+        return {name: arrays[name] for name in ("w", "losses")}, sorted(
+            path.name for path in (place / "store").iterdir()
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trial", [0, *(pytest.param(trial, marks=pytest.mark.nightly) for trial in range(1, 20))])
+def test_where_one_task_of_three_is_killed_at_a_random_moment_the_others_end_with_the_bits_of_one(
+    trial, tmp_path, never_killed
+):
+    """Without jax.distributed, so that nothing tells them of it."""
+    rng, store = np.random.default_rng(trial), tmp_path / "store"
+    processes = group(3, store, joined=False)
+    while not store.exists():
+        assert [process.poll() for process in processes] == [None] * 3
+        time.sleep(0.01)
+    time.sleep(rng.uniform(0, 1.5))
+    killed, *others = rng.permutation(3)
+    processes[killed].kill()
+    seen = len(list(store.glob("chunk-*.npz")))
+    assert [processes[i].wait(timeout=120) for i in others] == [0, 0]
+    print(f"trial {trial}: task {killed} ended {processes[killed].wait()} with {seen} of 11 chunks there")
+    expected, names = never_killed
+    for i in others:
+        with np.load(f"{store}-{i}-of-3.npz") as arrays:
+            same({name: arrays[name] for name in expected}, expected)
+    chunks_there = [name for name in names if name.startswith("chunk")]
+    assert sorted(path.name for path in store.glob("chunk-*")) == chunks_there

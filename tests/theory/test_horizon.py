@@ -79,9 +79,9 @@ def test_the_critical_batch_size_at_a_tuned_constant_rate(source, expected):
 
 
 DECAYED = [
-    (2.0, 1.0, [0.358, 0.355, 0.350, 0.346], 1 / 3),
+    pytest.param(2.0, 1.0, [0.358, 0.355, 0.350, 0.346], 1 / 3, marks=pytest.mark.nightly),
     (2.0, 0.75, [0.233, None, None, 0.212], 0.2),
-    (1.5, 1.0, [None, None, 0.405, 0.402], 0.4),
+    pytest.param(1.5, 1.0, [None, None, 0.405, 0.402], 0.4, marks=pytest.mark.nightly),
 ]
 
 

@@ -63,10 +63,8 @@ TABLE = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "cost", "expected"),
-    [TABLE[0], *(pytest.param(*row, marks=pytest.mark.nightly) for row in TABLE[1:])],
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize(("name", "cost", "expected"), TABLE)
 def test_what_ramps_and_decay_save(name, cost, expected):
     source, target = TASKS[name]
     quadratic = task(source, 500 if name == "easy" else 2000)  # what the other modes of the easy task hold is nothing
