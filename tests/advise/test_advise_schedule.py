@@ -67,6 +67,9 @@ def ways():
 
 def test_every_way_that_is_planned_reaches_the_target_in_its_bounds(ways):
     assert list(ways) == list(_ways.KINDS)
+    for some in ways.values():
+        firsts = [way.schedule[0][1] for way in some]
+        assert len(firsts) == len(set(firsts))
     for kind, way in ((kind, way) for kind, some in ways.items() for way in some):
         sizes = np.repeat([size for _, size in way.schedule], [count for count, _ in way.schedule])
         shares = 1 - np.arange(way.num_updates) / way.num_updates if way.decays else np.ones(way.num_updates)
@@ -98,6 +101,7 @@ def test_runs_of_the_twin_in_pieces_end_where_single_updates_do(decays):
 def test_effort_follows_the_time_that_is_left(ways, left, seeds, kinds):
     slow = {kind: [way._replace(seconds=(1.0, 2.0, 4.0)) for way in some] for kind, some in ways.items()}
     slow["ramp"] = [way._replace(seconds=(0.5, 1.5, 3.0)) for way in slow["ramp"]]
+    slow["decay"] = [way._replace(seconds=(0.5, 1.9, 3.0)) for way in slow["decay"]]
     times = Times.of([8, 32], [1e-4, 1e-4])
     run, effort, unknown = _schedule._affordable(slow, times, 1.0, left)
     assert (effort.seeds, len(run), run[0]) == (seeds, kinds, "ramp")
