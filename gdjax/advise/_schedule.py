@@ -168,9 +168,7 @@ def _affordable(
     affordable = max(1, int(np.searchsorted(costs[effort], left)))
     unknown = [f"{kind}, run: the budget does not allow it" for kind in kinds[affordable:]]
     if effort != EFFORTS[0]:
-        tuned = (
-            f"each was tuned with {effort.seeds}" if effort.seeds else "none was tuned, rates are those of the pilot"
-        )
+        tuned = f"each was tuned with {effort.seeds}" if effort.seeds else "they are those of the plan"
         unknown.append(f"the best rate over seeds: {tuned}, for want of time")
     return kinds[:affordable], effort, unknown
 

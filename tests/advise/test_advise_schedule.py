@@ -147,6 +147,7 @@ def test_a_plan_is_a_list_and_a_schedule_for_optax():
     plan = found({"constant": [3.0, 3.1, 3.2], "both": [2.0, 2.1, 2.05]})
     assert (plan.best, plan.schedule, plan.ramp()) == ("both", [(6, 8), (3, 32)], [(0, 8), (48, 32)])
     np.testing.assert_allclose([plan.learning_rate(t) for t in (0, 3, 9, 12)], [0.5, 0.5 * 2 / 3, 0, 0], atol=1e-7)
+    assert found({"constant": [2.03, 2.1, 2.1], "both": [2.0, 2.1, 2.05]}).best == "constant"  # as fast, and simpler
     state = optax.sgd(plan.learning_rate).init(jnp.zeros(()))
     update, _ = optax.sgd(plan.learning_rate).update(jnp.ones(()), state)
     assert np.asarray(update) == -0.5
