@@ -542,3 +542,18 @@ def test_train_says_what_is_missing(key, options, message):
     problem = Problem(lambda key: jnp.zeros(()), lambda center, x: (center - x) ** 2, jnp.arange(6.0))
     with pytest.raises(ValueError, match=message):
         descent.train(problem, optax.sgd(0.1), key=key, **{"batch_size": 2} | options)
+
+
+def test_moments_of_bfloat16_stay_so_where_the_hyperparameters_are_traced():
+    data = jnp.linspace(-1.0, 1.0, 8, dtype=jnp.bfloat16)
+    gradient = gradients.mean(lambda w, x: (w * x - x) ** 2)
+    batches = batching.batches(batching.cyclic(jax.random.key(0), 8, num_epochs=1), 4)
+
+    def final(b1, learning_rate):
+        method = descent.method(gradient, optax.adam(learning_rate, b1=b1))
+        return descent.run(method, method.init(jnp.zeros((), jnp.bfloat16)), data, batches)[0]
+
+    with jax.numpy_dtype_promotion("standard"):
+        state = jax.jit(final)(jnp.float32(0.9), jnp.float32(0.1))
+    assert {leaf.dtype for leaf in (state.params, *state.opt_state[0][1:])} == {jnp.dtype(jnp.bfloat16)}
+    np.testing.assert_allclose(float(state.params), float(jax.jit(lambda: final(0.9, 0.1))().params), rtol=0.02)

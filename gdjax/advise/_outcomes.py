@@ -123,6 +123,11 @@ class Rules:
         best = self.run[0]
         if not math.isfinite(best.last):
             return f"Use none of the rules: all diverge at B = {self.batch_size}. Tune the rate there."
+        if not math.isfinite(self.tuned.last):
+            return (
+                f"No rule can be judged: with one of {len(best.losses)} fresh seeds the rate tuned at "  # pyright: ignore
+                f"B = {self.batch_size} does not lower the loss. Longer runs tell more, or other data or units."
+            )
         assert best.loss_regret is not None
         assert best.examples_regret is not None
         named = " = ".join((best.rule, *best.same))

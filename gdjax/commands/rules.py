@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 import textwrap
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from gdjax.commands import _specs
@@ -94,28 +95,24 @@ def _with(recipe: Any, numbers: dict[str, float]) -> Any:
 
 
 def _report(found: "Found") -> str:
-    """Return a table, a row for each rule, those that do not apply, and the verdict."""
-    head = ("rule", "rate", "decay", "b1", "b2", "predicted", "loss", "loss regret", "examples regret")
-    rows: list[tuple[str, ...]] = [head]
+    """Return what each rule carries, what that came to, the rules that do not apply, and the verdict."""
+    carried = [("rule", "rate", "decay", "b1", "b2", "predicted")]
+    came_to = [("rule", "loss", "loss regret", "examples regret")]
     for outcome in (*found.run, found.tuned):
-        h, loss, examples = outcome.hyperparameters, outcome.loss_regret, outcome.examples_regret
+        h = outcome.hyperparameters
         assert h is not None
         numbers = (h.learning_rate, h.weight_decay, h.b1 if h.momentum is None else h.momentum, h.b2)
-        regret = (
-            ""
-            if loss is None
-            else "diverged"
-            if loss.mean == float("inf")
-            else "{:+.3g} [{:+.2g}, {:+.2g}]".format(*loss)
-        )
-        more = (
-            "" if examples is None or examples.mean == float("inf") else "{:+.0%} [{:+.0%}, {:+.0%}]".format(*examples)
-        )
-        predicted = f"{outcome.predicted:.2f}" if outcome.predicted == outcome.predicted else ""
         cells = ["" if x is None else f"{float(x):.3g}" for x in numbers]
-        rows.append((outcome.rule + "*" * bool(outcome.flag), *cells, predicted, f"{outcome.last:.4g}", regret, more))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        name = outcome.rule + "*" * bool(outcome.flag)
+        carried.append((name, *cells, f"{outcome.predicted:.2f}" if outcome.predicted == outcome.predicted else ""))
+        loss = "diverged" if outcome.last == float("inf") else f"{outcome.last:.4g}"
+        regrets = (
+            ("{:+.2g} [{:+.2g}, {:+.2g}]", outcome.loss_regret),
+            ("{:+.0%} [{:+.0%}, {:+.0%}]", outcome.examples_regret),
+        )
+        told = ["" if x is None or x.mean == float("inf") else form.format(*x) for form, x in regrets]
+        came_to.append((name, loss, *told))
+    lines = [*_aligned(carried), "", *_aligned(came_to)]
     lines += [f"{outcome.rule} = {', '.join(outcome.same)}" for outcome in found.run if outcome.same]
     flags: dict[str, list[str]] = {}
     for outcome in found.run:
@@ -128,6 +125,11 @@ def _report(found: "Found") -> str:
     edges = [f"B = {size}" for size, tuned in found.tunings.items() if tuned.at_edge]
     lines += [f"The best rate at {' and '.join(edges)} is at the edge of those tried."] * bool(edges)
     return "\n".join([*lines, "", _folded(found.sentence())])
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _folded(text: str) -> str:

@@ -18,6 +18,7 @@ ENOUGH_EPOCHS = 8  # fewer are worth a poorer design
 MARGIN = 1.5  # rates beyond the grid, and evaluations
 COMPILING = 8.0  # seconds for each batch size
 EVALUATION = 1 / 3  # of the time of training on an example
+TRAINING = 0.25  # of the budget, that runs may take though compilation leaves them less: it takes what it takes
 LONGEST_MEASURED = 0.25  # of the budget, that timing may take
 
 
@@ -173,7 +174,7 @@ def _fitting(usable, seconds, budget: float, num_epochs: int | None, num_seeds: 
 
     def epochs_in(num_rates: int, seeds: int, speeds) -> float:
         fixed = seconds(0.0, num_rates, seeds, speeds)
-        return max(0.0, (budget - fixed) / (seconds(1.0, num_rates, seeds, speeds) - fixed))
+        return max(budget - fixed, TRAINING * budget) / (seconds(1.0, num_rates, seeds, speeds) - fixed)
 
     designs = [(rates, num_seeds or seeds) for rates, seeds in DESIGNS]
     if num_epochs is not None:

@@ -85,11 +85,19 @@ def method(gradient: Gradient, optimizer: optax.GradientTransformation, *, train
         update, opt_state = optimizer.update(
             estimate.grad, state.opt_state, train, value=estimate.loss, grad=estimate.grad
         )
+        # Hyperparameters that are traced are float32: moments of bfloat16 stay what they were.
+        if jax.tree.structure(opt_state) == jax.tree.structure(state.opt_state):
+            opt_state = jax.tree.map(_as, opt_state, state.opt_state)
         params = merge(optax.apply_updates(train, update), frozen)
         seen = state.num_examples + num_examples(batch, "batch")
         return State(params, opt_state, seen), Info(estimate.loss, estimate.grad, update, estimate.aux)
 
     return Method(init, step)
+
+
+def _as(new: Any, old: Any) -> Any:
+    dtype = getattr(old, "dtype", None)
+    return new if dtype is None or getattr(new, "dtype", dtype) == dtype else new.astype(dtype)
 
 
 def with_keys(method: Method, key: jax.Array) -> Method:

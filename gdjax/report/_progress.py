@@ -57,7 +57,12 @@ def progress_bar(**options: Any) -> contextlib.AbstractContextManager[Any]:
     printed every 30 seconds. It is silent where standard error is closed, in all processes but the first of several,
     and with tqdm's environment variable TQDM_DISABLE set, as `gdjax -q` does.
     """
-    if sys.stderr is None or sys.stderr.closed or os.environ.get("TQDM_DISABLE") or jax.process_index() != 0:
+    if (
+        sys.stderr is None
+        or getattr(sys.stderr, "closed", False)
+        or os.environ.get("TQDM_DISABLE")
+        or jax.process_index() != 0
+    ):
         return contextlib.nullcontext(_Silent(**options))
     terminal = sys.stderr.isatty()
     if terminal or "ipykernel" in sys.modules:

@@ -330,6 +330,14 @@ def test_a_plan_fits_its_budget_and_says_so(speeds, monkeypatch):
     assert longer.seconds <= 6000
 
 
+def test_fewer_runs_would_not_make_compilation_shorter(speeds, monkeypatch):
+    fast = {size: 1e-6 * seconds for size, seconds in speeds.items()}
+    plan = planned(fast, monkeypatch, budget=8.0)
+    assert (plan.num_epochs, plan.num_seeds, len(plan.learning_rates)) == (64, 3, 8)
+    assert (plan.skipped, plan.shortened) == ({}, False)
+    assert plan.seconds > 8
+
+
 def test_what_is_asked_for_is_done_whatever_it_takes(speeds, monkeypatch):
     plan = planned(speeds, monkeypatch, budget=60.0, num_epochs=20, num_seeds=7)
     assert (plan.num_epochs, plan.num_seeds, plan.num_examples) == (20, 7, 200_000)
