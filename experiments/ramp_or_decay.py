@@ -275,7 +275,7 @@ def race(problem, optimizer, plan, key) -> dict[str, ways.Raced]:
         found[way] = tried, partial(rows, factor)
     follow = followed(problem, make, size, rate, round(1.5 * least), follow_key)
     found["noise scale"] = [follow], partial(rows, 1.0)
-    for first in {tried[0][0][1] for tried, _ in found.values()}:  # programs of which no way is to pay
+    for first in {tried[0][0][1] for tried, _ in found.values() if tried}:  # programs of which no way is to pay
         search(np.resize(ways.row_of([(1, first)], rate), (4, 6)), batch_size=first, num_seeds=2, key=tune_key)
     raced, deadline = {}, time.perf_counter() + RACE_SECONDS
     for i, (way, (tried, of)) in enumerate(found.items()):
