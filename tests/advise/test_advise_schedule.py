@@ -182,7 +182,7 @@ def test_few_examples_and_a_pilot_that_diverges_are_refused():
         advise.schedule(few, "loss<=0.1")
     steep = Problem(lambda key: jnp.ones(()), lambda w, x: 1e30 * jnp.exp(w * x), jnp.ones(64))
     with pytest.raises(ValueError, match="the pilot diverges at all learning rates from"):
-        advise.schedule(steep, "loss<=1e-3", seconds=20)
+        advise.schedule(steep, "loss<=1e-3", seconds=60)
 
 
 @pytest.mark.slow
@@ -191,7 +191,7 @@ def test_a_schedule_of_least_squares_is_predicted_and_run():
     assert set(plan.ways) == set(plan.runs) == set(_ways.KINDS)
     assert plan.twin.error < 0.6
     for kind, run in plan.runs.items():
-        assert run.updates.shape == (_schedule.NUM_SEEDS,)
+        assert len(run.updates) in [effort.fresh for effort in _schedule.EFFORTS]
         assert np.isfinite(run.updates).all()
         assert run.way.kind == kind
     best = min(plan.runs.values(), key=lambda run: run.seconds.mean())
