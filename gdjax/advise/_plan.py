@@ -18,6 +18,7 @@ from gdjax.tuning import Target
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+EQUAL = 0.02  # relative difference of two ways that is none: a later batch size may never have been come to
 LARGE = 0.2  # relative residual of c_0 + c_1 B from which on the table is used in its place
 
 
@@ -121,10 +122,10 @@ class Plan:
 
     @property
     def best(self) -> str:
-        """The kind of the least seconds, measured where anything was; of equal ones, the simplest."""
+        """The kind of the least seconds, measured where anything was; of those within EQUAL of it, the simplest."""
         if self.runs:
-            kinds = [kind for kind in KINDS if kind in self.runs]  # a later batch size may never have been come to
-            return min(kinds, key=lambda kind: float(f"{self.runs[kind].seconds.mean():.3g}"))
+            means = {kind: self.runs[kind].seconds.mean() for kind in KINDS if kind in self.runs}
+            return next(kind for kind, mean in means.items() if mean <= (1 + EQUAL) * min(means.values()))
         return min(self.ways, key=lambda kind: self.ways[kind].seconds[1])
 
     @property

@@ -161,18 +161,14 @@ def _affordable(
     fastest = min(planned, key=lambda kind: planned[kind][0].seconds[1])
     # The constant is what the others are compared with.
     kinds = sorted(planned, key=lambda kind: (kind not in (fastest, "constant"), planned[kind][0].seconds[1]))
-    each = [times.until(way.schedule, way.num_updates) for way in (planned[kind][0] for kind in kinds)]
     looks = LOOKS * NUM_LOOKED_AT * times(PILOTS[-1]) / PILOTS[-1]
-    costs = {
-        effort: np.cumsum(COMPILATIONS * compiling + effort.runs * (looks + np.asarray(each))) for effort in EFFORTS
-    }
+    each = looks + np.asarray([planned[kind][0].seconds[1] for kind in kinds])
+    costs = {effort: np.cumsum(COMPILATIONS * compiling + effort.runs * each) for effort in EFFORTS}
     effort = next((effort for effort in EFFORTS if costs[effort][-1] <= left), EFFORTS[-1])
     affordable = max(1, int(np.searchsorted(costs[effort], left)))
     unknown = [f"{kind}, run: the budget does not allow it" for kind in kinds[affordable:]]
     if effort != EFFORTS[0]:
-        tuned = (
-            f"each was tuned with {effort.seeds}" if effort.seeds else "none was tuned, rates are those of the pilot"
-        )
+        tuned = f"each was tuned with {effort.seeds}" if effort.seeds else "they are those of the plan"
         unknown.append(f"the best rate over seeds: {tuned}, for want of time")
     return kinds[:affordable], effort, unknown
 
