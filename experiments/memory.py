@@ -1,10 +1,10 @@
 """'Stochastic descent suits limited computing power': how much memory does a small batch save, and beside what?
 
 Question    Memory of a gradient beside parameters and data, by the compiler's own count, against the batch size B:
-            plain, microbatched by 16 examples, per-example gradients by vmap, and clipping by ghost norms. What does an
-            example cost, and from which B on do the examples outweigh the parameters, which are there at any B?
+            plain, microbatched by 16 examples, per-example gradients by vmap, and norms of them by `ghost`. What does
+            an example cost, and from which B on do the examples outweigh the parameters, which are there at any B?
 Prediction  Plain memory grows in proportion to B; vmap adds a gradient, four bytes a parameter, to every example;
-            clipping by ghost norms stays within 1.5 times the plain bytes an example. Microbatches hold what a plain
+            norms by `ghost` stay within 1.5 times the plain bytes an example. Microbatches hold what a plain
             batch of 16 holds, within half, at any B; beyond B = 16 they take within a fifth of the plain time. The
             activations of one example are smaller than the parameters, gradient and Adam's two moments together, so
             that B = 1 saves nothing worth having over B = 16 on the dense network; on the convolutional one it
@@ -33,7 +33,7 @@ ESTIMATORS = {
     "plain": gradients.mean,
     "microbatched": partial(gradients.microbatched, microbatch_size=MICROBATCH),
     "vmap": gradients.per_example,
-    "ghost": partial(gradients.clipped, max_norm=1.0),
+    "ghost": gradients.with_sq_norms,
 }
 
 
@@ -53,10 +53,11 @@ def cases():
 
 
 def gradient(loss, estimator, params, batch):
-    """Return the gradient; with vmap, also the mean square of the examples' gradients, so that they are used."""
-    estimate = ESTIMATORS[estimator](loss)(params, batch)
-    second_moment = jax.tree.map(lambda g: (g**2).mean(0), estimate.aux.grads) if estimator == "vmap" else ()
-    return estimate.grad, second_moment
+    """Return the gradient, and what was measured of the examples: with vmap, the mean square of their gradients."""
+    _, grad, aux = ESTIMATORS[estimator](loss)(params, batch)
+    if estimator == "vmap":
+        return grad, jax.tree.map(lambda g: (g**2).mean(0), aux.grads)
+    return grad, aux.sq_norms if estimator == "ghost" else ()
 
 
 def measure(name, problem, estimator, batch_size):
