@@ -23,7 +23,7 @@ from gdjax import ghost, gradients, timing
 from gdjax import report as plots
 from gdjax.commands import experiment
 from gdjax.ghost import _cost as ghost_cost
-from gdjax.ghost import _rules as ghost_rules
+from gdjax.ghost import _factors as ghost_factors
 from gdjax.problems import models
 
 
@@ -172,7 +172,7 @@ def vmapped(loss, total):
     def measured(params, batch):
         _, _, (losses, grads) = gradients.per_example(loss)(params, batch)
         mean = jax.tree.map(lambda g: total(g) / len(losses), grads)
-        return losses, mean, jax.tree.map(ghost_rules.squared_norms, grads)
+        return losses, mean, jax.tree.map(ghost_factors.squared_norms, grads)
 
     return measured
 
@@ -185,7 +185,7 @@ def median_times(functions, arguments, repeats):
 
 def cost_of_model(make, repeats):
     params, batch, loss = make()
-    by_hand = [vmapped(loss, total) for total in (partial(jnp.sum, axis=0), ghost_rules.summed)]
+    by_hand = [vmapped(loss, total) for total in (partial(jnp.sum, axis=0), ghost_factors.summed)]
     functions = gradients.mean(loss), ghost.sq_norms(loss), *by_hand
     programs, (plain, measured, *others) = median_times(functions, (params, batch), repeats)
     memory = [program.temporary_bytes or float("nan") for program in programs]
@@ -213,7 +213,7 @@ def cost_of_ways(shape, repeats, device) -> dict[str, float]:
         return jnp.einsum("bkti,bkto->kio", a, g)
 
     def total_and_norms(way, a, g):
-        return ghost_rules.norms_by(way, lambda a, g: (a, g), shape, a, g, want_total=True)
+        return ghost_factors.norms_by(way, lambda a, g: (a, g), shape, a, g, want_total=True)
 
     distinct = list(dict.fromkeys(ways.values()))  # one chunk may be the whole batch, which one name should not win
     _, times = median_times([sum_alone, *(partial(total_and_norms, way) for way in distinct)], (a, g), repeats)

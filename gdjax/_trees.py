@@ -20,6 +20,23 @@ def wide(x: jax.Array) -> jax.Array:
     return x if jnp.finfo(x.dtype).bits >= 32 else x.astype(jnp.float32)
 
 
+def varying(*trees: Any) -> frozenset[str]:
+    """Return the mesh axes along which a leaf may differ between devices, as `jax.shard_map` knows it."""
+    kinds = map(jax.typeof, jax.tree.leaves(trees))
+    types = (getattr(kind, "manual_axis_type", None) or kind for kind in kinds)
+    return frozenset().union(*(getattr(kind, "varying", None) or getattr(kind, "vma", ()) for kind in types))
+
+
+def made_varying(tree: Any, axes: frozenset[str]) -> Any:
+    """Return the tree with leaves that count as different between devices along these axes of the mesh."""
+
+    def make(x):
+        missing = tuple(sorted(axes - varying(x)))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(make, tree)
+
+
 KEPT, MAX_KEPT = "__gdjax_kept__", 64  # an attribute; programs of one owner
 
 

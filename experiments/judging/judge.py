@@ -23,6 +23,7 @@ FACTOR, NUM_SEEDS, NUM_FRESH, NUM_FINAL = 2.0, 3, 10, 5
 GROWTH = 1.08  # between two looks at a run
 MAX_EPOCHS = 200
 MOST_FAILED = 8  # rates of one batch size
+SHORTEST = 1e-3  # seconds that a timed run takes at least: to call a program costs tens of microseconds
 SLOW = 3.0  # times the best at a batch size, or of all, that a run is waited for
 
 
@@ -109,14 +110,20 @@ class Runner:
 
     def speed(self, batch_size: int) -> float:
         """Return seconds per update, the least of a few and of all earlier ones."""
-        advance, order = self.advance(batch_size), np.arange(self.problem.num_examples, dtype=np.int32)
-        state, count = self.init(jax.random.key(0), 1e-6), min(self.problem.num_examples // batch_size, 256)
-        jax.block_until_ready(advance(state, 1e-6, order, 0, count))
-        for _ in range(5):
-            began = time.perf_counter()
+        advance, count = self.advance(batch_size), min(self.problem.num_examples // batch_size, 256)
+        state, num_examples = self.init(jax.random.key(0), 1e-6), self.problem.num_examples
+        while True:
+            order = np.arange(max(count * batch_size, num_examples), dtype=np.int32) % num_examples
             jax.block_until_ready(advance(state, 1e-6, order, 0, count))
-            taken = (time.perf_counter() - began) / count
-            self.speeds[batch_size] = min(taken, self.speeds.get(batch_size, math.inf))
+            runs = []
+            for _ in range(5):
+                began = time.perf_counter()
+                jax.block_until_ready(advance(state, 1e-6, order, 0, count))
+                runs.append(time.perf_counter() - began)
+            if min(runs) >= SHORTEST:
+                break
+            count *= 4
+        self.speeds[batch_size] = min(min(runs) / count, self.speeds.get(batch_size, math.inf))
         return self.speeds[batch_size]
 
     def mean(self, batch_size: int, rate: float, seeds: Sequence[int], most: float) -> tuple[float, int]:

@@ -60,7 +60,7 @@ class Reaching(NamedTuple):
         choice = advice[advice.batch_size]
         low, middle, high = choice.seconds
         predicted = f"predicted {middle:.3g} s, {low:.3g} to {high:.3g}"
-        if advice.race is None or choice.verified is None:
+        if advice.race is None:
             return f"{self.goal} after {choice.updates[1]:.0f} updates, {predicted}; not verified."
         costs, num_seeds = advice.race.costs, len(advice.race.costs)
         arrived = costs[np.isfinite(costs)]

@@ -96,8 +96,8 @@ def _with(recipe: Any, numbers: dict[str, float]) -> Any:
 
 def _report(found: "Found") -> str:
     """Return what each rule carries, what that came to, the rules that do not apply, and the verdict."""
-    carried = [("rule", "rate", "decay", "b1", "b2", "predicted")]
-    came_to = [("rule", "loss", "loss regret", "examples regret")]
+    carried: list[tuple[str, ...]] = [("rule", "rate", "decay", "b1", "b2", "predicted")]
+    came_to: list[tuple[str, ...]] = [("rule", "loss", "loss regret", "examples regret")]
     for outcome in (*found.run, found.tuned):
         h = outcome.hyperparameters
         assert h is not None

@@ -10,17 +10,8 @@
 (Array([0.25, 0.25], dtype=float32), Array([ 1., 25.], dtype=float32), Array([ 2., 26.], dtype=float32))
 """
 
-from gdjax.ghost._norms import (
-    Coverage,
-    SquaredNorms,
-    add_rule,
-    coverage,
-    gram,
-    nonlinear,
-    norms,
-    second_moments,
-    sq_norms,
-)
+from gdjax.ghost._coverage import Coverage, coverage, nonlinear
+from gdjax.ghost._norms import SquaredNorms, add_rule, gram, norms, second_moments, sq_norms
 from gdjax.ghost._rules import Entries, Factors
 
 __all__ = [

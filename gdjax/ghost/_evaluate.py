@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 
-from gdjax.ghost._flow import Action, Plan, Scan, Step
 from gdjax.ghost._jaxpr import differentiable
+from gdjax.ghost._plan import Action, Plan, Scan, Step
 
 Env = dict[int, jax.Array]
 """Values by slot."""

@@ -8,7 +8,7 @@ value: its equations, wherever they stand, are taken out into `steps`, which run
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,107 +30,10 @@ from gdjax.ghost._jaxpr import (
     struct,
     traced,
 )
+from gdjax.ghost._moves import moved
+from gdjax.ghost._plan import Action, Kind, Plan, Scan, Site, Step, Top
 
 REMAT = ("remat2", "checkpoint", "remat")
-SAME = ("copy", "copy_p", "convert_element_type", "sharding_constraint")
-
-
-class Top(NamedTuple):
-    """A value that depends on neither the example nor the state of a loop.
-
-    Attributes:
-        slot: its number.
-        leaves: the parameter leaves it depends on, differentiably.
-        loops: (length, whether each iteration sees a slice of its own) of every loop around, outermost first.
-        isometric: whether it is some entries of one leaf, each once, in any order, times a scalar.
-        view: which entries, as a view of an array like that leaf; None where no view can say so.
-        scales: (primitive, slot) of the scalars that it was multiplied with or divided by.
-        custom: whether a custom derivative rule is on the way, which need not be linear.
-    """
-
-    slot: int
-    leaves: frozenset[int] = frozenset()
-    loops: tuple[tuple[int, bool], ...] = ()
-    isometric: bool = False
-    view: np.ndarray | None = None
-    scales: tuple[tuple[str, int], ...] = ()
-    custom: bool = False
-
-
-Kind = Top | int
-"""A Top value, or the slot of a value that depends on the example or on a loop."""
-
-
-class Step(NamedTuple):
-    """An equation between Top values. `move` does to an array of any dtype what it does to the entries of a leaf."""
-
-    leaves: frozenset[int]
-    function: Callable
-    ins: tuple[int, ...]
-    outs: tuple[int, ...]
-    move: Any
-
-
-class Action(NamedTuple):
-    """What is done for one example: slots read and written, and what the name of the action needs beside."""
-
-    name: str
-    function: Any
-    ins: tuple[int, ...]
-    outs: tuple[int, ...]
-    inner: Any = None
-
-
-class Site(NamedTuple):
-    """An equation where parameters meet an example.
-
-    Attributes:
-        function: operands, each once and without literals -> outputs.
-        operands: their kinds.
-        weights: places of the parameters among them.
-        out: shapes of the outputs.
-        rules: for each parameter, the rule or None, and why there is none.
-        lengths: of the loops around.
-        primitive: its name.
-        inside: whether it stands in a loop or a rematerialised block, whose memory should stay small.
-        avals: shapes of the parameters there.
-        num_read: the numbers that the operands which are no parameters have, in all iterations.
-    """
-
-    function: Callable
-    operands: tuple[Kind, ...]
-    weights: tuple[int, ...]
-    out: tuple[jax.ShapeDtypeStruct, ...]
-    rules: tuple[tuple[Any, str], ...]
-    lengths: tuple[int, ...]
-    primitive: str
-    inside: bool
-    avals: tuple[jax.ShapeDtypeStruct, ...]
-    num_read: int
-
-
-class Scan(NamedTuple):
-    """The inner part of a scan: actions, slots of its carry and of its scanned inputs, what it returns, its options."""
-
-    actions: list[Action]
-    carry: list[int]
-    xs: list[int]
-    sliced: list[int]
-    outs: list[int]
-    sites: range
-    options: dict[str, Any]
-
-
-class Plan(NamedTuple):
-    """The plan of a loss: constants by slot, steps, sites, actions, slots of the example and of the loss."""
-
-    constants: dict[int, Any]
-    steps: list[Step]
-    sites: list[Site]
-    actions: list[Action]
-    example: list[int]
-    loss: int
-    jaxpr: Jaxpr
 
 
 def plan(function: Callable, leaves: Sequence[Any], example: Any) -> Plan:
@@ -232,7 +135,7 @@ class _Planner:
         if equation.primitive.name == "stop_gradient":
             leaves = frozenset()
         custom = any(top.custom for top in tops if top.leaves) or any(custom_rules(jaxpr, [equation]))
-        views, scales, move = self.moved(equation, ins, function, tops)
+        views, scales, move = moved(equation, ins, function, tops, self.constant)
         outs: list[Top] = []
         for v, view in zip(equation.outvars, views, strict=True):
             of = leaves if differentiable(v.aval) else frozenset()
@@ -240,36 +143,6 @@ class _Planner:
             outs.append(self.top(leaves=of, loops=loops, isometric=isometric, view=view, scales=scales, custom=custom))
         self.steps.append(Step(leaves, function, tuple(t.slot for t in tops), tuple(out.slot for out in outs), move))
         return outs
-
-    def moved(self, equation, ins, function, tops) -> tuple[Sequence[Any], tuple, Callable | None]:
-        """Return what an equation makes of the entries of one leaf: (views of the outputs, scalars, move or None)."""
-        nothing = [None] * len(equation.outvars), (), None
-        weights = [top for top in tops if top.leaves]
-        if len(weights) != 1 or not weights[0].isometric or not equation.outvars:
-            return nothing
-        name, parameters, shape = equation.primitive.name, equation.params, equation.outvars[0].aval.shape
-        view, scales = weights[0].view, weights[0].scales
-        if name in ("mul", "div"):
-            place = next(i for i, kind in enumerate(ins) if kind is weights[0])
-            variable, scalar = equation.invars[1 - place], ins[1 - place]
-            if scalar is None:
-                scalar = self.constant(literal(variable))
-            is_scalar = variable.aval.size == 1 and is_real(variable.aval) and not scalar.leaves
-            if (name == "div" and place == 1) or not is_scalar or shape != equation.invars[place].aval.shape:
-                return nothing
-            if any(is_sliced for _, is_sliced in scalar.loops):
-                return nothing
-            return [view], (*scales, (name, scalar.slot)), _identity
-        if name in SAME or name == "neg":
-            return [view], (*scales, (name, -1)) if name == "neg" else scales, _identity
-        if name not in MOVES:
-            return nothing
-        if name == "broadcast_in_dim" and equation.outvars[0].aval.size != equation.invars[0].aval.size:
-            return nothing
-        if view is None:
-            return nothing[0], scales, function
-        views = MOVES[name](view, parameters, shape)
-        return [v if v.size == 0 or np.may_share_memory(v, view) else None for v in views], scales, function
 
     def act(self, actions, name: str, jaxpr, equation, ins) -> Sequence[Kind]:
         """Add an equation as an action; a site also says how its parameters are measured."""
@@ -372,26 +245,3 @@ def _rule(equation, position: int, ins) -> tuple[Any, str]:
     if equation.invars[position].aval.size == 0 or (rule := ghost_rules.find(equation, position)) is None:
         return None, f"no rule for {'this ' if name in ghost_rules.RULES else ''}{name}"
     return rule, ""
-
-
-def _identity(x):
-    return [x]
-
-
-def _reshaped(view, parameters, shape):
-    return [view.reshape(shape)]
-
-
-def _slice(view, parameters, shape):
-    bounds = parameters["start_indices"], parameters["limit_indices"], parameters["strides"] or [1] * view.ndim
-    return [view[tuple(map(slice, *bounds))]]
-
-
-MOVES: dict[str, Callable] = {
-    **dict.fromkeys(("reshape", "squeeze", "expand_dims", "broadcast_in_dim"), _reshaped),
-    "transpose": lambda view, parameters, shape: [view.transpose(parameters["permutation"])],
-    "rev": lambda view, parameters, shape: [np.flip(view, parameters["dimensions"])],
-    "slice": _slice,
-    "split": lambda view, parameters, shape: np.split(view, np.cumsum(parameters["sizes"])[:-1], parameters["axis"]),
-}
-"""Primitives that move the entries of a parameter and neither change nor repeat one, as done to a view of them."""

@@ -14,9 +14,10 @@ import numpy as np
 
 from gdjax.ghost import _cost as ghost_cost
 from gdjax.ghost._cost import Sizes
-from gdjax.ghost._flow import Plan, Site, Top
+from gdjax.ghost._factors import NORMS, Measure
 from gdjax.ghost._jaxpr import is_real
-from gdjax.ghost._rules import NORMS, Entries, Factors, Measure
+from gdjax.ghost._plan import Plan, Site, Top
+from gdjax.ghost._rules import Entries, Factors
 
 
 class Use(NamedTuple):

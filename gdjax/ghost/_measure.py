@@ -12,12 +12,13 @@ import numpy as np
 
 from gdjax._trees import wide
 from gdjax.ghost import _cost as ghost_cost
-from gdjax.ghost import _rules as ghost_rules
+from gdjax.ghost import _factors as ghost_factors
 from gdjax.ghost._evaluate import Env, run_steps
-from gdjax.ghost._flow import Plan, Step, Top
+from gdjax.ghost._factors import NORMS, Measure, Measured
 from gdjax.ghost._jaxpr import differentiable
 from gdjax.ghost._leaves import Group, LeafPlan, Use, factor_sizes, formed_numbers
-from gdjax.ghost._rules import NORMS, Entries, Factors, Measure, Measured
+from gdjax.ghost._plan import Plan, Step, Top
+from gdjax.ghost._rules import Entries, Factors
 
 
 def tap(plan: Plan, how: LeafPlan) -> Callable:
@@ -112,7 +113,7 @@ class Run:
         array = _back(use, product)
         if use.top.slot == leaf:
             return array
-        like = jax.ShapeDtypeStruct(self.env[leaf].shape, array.dtype)
+        like = jax.eval_shape(lambda x: x.astype(array.dtype), self.env[leaf])
         return jax.linear_transpose(partial(self.move, leaf, use), like)(array)[0]
 
     def pull(self, leaves: Sequence[int], slots: Sequence[int]) -> Callable[[list], list]:
@@ -139,7 +140,7 @@ class Run:
             sizes = factor_sizes(use, site, 1)
             unscaled = use._replace(top=use.top._replace(scales=()))
             a, g = factors(self.env, Group((unscaled,), (False,), (None,), sizes), records, cotangents)
-            return _back(use, ghost_rules.gradient(sizes, a, g)).astype(use.aval.dtype)
+            return _back(use, ghost_factors.gradient(sizes, a, g)).astype(use.aval.dtype)
         weights = [i for i in site.weights if i != use.place]
         tops: Any = [site.operands[i] for i in weights]
 
@@ -182,7 +183,7 @@ class Run:
             added, found = measure.of_factors(self.factors(group), group.sizes, *self.data(group.uses), how.is_given)
             first = group.uses[0]
             totals += [self.move_back(leaf, first, added)] if how.is_given else []
-            measures.append(self.move_back(leaf, first, found) if measure is ghost_rules.MOMENTS else found)
+            measures.append(self.move_back(leaf, first, found) if measure is ghost_factors.MOMENTS else found)
         if how.commons:
             added, found = self.add_common(leaf, how)
             totals.append(added)
@@ -232,7 +233,7 @@ class Run:
         size = len(jax.tree.leaves(data)[0])
         numbers = formed_numbers(self.plan, uses) + sum(self.env[leaf].size for leaf in leaves)
         chunk = ghost_cost.fitting(size, numbers, ghost_cost.device())
-        return ghost_rules.in_chunks(form, data, size, chunk, measure, want_total=how.is_given)
+        return ghost_factors.in_chunks(form, data, size, chunk, measure, want_total=how.is_given)
 
 
 def _over_loop(mapped: Callable, is_sliced: bool) -> Callable:

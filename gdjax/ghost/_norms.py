@@ -9,8 +9,8 @@ example. A parameter whose sites all have a rule (`ghost_rules` holds them, `add
 factors of its gradients; several sites, as of a shared layer, a tied embedding or a loop, stand behind each other, as
 if they were positions. Of any other parameter the gradients are formed for a chunk of examples at a time and pulled
 back through whatever was computed from it: exact, at the price of forming them. `ghost_flow` plans this from the traced
-program alone, `ghost_eval` runs the plan, `ghost_leaves` decides for every parameter, `ghost_measure` does it, and
-`ghost_cost` chooses among ways.
+program alone, `ghost_eval` runs the plan, `ghost_leaves` decides for every parameter, `ghost_measure` and
+`ghost_factors` do it, and `ghost_cost` chooses among ways.
 
 >>> import jax.numpy as jnp
 >>> def loss(params, example):
@@ -21,11 +21,6 @@ program alone, `ghost_eval` runs the plan, `ghost_leaves` decides for every para
 >>> losses, grad, norms = sq_norms(loss)(params, batch)
 >>> losses, norms["weight"], norms["bias"]
 (Array([0.25, 0.25], dtype=float32), Array([ 1., 25.], dtype=float32), Array([1., 1.], dtype=float32))
->>> print(coverage(loss, params, (batch[0][0], batch[1][0])))
-parameter   shape  method       bytes  uses
-['bias']    []     add          1024   add
-['weight']  [2]    dot_general  512    dot_general
-total                           1536   plain gradient: 2572
 """
 
 from collections.abc import Callable
@@ -36,17 +31,17 @@ import jax.numpy as jnp
 from jax import lax
 
 from gdjax import problem
-from gdjax._trees import wide
+from gdjax._trees import made_varying, varying, wide
 from gdjax.ghost import _evaluate as ghost_eval
 from gdjax.ghost import _flow as ghost_flow
 from gdjax.ghost import _jaxpr as ghost_jaxpr
 from gdjax.ghost import _leaves as ghost_leaves
 from gdjax.ghost import _measure as ghost_measure
 from gdjax.ghost import _rules as ghost_rules
-from gdjax.ghost._rules import GRAM, MOMENTS, NORMS, Measure
-from gdjax.ghost._rules import Entries as Entries
+from gdjax.ghost._factors import GRAM, MOMENTS, NORMS, Measure
+from gdjax.ghost._plan import Plan
 from gdjax.ghost._rules import Factors as Factors
-from gdjax.problem import Batch, Example, Loss, Params
+from gdjax.problem import Batch, Loss, Params
 
 
 class SquaredNorms(NamedTuple):
@@ -156,65 +151,6 @@ def gram(loss: Loss) -> Callable[[Params, Batch], tuple[jax.Array, Params, Param
     return _measured(loss, GRAM)
 
 
-class Coverage(NamedTuple):
-    """How every parameter leaf is measured; printed as a table.
-
-    Attributes:
-        rows: (path, shape, method, uses) of every trainable leaf; method names its rules, or is 'materialised' or
-            'unused', and uses says where the leaf is used and why no rule applies.
-        num_bytes: for every leaf, what its measure takes beside a plain gradient, predicted.
-        plain_bytes: what a plain gradient takes at most: the parameters, and all values computed for the batch.
-    """
-
-    rows: list[tuple[str, tuple[int, ...], str, str]]
-    num_bytes: list[int]
-    plain_bytes: int
-
-    def __str__(self) -> str:
-        cells = [("parameter", "shape", "method", "bytes", "uses")]
-        for (path, shape, method, uses), size in zip(self.rows, self.num_bytes, strict=True):
-            cells.append((path, str(list(shape)), method, str(size), uses))
-        cells.append(("total", "", "", str(sum(self.num_bytes)), f"plain gradient: {self.plain_bytes}"))
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
-        if sum(self.num_bytes) > 10 * self.plain_bytes:
-            size, (path, _, _, uses) = max(zip(self.num_bytes, self.rows, strict=True))
-            lines.append(
-                f"{path} takes {size} bytes ({uses}): write its use with a rule, see ghost.add_rule, or use less "
-                "examples at a time"
-            )
-        return "\n".join(lines)
-
-
-def coverage(loss: Loss, params: Params, example: Example, *, batch_size: int = 128) -> Coverage:
-    """Return which rules take the uses of every parameter leaf, which leaves are materialised why, and the bytes."""
-    train, frozen = problem.trainable(params)
-    plan = _plan(loss, train, frozen, jax.tree.map(_struct, example))
-    rows, sizes = [], []
-    leaves = jax.tree_util.tree_leaves_with_path(train)
-    for (path, leaf), uses in zip(leaves, ghost_leaves.uses_of(plan, len(leaves)), strict=True):
-        how = ghost_leaves.leaf_plan(plan, _struct(leaf), uses, NORMS, batch_size)
-        rows.append((jax.tree_util.keystr(path), jnp.shape(leaf), *ghost_leaves.described(plan, how)))
-        sizes.append(ghost_leaves.num_bytes(plan, _struct(leaf), how, batch_size))
-    parameters = sum(leaf.size * leaf.dtype.itemsize for leaf in map(_struct, jax.tree.leaves(train)))
-    return Coverage(rows, sizes, parameters + batch_size * ghost_jaxpr.num_bytes(plan.jaxpr))
-
-
-def nonlinear(loss: Loss, params: Params, example: Example) -> list[str]:
-    """Return the names of the custom backward passes in a loss that are seen not to be linear in the cotangent.
-
-    The derivative rules of JAX are linear, so that it does not matter whether cotangents are added up, or scaled by
-    1 / B or by a clipping factor, before or after them. A rule of `jax.custom_vjp` need not be: clipping of cotangents,
-    or their cleaning of NaN. What 'the gradient of a batch' means then depends on who asks: `gradients.mean` and
-    `microbatched` hand the rule cotangents of the mean loss (and for a function of a parameter alone, their sum);
-    `gradients.per_example` and this module hand it those of the loss of each example, and add up afterwards. A weighted
-    backward pass no longer weights gradients, so that clipping cannot keep its bound. Loops inside a backward pass
-    are taken to be linear.
-    """
-    train, frozen = problem.trainable(params)
-    return ghost_jaxpr.nonlinear_rules(_plan(loss, train, frozen, jax.tree.map(_struct, example)).jaxpr)
-
-
 def add_rule(primitive: str, rule: Callable[[Any, int], ghost_rules.Rule | None]) -> None:
     """Measure the uses of a parameter in a primitive, for instance one of your own, by a rule.
 
@@ -242,11 +178,7 @@ def add_rule(primitive: str, rule: Callable[[Any, int], ghost_rules.Rule | None]
     ghost_rules.RULES[primitive] = rule
 
 
-def _struct(x) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
-
-
-def _plan(loss: Loss, train: Params, frozen: Params, example: Any) -> ghost_flow.Plan:
+def planned(loss: Loss, train: Params, frozen: Params, example: Any) -> Plan:
     """Trace and plan the loss of one example as a function of the list of trainable leaves."""
 
     def flat_loss(leaves, example):
@@ -262,13 +194,23 @@ def _measured(loss: Loss, measure: Measure):
         train, frozen = problem.trainable(params)
         batch = jax.tree.map(jnp.asarray, batch)
         size = problem.num_examples(batch, "batch")
-        example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
-        leaves, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, train))
-        plan = _plan(loss, train, frozen, example)
+        train = jax.tree.map(jnp.asarray, train)
+        axes = varying(train, batch)
+        if missing := tuple(sorted({axis for leaf in jax.tree.leaves(train) for axis in axes - varying(leaf)})):
+            raise ValueError(
+                f"the batch differs between devices along {missing} and the params do not, so that gradients would be "
+                f"sums over devices: give jax.lax.pcast(params, {missing}, to='varying')"
+            )
+        batch = made_varying(batch, axes)
+        seen = []  # the example that vmap sees, whose type says how it is sharded
+        jax.eval_shape(jax.vmap(lambda example: seen.append(jax.tree.map(jax.typeof, example))), batch)
+        [example] = seen
+        leaves, structure = jax.tree.flatten(train)
+        plan = planned(loss, train, frozen, example)
         uses = ghost_leaves.uses_of(plan, len(leaves))
         hows = [ghost_leaves.leaf_plan(plan, *of, measure, size) for of in zip(leaves, uses, strict=True)]
         env = ghost_eval.run_steps(plan.steps, ghost_eval.constants(plan) | dict(enumerate(leaves)))
-        losses, by_backward, taps, run = _backward(plan, hows, env, batch, size)
+        losses, by_backward, taps, run = _backward(plan, hows, env, batch, size, axes)
         sums, measures = [jnp.zeros(())] * len(leaves), [jnp.zeros(())] * len(leaves)
         formed: dict[Any, list[int]] = {}
         for leaf, how in enumerate(hows):
@@ -295,24 +237,29 @@ def _measured(loss: Loss, measure: Measure):
     return measured
 
 
-def _backward(plan, hows, env, batch, size):
+def _backward(plan, hows, env, batch, size, axes):
     """Return (losses [B], sums of gradients by leaf, squared norms by tapped site, what else the sites left)."""
     ones = {leaf: env[leaf] for leaf, how in enumerate(hows) if not how.is_given}
     tapped = {how.tap: leaf for leaf, how in enumerate(hows) if how.tap is not None}
     measures = {site: ghost_measure.tap(plan, hows[leaf]) for site, leaf in tapped.items()}
-    hooks = {
-        number: [
-            lax.full((size, *site.lengths, *out.shape), 0, out.dtype)
-            for out in site.out
-            if ghost_jaxpr.differentiable(out)
-        ]
-        for number, site in enumerate(plan.sites)
-        if number not in tapped
-    }
-    taps = {site: jnp.zeros(size, wide(env[leaf]).dtype) for site, leaf in tapped.items()}
+
+    def zeros(example):
+        """Return zeros for one example; vmap adds the axis of the batch, sharded like that of its arrays."""
+        hooks = {
+            number: [
+                lax.full((*site.lengths, *out.shape), 0, out.dtype)
+                for out in site.out
+                if ghost_jaxpr.differentiable(out)
+            ]
+            for number, site in enumerate(plan.sites)
+            if number not in tapped
+        }
+        return hooks, {site: jnp.zeros((), wide(env[leaf]).dtype) for site, leaf in tapped.items()}
+
+    hooks, taps = made_varying(jax.vmap(zeros)(batch), axes)
     steps = [step for step in plan.steps if not step.leaves.isdisjoint(ones)]
 
-    def total(leaves, hooks, taps):
+    def losses_of(leaves, hooks, taps):
         top = ghost_eval.run_steps(steps, env | leaves)
 
         def one(example, hooks, taps):
@@ -321,10 +268,10 @@ def _backward(plan, hows, env, batch, size):
             records = ghost_eval.run(plan, plan.actions, inner, hooks, both)
             return inner[plan.loss], records
 
-        losses, records = jax.vmap(one, axis_size=size)(batch, hooks, taps)
-        return losses.sum(), (losses, records)
+        return jax.vmap(one, axis_size=size)(batch, hooks, taps)
 
-    (sums, cotangents, norms), (losses, records) = jax.grad(total, (0, 1, 2), has_aux=True)(ones, hooks, taps)
+    losses, backward, records = jax.vjp(losses_of, ones, hooks, taps, has_aux=True)
+    sums, cotangents, norms = backward(jnp.ones_like(losses))
     return losses, sums, norms, ghost_measure.Run(plan, env, records, cotangents)
 
 

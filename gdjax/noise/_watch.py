@@ -26,7 +26,7 @@ import optax
 from jax import lax
 
 from gdjax import ghost, gradients, problem
-from gdjax._trees import wide
+from gdjax._trees import varying, wide
 from gdjax.noise._running import Running, push, start
 from gdjax.noise._scale import solve, sq_norm, variance_factor
 from gdjax.problem import Batch, Loss, Params
@@ -243,9 +243,9 @@ def _pushed(running: Running, known: Parts, large, num_examples: int | None, *, 
 def _over_devices(updates: Params, axis_name, batch_size: int | None) -> tuple[Parts, Params]:
     """Return the parts that the devices' gradients are, and the updates averaged over the devices."""
     axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
-    varying = _varying(lax.axis_index(axes))  # empty where shard_map does not check, and in pmap
+    of_devices = varying(lax.axis_index(axes))  # empty where shard_map does not check, and in pmap
     for leaf in jax.tree.leaves(updates):
-        if not varying <= _varying(leaf):
+        if not of_devices <= varying(leaf):
             raise ValueError(
                 f"gradients do not vary over axis_name={axis_name!r}: they are already averaged or summed over the "
                 "devices. In jax.shard_map, differentiate with respect to jax.lax.pcast(params, axis, to='varying'), "
@@ -264,12 +264,6 @@ def _over_devices(updates: Params, axis_name, batch_size: int | None) -> tuple[P
     )
     equal = least >= most * (1 - ULPS * jnp.finfo(norm.dtype).eps)
     return Parts(small, None, part_size, batch_size, num_devices, length**2, equal), updates
-
-
-def _varying(x: jax.Array) -> frozenset:
-    """Return the mesh axes over which a value may differ, as `jax.shard_map` knows it."""
-    kind = jax.typeof(x)
-    return kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else getattr(kind, "vma", frozenset())
 
 
 def _sq_norms(tree: Params) -> jax.Array:

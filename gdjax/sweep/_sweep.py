@@ -102,7 +102,7 @@ def map(  # noqa: A001
         shapes[name] = function.results
         place = begun.get(name)
         if place:
-            place.identity.update(_identity_of(part, function, jax.tree.leaves(data)))
+            place = place._replace(identity=place.identity | _identity_of(part, function, jax.tree.leaves(data)))
             stores.check(place.folder, place.identity)
         compiled = partial(programs.compiled, part, function, jax.tree.leaves(data), mesh)
         works.append(Work(compiled, jax.tree.leaves(data), chunk_size, place))

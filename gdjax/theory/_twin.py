@@ -30,6 +30,7 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from gdjax import batching
+from gdjax._trees import wide
 from gdjax.problem import Params, Problem, merge, trainable
 from gdjax.theory import schedules
 from gdjax.theory.schedules import Quadratic
@@ -98,7 +99,8 @@ def twin(
         order = batching.reshuffled(jax.random.key(0), count, length=max_examples)
         examples, count = batching.take(examples, order), max_examples
     train, frozen = trainable(jax.tree.map(jnp.asarray, params))
-    start, unravel = ravel_pytree(train)
+    flat, unravel = ravel_pytree(train)
+    start = wide(flat)  # directions of bfloat16 are not orthogonal
     root = 1.0 if precondition is None else jnp.sqrt(ravel_pytree(trainable(precondition)[0])[0])
     weights = jnp.ones(count) if problem.weight is None else jax.vmap(problem.weight)(examples).astype(float)
     weights = weights / jnp.sum(weights)
@@ -107,7 +109,8 @@ def twin(
         """Return sum_j w_j loss_j and its gradient, a chunk of examples at a time."""
 
         def total(theta, chunk, weights):
-            return weights @ jax.vmap(problem.loss, (None, 0))(merge(unravel(theta), frozen), chunk).astype(float)
+            params = merge(unravel(theta.astype(flat.dtype)), frozen)
+            return weights @ jax.vmap(problem.loss, (None, 0))(params, chunk).astype(float)
 
         size = min(CHUNK, count)
         filled = jnp.arange(-(-count // size) * size) % count  # with examples of weight 0

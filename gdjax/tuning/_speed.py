@@ -24,6 +24,7 @@ from gdjax.problem import Problem, merge, trainable
 from gdjax.tuning._optimizers import Optimizer, made
 
 TIMED_EXAMPLES, TIMING_SECONDS = 1024, 0.1  # in one timed run of updates, and for all repeats of it
+SHORTEST = 1e-3  # seconds that such a run should take: to call a program costs tens of microseconds
 LONGEST = 1.0  # seconds that one update may take to be timed; the time of a larger batch is taken in proportion
 PROBED = 32, 256  # batch sizes that memory is extrapolated from
 MEMORY_SHARE = 0.25  # of the free memory, what a gradient may need unless it is said
@@ -97,14 +98,16 @@ def speeds(
         num_updates = int(np.clip(TIMED_EXAMPLES // size, 4, 1024))
         if expected:
             num_updates = min(num_updates, max(1, int(LONGEST / expected)))
-        batches = draw.integers(problem.num_examples, size=(num_updates, size), dtype=np.int32)
-        arguments = state, problem.train, jnp.asarray(batches)
+            num_updates *= 4 ** max(0, math.ceil(math.log(SHORTEST / (expected * num_updates), 4)))
+        shapes = state, problem.train, jax.ShapeDtypeStruct((num_updates, size), jnp.int32)
         try:
-            program = kept(
+            program, num_updates = kept(
                 problem,
-                ("speed", optimizer, learning_rate, size, num_updates, known.microbatch_size),
-                partial(_compiled, at(size), transform, num_updates, arguments),
+                ("speed", optimizer, learning_rate, size, known.microbatch_size),
+                partial(_compiled, at(size), transform, num_updates, shapes),
             )
+            batches = draw.integers(problem.num_examples, size=(num_updates, size), dtype=np.int32)
+            arguments = state, problem.train, jnp.asarray(batches)
             again = partial(_per_update, program, arguments, num_updates)
             measured = {"compile_seconds": program.compile_seconds, "memory": program.temporary_bytes}
             found.append(known._replace(seconds_per_update=again(), time_again=again, **measured))
@@ -187,8 +190,10 @@ def _gradient_bytes(problem: Problem, batch_size: int) -> int:
     return program.temporary_bytes or 0
 
 
-def _compiled(estimate: Gradient, optimizer, num_updates: int, arguments) -> timing.Compiled:
-    return timing.compiled(partial(descent.run, descent.method(estimate, optimizer), every=num_updates), *arguments)
+def _compiled(estimate: Gradient, optimizer, num_updates: int, shapes) -> tuple[timing.Compiled, int]:
+    """Return the program and its updates: their number, too, is that of the first call."""
+    run = partial(descent.run, descent.method(estimate, optimizer), every=num_updates)
+    return timing.compiled(run, *shapes), num_updates
 
 
 def _per_update(program, arguments, num_updates: int) -> float:

@@ -1,6 +1,7 @@
 """Advice: its parts on choices made up, then one real run and every mistake, by the command in this process."""
 
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -256,6 +257,8 @@ def test_the_command_predicts_verifies_and_advises(command, monkeypatch, capsys,
     assert found.race.costs.shape == (10,)
     np.testing.assert_array_equal(found.race.costs[:NUM_SEEDS], found.tuned.costs[i])
     assert "reached by 10 of 10 seeds" in found.sentence()
+    elsewhere = [dataclasses.replace(choice, verified=None) for choice in found.choices]  # the race runs others too
+    assert "reached by 10 of 10 seeds" in dataclasses.replace(found, choices=tuple(elsewhere)).sentence()
     np.testing.assert_allclose(np.diff(np.log2(at)), 0.5)
     assert result["learning_rate"] == found.learning_rate
     assert found.sentence() in " ".join(printed.err.split())

@@ -156,6 +156,37 @@ def test_a_batch_sharded_over_devices_gives_the_same(measure, name):
         assert_close(function(replicated, sharded), function(params, batch))
 
 
+def looped_and_checkpointed(w, x):
+    """A product over positions, one in a loop, and one in a rematerialised block."""
+    state = lax.fori_loop(0, 2, lambda _, h: jnp.tanh(h @ w), x[0])
+    return jnp.sum(jnp.tanh(x @ w)) + jnp.sum(state) + jnp.sum(jax.checkpoint(lambda w, x: jnp.sin(x @ w))(w, x))
+
+
+def test_in_shard_map_a_device_measures_its_own_examples():
+    weight, batch = jnp.asarray(np.eye(4) + 0.1), jnp.asarray(np.random.default_rng(0).normal(size=(6, 3, 4)))
+    expected = ghost.sq_norms(looped_and_checkpointed)(weight, batch).sq_norms
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    specs = {"in_specs": (PartitionSpec(), PartitionSpec("data")), "out_specs": PartitionSpec("data")}
+
+    def norms(weight, batch):
+        return ghost.sq_norms(looped_and_checkpointed)(weight, batch).sq_norms
+
+    def of_own(weight, batch):
+        return norms(lax.pcast(weight, ("data",), to="varying"), batch)
+
+    assert_close(jax.jit(jax.shard_map(of_own, mesh=mesh, **specs))(weight, batch), expected)
+    with pytest.raises(ValueError, match=r"give jax.lax.pcast.params, .'data',., to='varying'."):
+        jax.jit(jax.shard_map(norms, mesh=mesh, **specs))(weight, batch)
+
+
+def test_a_batch_sharded_along_explicit_axes_gives_the_same():
+    weight, batch = jnp.asarray(np.eye(4) + 0.1), jnp.asarray(np.random.default_rng(0).normal(size=(6, 3, 4)))
+    expected = ghost.sq_norms(looped_and_checkpointed)(weight, batch).sq_norms
+    with jax.set_mesh(jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))):
+        sharded = jax.device_put(weight, PartitionSpec()), jax.device_put(batch, PartitionSpec("data"))
+        assert_close(jax.jit(ghost.sq_norms(looped_and_checkpointed))(*sharded).sq_norms, expected)
+
+
 @pytest.mark.parametrize(
     "name",
     [

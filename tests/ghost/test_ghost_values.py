@@ -8,7 +8,7 @@ from jax import lax
 
 from gdjax import ghost
 from gdjax.ghost import _cost as ghost_cost
-from gdjax.ghost import _rules as ghost_rules
+from gdjax.ghost import _factors as ghost_factors
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +73,7 @@ def test_the_error_of_the_gram_form_is_bounded_by_that_of_the_norm_without_cance
         g = (g - correlation * g.mean(2, keepdims=True)).astype(np.float32)
         exact = (np.einsum("bkti,bkto->bkio", a.astype(float), g.astype(float)) ** 2).sum((1, 2, 3))
         lengths = (np.linalg.norm(a.astype(float), axis=-1) * np.linalg.norm(g.astype(float), axis=-1)).sum((1, 2))
-        found, is_bad = ghost_rules._gram_norms(jnp.asarray(a), jnp.asarray(g))
+        found, is_bad = ghost_factors._gram_norms(jnp.asarray(a), jnp.asarray(g))
         error = np.abs(np.asarray(found, float) - exact) / (np.finfo(np.float32).eps * lengths**2)
         assert error.max() < 2
         assert bool(is_bad) == (correlation > 0.99)

@@ -78,3 +78,24 @@ def test_a_twin_is_right_to_second_order_and_says_how_far_it_holds():
     assert 2 < holds < 60
     assert (off[:holds] <= 0.2).all()
     assert off[holds] > 0.2
+
+
+def test_the_twin_of_parameters_in_bfloat16_is_nearly_that_of_float32():
+    x = jax.random.normal(jax.random.key(0), (64, 4), jnp.float32)
+    y = x @ jnp.arange(4.0, dtype=jnp.float32)
+
+    def loss(w, example):
+        return 0.5 * ((example[0].astype(w.dtype) @ w).astype(jnp.float32) - example[1]) ** 2
+
+    with jax.enable_x64(False):
+        found = [
+            theory.twin(
+                Problem(lambda key, dtype=dtype: jnp.zeros(4, dtype), loss, (x, y)),
+                jnp.zeros(4, dtype),
+                key=jax.random.key(1),
+                num_steps=4,
+                num_draws=1,
+            ).losses(jnp.full(3, 0.1), jnp.full(3, 8.0))
+            for dtype in (jnp.bfloat16, jnp.float32)
+        ]
+    np.testing.assert_allclose(*found, rtol=0.02)

@@ -14,7 +14,7 @@ import pytest
 from gdjax import batching, descent, gradients, problems, tuning
 from gdjax.problem import Problem
 from gdjax.problems import datasets
-from gdjax.tuning import Budget, Target, Tuning
+from gdjax.tuning import Budget, Target, Tuning, _speed
 
 LATE = 2.0  # a rate that takes so many times the updates of the best one is not waited for
 
@@ -416,6 +416,21 @@ def test_without_time_speed_is_in_proportion_to_the_examples(problem):
     assert [speed.extrapolated for speed in rest] == [True, True]
     np.testing.assert_allclose([s.seconds_per_update / first.seconds_per_update for s in rest], [2, 16])
     assert all(speed.time_again is None for speed in rest)
+
+
+def test_a_timed_run_takes_a_millisecond_for_its_call_costs_tens_of_microseconds(problem, monkeypatch):
+    counts = []
+
+    def per_update(program, arguments, num_updates):
+        counts.append(num_updates)
+        assert arguments[2].shape[0] == num_updates
+        return 1e-7 * arguments[2].shape[1]  # seconds, in proportion to the examples
+
+    monkeypatch.setattr(_speed, "_per_update", per_update)
+    for _ in range(2):
+        tuning.speeds(problem, optax.sgd, [3, 6, 48], learning_rate=0.4)
+    # As many as 1024 examples are, times a power of 4 where the size before it is known to be fast.
+    assert counts == 4 * [341, 170 * 16, 21 * 16]
 
 
 @pytest.mark.parametrize("message", ["RESOURCE_EXHAUSTED: out of memory", "INTERNAL: a bug"])
