@@ -299,7 +299,7 @@ def judged(rows: list[dict]) -> str:
 
 
 def figure(rows: list[dict], title: str):
-    drawn, axes = report.panels(2, title=title, width=6.5)
+    drawn, axes = report.panels(2, title=title, width=6.5, height=max(4.2, 0.26 * len(rows)))
     for axis, race, name in zip(axes, ("updates", "norms"), ("updates", "gradient norms of examples"), strict=True):
         mine = [row for row in rows if row["race"] == race and row["side"] != "gdjax"]
         spreads = {f"{row['model']}, B = {row['batch_size']}: {row['side']}": row["over_gdjax"] for row in mine}

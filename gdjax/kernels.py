@@ -73,10 +73,10 @@ def _marked(function: Callable[..., Any]) -> Callable[..., Any]:
 def for_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return `function` of pytrees of arrays, its products written as a CPU computes them fastest.
 
-    Products over several axes, of operands of more than two dimensions, become products of two matrices, in all that
-    the function loops over, chooses from and calls. What is computed is the same, but for the order of sums. The form
-    is chosen when the program is lowered, after every `vmap` and `grad` around it and for the platform that it is
-    lowered for, so nothing changes elsewhere.
+    Products that sum over several axes become products of two matrices, in all that the function loops over, chooses
+    from and calls; those that sum over one XLA writes so itself. What is computed is the same, but for the order of
+    sums. The form is chosen when the program is lowered, after every `vmap` and `grad` around it and for the platform
+    that it is lowered for, so nothing changes elsewhere.
 
     Left as they are: functions with effects, such as callbacks; those with a part that is `one_kernel`; those traced
     under a mesh or inside `shard_map`, or given arrays that are sharded over explicit axes; and derivatives of
@@ -193,14 +193,14 @@ def _bound(jaxpr: core.Jaxpr, equation, ins) -> list[Any]:
 
 
 def _is_over_several_axes(equation) -> bool:
-    return equation.primitive.name == "dot_general" and max(v.aval.ndim for v in equation.invars) > 2
+    return equation.primitive.name == "dot_general" and len(equation.params["dimension_numbers"][0][0]) > 1
 
 
 def _product(x: jax.Array, y: jax.Array, *, dimension_numbers, out_sharding, **params) -> jax.Array:
     """Return a product of tensors, by one of matrices where the axes summed over lie first or last in both."""
     (contracting, shared) = dimension_numbers
     of_x, of_y = (_joined(v.ndim, axes) for v, axes in zip((x, y), contracting, strict=True))
-    if shared[0] or of_x is None or of_y is None or max(x.ndim, y.ndim) < 3:
+    if shared[0] or of_x is None or of_y is None or len(contracting[0]) < 2:
         numbers = {"dimension_numbers": dimension_numbers, "out_sharding": out_sharding}
         return lax.dot_general(x, y, **numbers, **params)
     summed = math.prod(x.shape[i] for i in contracting[0])

@@ -126,21 +126,22 @@ def _report(found: "Advice") -> str:
     rows = [("B", "rate", "ms/update", *head, "run"), *(_row(choice, spent) for choice in found.choices)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    notes: list[str] = []
     if found.refitted:
-        lines += ["* outside its predicted interval (90 %): the laws were fitted again, to what was run as well."]
+        notes += ["* outside its predicted interval (90 %): the laws were fitted again, to what was run as well."]
     if any(choice.speed.extrapolated for choice in found.choices):
-        lines += ["? not timed: in proportion to the examples."]
+        notes += ["? not timed: in proportion to the examples."]
     pieces = [f"{choice.batch_size}" for choice in found.choices if choice.speed.microbatch_size]
     if pieces:
-        lines += [f"Gradients of B = {', '.join(pieces)} are added up in pieces that fit into memory."]
-    lines += ["", *(f"Noise scale after {updates} updates: {scale}" for updates, scale in found.noise_scales)]
+        notes += [f"Gradients of B = {', '.join(pieces)} are added up in pieces that fit into memory."]
+    notes += ["", *(f"Noise scale after {updates} updates: {scale}" for updates, scale in found.noise_scales)]
     fewest = "" if spent else f"Fewest examples: B = {found.fewest_examples}. "
     whole = [choice.batch_size for choice in found.choices if choice.fits and not choice.speed.microbatch_size]
     most = f" Largest gradient in one piece: B = {max(whole)}." if whole else ""
-    lines += [f"{fewest}Least memory: B = {found.least_memory}.{most}"]
-    lines += [f"Not established: {what}." for what in found.unknown]
-    sentence = textwrap.fill(found.sentence(), max(60, shutil.get_terminal_size().columns))
-    return "\n".join([*lines, "", sentence])
+    notes += [f"{fewest}Least memory: B = {found.least_memory}.{most}"]
+    notes += [f"Not established: {what}." for what in found.unknown]
+    width = max(60, shutil.get_terminal_size().columns)
+    return "\n".join([*lines, *(textwrap.fill(note, width) for note in (*notes, "", found.sentence()))])
 
 
 def _row(choice: "Choice", spent: bool) -> tuple[str, ...]:

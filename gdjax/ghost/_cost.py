@@ -25,8 +25,11 @@ NANOSECONDS = {"cpu": (0.016, 1.3, 0.35, 5000.0), "accelerator": (5e-5, 8e-3, 4e
 
 Those of a CPU were measured on two cores in November 2026, those of accelerators are guessed until one has been used.
 """
-WORKING_SET = {"cpu": 2**21, "accelerator": 2**26}
-"""Numbers that a chunk may hold: 8 and 256 MiB in float32. Between 4 and 16 MiB the time on a CPU hardly changes."""
+WORKING_SET = {"cpu": 2**21, "accelerator": 2**26, "rare": 2**16}
+"""Numbers that a chunk may hold: 8 and 256 MiB in float32. Between 4 and 16 MiB the time on a CPU hardly changes.
+
+A branch that is hardly ever taken holds 256 KiB, or one example.
+"""
 
 
 class Sizes(NamedTuple):

@@ -126,8 +126,9 @@ def norms_by(way: ghost_cost.Way, of, sizes: Sizes, x, g, *, want_total: bool) -
     if way.name == "product":
         return total, _product(wide(a), wide(g_factor))
     norms, is_bad = _gram_norms(wide(a), wide(g_factor))
-    chunks = ghost_cost.Way("in chunks", ghost_cost.chunk_size(sizes, ghost_cost.device()))
-    other = partial(norms_by, chunks, of, sizes, want_total=False)
+    # Its memory is taken whether it is needed or not.
+    few = ghost_cost.fitting(sizes.b, sizes.k * sizes.i * sizes.o, "rare")
+    other = partial(norms_by, ghost_cost.Way("in chunks", few), of, sizes, want_total=False)
     return total, lax.cond(is_bad, lambda x, g: other(x, g)[1], lambda x, g: norms, x, g)
 
 
