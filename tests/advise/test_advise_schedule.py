@@ -194,6 +194,6 @@ def test_a_schedule_of_least_squares_is_predicted_and_run():
         assert len(run.updates) in [effort.fresh for effort in _schedule.EFFORTS]
         assert np.isfinite(run.updates).all()
         assert run.way.kind == kind
-    best = min(plan.runs.values(), key=lambda run: run.seconds.mean())
-    assert plan.way == best.way
+    least = min(run.seconds.mean() for run in plan.runs.values())
+    assert plan.runs[plan.way.kind].seconds.mean() <= 1.02 * least
     assert jax.tree.leaves(plan.summary())

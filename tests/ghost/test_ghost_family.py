@@ -259,7 +259,9 @@ def test_norms_are_those_of_the_gradients_of_all_examples(wrapper, name):
         batch = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
         params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
     found = jax.jit(ghost.sq_norms(loss))(params, batch)
-    precision.assert_close(found.losses, losses, rtol=tolerance)
+    # In bfloat16 a small loss is the difference of large numbers.
+    spread = tolerance * float(losses.max()) if wrapper == "bfloat16" else 0.0
+    precision.assert_close(found.losses, losses, rtol=tolerance, atol=spread)
     for key, leaf in grads.items():
         leaf = np.asarray(leaf, float)
         norms = (leaf.reshape(B, -1) ** 2).sum(1)
