@@ -64,6 +64,18 @@ def test_every_rule_is_held_against_the_tuned_rate_with_the_same_seeds(found):
 
 
 @pytest.mark.slow
+def test_where_the_tuned_rate_fails_with_a_fresh_seed_no_rule_is_judged(found):
+    result, _ = found
+    losses = result.tuned.losses.copy()
+    losses[1, -1] = 2 * losses[1, 0]
+    failed = dataclasses.replace(result, tuned=dataclasses.replace(result.tuned, losses=losses))
+    assert failed.sentence().startswith(
+        "No rule can be judged: with one of 3 fresh seeds the rate tuned at B = 32 does"
+    )
+    assert "inf" not in failed.sentence()
+
+
+@pytest.mark.slow
 def test_the_runs_are_those_of_the_rule():
     """Of a loss without noise: theta falls by 1 - eta at every update, at both batch sizes."""
     result = advise.rules(quiet(), "sgd", base=4, batch_size=16, learning_rate=0.05, num_examples=256, num_seeds=2)
@@ -150,8 +162,11 @@ def test_the_command_says_what_the_library_found(tmp_path, monkeypatch, capsys):
         str(out),
     ]
     monkeypatch.setattr(sys, "argv", ["gdjax", *arguments, "--examples", "2048"])
+    monkeypatch.setenv("COLUMNS", "80")
     commands.main()
-    printed = " ".join(capsys.readouterr().out.split())
+    lines = capsys.readouterr().out.splitlines()
+    assert max(len(line) for line in lines if not line.startswith("Saved")) <= 80
+    printed = " ".join(" ".join(lines).split())
     result = json.loads((out / "result.json").read_text())
     assert result["verdict"] in printed
     assert result["best"] in [row["rule"] for row in result["rules"]]
