@@ -129,7 +129,8 @@ def _report(found: "Found") -> str:
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    gap = " " if sum(widths) + 2 * len(widths) - 2 > shutil.get_terminal_size().columns else "  "
+    return [gap.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _folded(text: str) -> str:
