@@ -44,14 +44,14 @@ class Function(NamedTuple):
 
     Attributes:
         one: constants -> (leaves of one point -> list of results), both in the order of the trees' leaves.
-        at_once: points that a CPU should compute side by side.
+        lanes: points that a CPU should compute side by side.
         constants: the arrays that the function closes over.
         results: the pytree of shapes and types that one point returns.
         key: what it was traced for, beside the function itself.
     """
 
     one: Callable[[Sequence[Any]], Callable[..., list[jax.Array]]]
-    at_once: int
+    lanes: int
     constants: list[Any]
     results: Any
     key: Hashable
@@ -129,7 +129,7 @@ def compiled(
 
     def make() -> Program:
         everywhere, spread = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("points"))
-        lanes = function.at_once if devices[0].platform == "cpu" else first
+        lanes = function.lanes if devices[0].platform == "cpu" else first
         specs = {"in_specs": (PartitionSpec(), PartitionSpec("points")), "out_specs": PartitionSpec("points")}
 
         def batched(constants, leaves):
