@@ -54,8 +54,7 @@ def at_once(function: Callable[..., Any], *args: Any) -> int:
 
     The work of an operation is the bytes of its result or, of a product of matrices, the multiplications where they are
     more: 16 bytes of results take a CPU about as long as 32 flops. Of what is computed most often, in the innermost of
-    its loops, an average byte is part of so much work that this power of two, at least one, of it is GROUP_WORK. There
-    are no convolutions side by side, which XLA makes one of many groups.
+    its loops, an average byte is part of so much work that this power of two, at least one, of it is GROUP_WORK.
     """
     return lanes_of(jax.make_jaxpr(function)(*args).jaxpr)
 
@@ -88,19 +87,27 @@ def grouped(function: Callable[..., list[jax.Array]], lanes: int) -> Callable[..
     return run
 
 
-def _works(jaxpr: core.Jaxpr, times: int = 1) -> Iterator[tuple[float, int]]:
+def _works(jaxpr: Any, times: int = 1) -> Iterator[tuple[float, int]]:
     """Yield (work, times that it is done) of every operation in a jaxpr and in all that it calls."""
     for equation in jaxpr.eqns:
-        name, inner = equation.primitive.name, list(core.jaxprs_in_params(equation.params))
-        repeats = {"scan": equation.params.get("length", 1), "while": WHILE}.get(name, 1)
+        inner = list(core.jaxprs_in_params(equation.params))
+        platforms = equation.params.get("branches_platforms") or ()  # of `lax.platform_dependent`
+        if platforms:
+            inner = [inner[next((i for i, of in enumerate(platforms) if of is None or "cpu" in of), 0)]]
+        repeats = {"scan": equation.params.get("length", 1), "while": WHILE}.get(equation.primitive.name, 1)
         for each in inner:
             yield from _works(each, times * repeats)
-        terms = 0
-        if name == "dot_general":
-            (contracting, _), _ = equation.params["dimension_numbers"]
-            terms = math.prod(equation.invars[0].aval.shape[axis] for axis in contracting)
-        elif name == "conv_general_dilated":
-            terms = GROUP_WORK
         if not inner:
             for array in (v.aval for v in equation.outvars if hasattr(v.aval, "dtype")):
-                yield array.size * max(terms, array.dtype.itemsize), times
+                yield array.size * max(_terms(equation), array.dtype.itemsize), times
+
+
+def _terms(equation: Any) -> float:
+    """Return how many products are added up in a number of the result."""
+    if equation.primitive.name == "dot_general":
+        (contracting, _), _ = equation.params["dimension_numbers"]
+        return math.prod(equation.invars[0].aval.shape[axis] for axis in contracting)
+    if equation.primitive.name == "conv_general_dilated":
+        kernel = equation.invars[1].aval.shape
+        return math.prod(kernel) // max(1, kernel[equation.params["dimension_numbers"].rhs_spec[0]])
+    return 0

@@ -70,8 +70,11 @@ def test_what_is_computed_most_often_decides():
     assert sweep.at_once(lambda x: jax.lax.while_loop(lambda x: x < 9, jnp.exp, large(x)), 1.0) > 1000
     product = lambda x: x @ x  # noqa: E731
     assert [sweep.at_once(product, jnp.ones((n, n), jnp.float32)) for n in (16, 32, 64)] == [32, 4, 1]
-    kernel = jnp.ones((3, 3, 1, 1))
-    assert sweep.at_once(lambda x: jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME"), kernel) == 1
+    elsewhere = partial(jax.lax.platform_dependent, tpu=large, default=jnp.sin)
+    assert sweep.at_once(loop(elsewhere, 100), 1.0) == many
+    images, kernel = jnp.ones((4, 8, 16, 16), jnp.float32), jnp.ones((16, 8, 3, 3), jnp.float32)
+    assert sweep.at_once(lambda x: jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME"), images[:, :, :2, :2]) == 8
+    assert sweep.at_once(lambda x: jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME"), images) == 1
 
 
 def test_keys_trees_and_what_is_closed_over_are_mapped_as_by_jax():
@@ -100,7 +103,7 @@ def test_on_several_devices_each_loops_over_its_own_lanes_and_none_talks_to_anot
     precision.assert_close(found, expected, rtol=1e-10, atol=1e-12)
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()), ("points",))
     leaves = [programs.numbers(x, "points") for x in jax.tree.leaves(points)]
-    text = programs.compiled(run, programs.traced(run, points), leaves, mesh, None).compiled.as_text()
+    text = programs.compiled(run, programs.traced(run, points), leaves, mesh, None).compiled.as_text() or ""
     assert mesh.size == 2
     assert " while(" in text
     assert not re.search("all-gather|all-reduce|all-to-all|collective", text)
