@@ -71,6 +71,7 @@ def test_a_grid_is_the_full_product_with_the_last_axis_fastest():
     )
     assert list(found) == expected
     assert grid.shape == (3, 2, 2)
+    assert len(grid) == 12
     assert points["pair"]["b"].shape == (12, 4)
     assert jnp.issubdtype(points["key"].dtype, jax.dtypes.prng_key)
 
