@@ -32,7 +32,8 @@ class Measure(NamedTuple):
 
 def squared_norms(gradients: jax.Array) -> jax.Array:
     """Return |g_b|^2, [B], of gradients [B, ...]."""
-    return jnp.sum(wide(gradients) ** 2, tuple(range(1, gradients.ndim)))
+    gradients = lax.optimization_barrier(wide(gradients))  # XLA would square what a row is multiplied with apart
+    return jnp.sum(gradients**2, tuple(range(1, gradients.ndim)))
 
 
 def inner_products(gradients: jax.Array) -> jax.Array:

@@ -112,13 +112,15 @@ def test_nor_where_the_squares_of_cotangents_vanish_or_overflow(monkeypatch, num
     np.testing.assert_allclose(gram, np.einsum("bio,cio->bc", gradients, gradients), rtol=1e-4, atol=1e-5)
 
 
-def test_norms_beyond_the_largest_square():
-    batch = jnp.asarray([[1e20, 0.0], [3.0, 4.0], [jnp.inf, 0.0]])
+def test_norms_whose_squares_overflow_or_vanish():
+    batch = jnp.asarray([[1e20, 0.0], [3.0, 4.0], [jnp.inf, 0.0], [3e-30, 4e-30], [0.0, 0.0], [1e30, 1e30]])
     found, norms = jax.jit(ghost.norms(lambda w, x: x @ w))(jnp.ones(2), batch)
-    np.testing.assert_allclose(norms, [1e20, 5, np.inf], rtol=1e-6)
-    np.testing.assert_array_equal(found.total, [np.inf, 25, np.inf])
-    _, norms = jax.jit(ghost.norms(lambda w, x: x @ w))(jnp.ones(2), batch[1:2])
-    np.testing.assert_array_equal(norms, [5])
+    np.testing.assert_allclose(norms, [1e20, 5, np.inf, 5e-30, 0, 2**0.5 * 1e30], rtol=1e-6)
+    np.testing.assert_array_equal(found.total, [np.inf, 25, np.inf, 0, 0, np.inf])
+    # A norm of zero is none to look at twice, where what is small need not be told from it.
+    of_bound = jax.jit(lambda least, x: ghost.norms(lambda w, x: x @ w, smallest=least)(jnp.ones(2), x)[1])
+    np.testing.assert_array_equal(of_bound(1.0, batch[3:5]), [0, 0])
+    np.testing.assert_allclose(of_bound(1e-20, batch[3:5]), [5e-30, 0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("bad", [jnp.inf, jnp.nan])
