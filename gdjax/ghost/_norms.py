@@ -11,16 +11,6 @@ if they were positions. Of any other parameter the gradients are formed for a ch
 back through whatever was computed from it: exact, at the price of forming them. `ghost_flow` plans this from the traced
 program alone, `ghost_eval` runs the plan, `ghost_leaves` decides for every parameter, `ghost_measure` and
 `ghost_factors` do it, and `ghost_cost` chooses among ways.
-
->>> import jax.numpy as jnp
->>> def loss(params, example):
-...     x, y = example
-...     return (x @ params["weight"] + params["bias"] - y) ** 2
->>> params = {"weight": jnp.asarray([1.0, 2.0]), "bias": jnp.asarray(0.5)}
->>> batch = jnp.asarray([[1.0, 0.0], [3.0, 4.0]]), jnp.asarray([1.0, 11.0])
->>> losses, grad, norms = sq_norms(loss)(params, batch)
->>> losses, norms["weight"], norms["bias"]
-(Array([0.25, 0.25], dtype=float32), Array([ 1., 25.], dtype=float32), Array([1., 1.], dtype=float32))
 """
 
 from collections.abc import Callable

@@ -36,8 +36,8 @@ class Clipped(NamedTuple):
 
     Attributes:
         losses: [B], not weighted; zero for an example of weight 0.
-        norms: [B], of the gradients of w l before clipping, over all trained parameters; with `groups`, {group: [B]}. In
-            float32 a norm below about sqrt(number of parameters) 2^-52 may be given as 0 where C is above that.
+        norms: [B], of the gradients of w l before clipping, over all trained parameters; with `groups`, {group: [B]}.
+            In float32, of n parameters, a norm below sqrt(n) 2^-52 may be given as 0 where C is above that.
         weights: [B]; ones where there is no `weight`, and 0 for an example that was dropped.
         num_dropped: int32, examples of a positive weight that were dropped because their norm is not finite.
     """

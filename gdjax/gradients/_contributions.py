@@ -9,9 +9,9 @@ not be; and with several groups of leaves there are several factors an example. 
 formed, some examples at a time, and clipped: what is clipped is what `per_example` returns, whatever the backward pass
 does.
 
-In float32 the sum is right for norms from 1e-30 to 1e30 and C from 1e-18 to 1e18: norms whose squares overflow or vanish
-are measured again, scaled, and the factors, which may be as small as 1e-48, enter the backward pass times a power of two.
-`factor` is not: where a factor of the user's own vanishes in float32, so does the contribution.
+In float32 the sum is right for norms from 1e-30 to 1e30 and C from 1e-18 to 1e18: norms whose squares overflow or
+vanish are measured again, scaled, and factors C / norm, as small as 1e-48, enter the backward pass times a power of
+two. Where a factor of the user's own vanishes in float32, so does the contribution.
 
 On a GPU or TPU, products of float32 are rounded further unless `jax.default_matmul_precision("highest")` forbids it.
 """
