@@ -16,6 +16,10 @@ Measured = tuple[Any, Any]
 """(gradients summed over examples, or None where they were not formed on the way; the measure)."""
 
 
+FORMED = 2**8
+"""Entries of a weight up to which its gradients are formed while they are squared: one program for XLA, not three."""
+
+
 class Measure(NamedTuple):
     """What is wanted of the gradients of the examples.
 
@@ -156,6 +160,8 @@ def _product(a, g):
 
     It is `_balanced` with fewer steps, as every leaf of a program compiles them.
     """
+    if a.shape[3] * g.shape[3] <= FORMED:
+        return jnp.sum((a[..., :, None] * g[..., None, :]) ** 2, (1, 2, 3, 4))
     kind = jnp.finfo(g.dtype)
     largest = jnp.clip(jnp.max(jnp.abs(g), (2, 3), keepdims=True, initial=0), kind.tiny, kind.max)
     largest = lax.optimization_barrier(largest)  # were cotangents constant, XLA would square a and norms apart
