@@ -174,13 +174,14 @@ def _gram_norms(a, g):
     """Return the sums of AA' * GG' (Li et al. 2022, arXiv 2110.05679), and whether rounding has spoilt one.
 
     With S = (sum over positions of |a_t| |g_t|)^2, the norm that nothing cancelled in, rounding is about eps S at most.
-    Where a norm is below 2^10 eps S, so that it may be wrong by a thousandth, A'G itself should be formed.
+    Where a norm is NaN, or below 2^10 eps S, so that it may be wrong by a thousandth, A'G itself should be formed.
     """
     a, g = _balanced(a, g)
     inner = jnp.einsum("bkti,bksi->bkts", a, a) * jnp.einsum("bkto,bkso->bkts", g, g)
     norms = jnp.sum(inner, (1, 2, 3))
     straight = jnp.sum(jnp.sum(jnp.sqrt(jnp.diagonal(inner, axis1=2, axis2=3)), 2) ** 2, 1)
-    return jnp.maximum(norms, 0), jnp.any(norms < 2**10 * jnp.finfo(norms.dtype).eps * straight)
+    # Not `<`: a square that overflows, where the cotangent is zero, has made it NaN.
+    return jnp.maximum(norms, 0), jnp.any(~(norms >= 2**10 * jnp.finfo(norms.dtype).eps * straight))
 
 
 def _moments_of_factors(of, sizes: Sizes, x, g, want_total: bool) -> Measured:
