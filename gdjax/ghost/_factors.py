@@ -16,6 +16,10 @@ Measured = tuple[Any, Any]
 """(gradients summed over examples, or None where they were not formed on the way; the measure)."""
 
 
+FORMED = 2**8
+"""Entries of a weight up to which its gradients are formed while they are squared: one program for XLA, not three."""
+
+
 class Measure(NamedTuple):
     """What is wanted of the gradients of the examples.
 
@@ -32,7 +36,8 @@ class Measure(NamedTuple):
 
 def squared_norms(gradients: jax.Array) -> jax.Array:
     """Return |g_b|^2, [B], of gradients [B, ...]."""
-    return jnp.sum(wide(gradients) ** 2, tuple(range(1, gradients.ndim)))
+    gradients = lax.optimization_barrier(wide(gradients))  # XLA would square what a row is multiplied with apart
+    return jnp.sum(gradients**2, tuple(range(1, gradients.ndim)))
 
 
 def inner_products(gradients: jax.Array) -> jax.Array:
@@ -155,6 +160,8 @@ def _product(a, g):
 
     It is `_balanced` with fewer steps, as every leaf of a program compiles them.
     """
+    if a.shape[3] * g.shape[3] <= FORMED:
+        return jnp.sum((a[..., :, None] * g[..., None, :]) ** 2, (1, 2, 3, 4))
     kind = jnp.finfo(g.dtype)
     largest = jnp.clip(jnp.max(jnp.abs(g), (2, 3), keepdims=True, initial=0), kind.tiny, kind.max)
     largest = lax.optimization_barrier(largest)  # were cotangents constant, XLA would square a and norms apart
@@ -167,13 +174,14 @@ def _gram_norms(a, g):
     """Return the sums of AA' * GG' (Li et al. 2022, arXiv 2110.05679), and whether rounding has spoilt one.
 
     With S = (sum over positions of |a_t| |g_t|)^2, the norm that nothing cancelled in, rounding is about eps S at most.
-    Where a norm is below 2^10 eps S, so that it may be wrong by a thousandth, A'G itself should be formed.
+    Where a norm is NaN, or below 2^10 eps S, so that it may be wrong by a thousandth, A'G itself should be formed.
     """
     a, g = _balanced(a, g)
     inner = jnp.einsum("bkti,bksi->bkts", a, a) * jnp.einsum("bkto,bkso->bkts", g, g)
     norms = jnp.sum(inner, (1, 2, 3))
     straight = jnp.sum(jnp.sum(jnp.sqrt(jnp.diagonal(inner, axis1=2, axis2=3)), 2) ** 2, 1)
-    return jnp.maximum(norms, 0), jnp.any(norms < 2**10 * jnp.finfo(norms.dtype).eps * straight)
+    # Not `<`: a square that overflows, where the cotangent is zero, has made it NaN.
+    return jnp.maximum(norms, 0), jnp.any(~(norms >= 2**10 * jnp.finfo(norms.dtype).eps * straight))
 
 
 def _moments_of_factors(of, sizes: Sizes, x, g, want_total: bool) -> Measured:

@@ -189,8 +189,11 @@ class Run:
             totals.append(added)
             measures.append(found)
         dtype = wide(self.env[leaf]).dtype
-        total = sum(total.astype(dtype) for total in totals) if how.is_given else None
-        return total, sum(measured.astype(dtype) for measured in measures)
+        total, measured = (
+            functools.reduce(jnp.add, [part.astype(dtype) for part in parts]) if parts else None
+            for parts in (totals if how.is_given else [], measures)
+        )
+        return total, measured
 
     def add_common(self, leaf: int, how: LeafPlan) -> Measured:
         """Return what directions c that all examples share add to the sum, and to |a|^2: 2 k <a, c> + k^2 |c|^2."""
@@ -224,10 +227,8 @@ class Run:
         pull = self.pull(leaves, slots)
 
         def form(data):
-            bars: dict[int, Any] = dict.fromkeys(slots, 0.0)
-            for use in uses:
-                bars[use.top.slot] = bars[use.top.slot] + self.bar(use, *data)
-            return pull([bars[slot] for slot in slots])
+            bars = [[self.bar(use, *data) for use in uses if use.top.slot == slot] for slot in slots]
+            return pull([functools.reduce(jnp.add, own) for own in bars])
 
         data = self.data(uses)
         size = len(jax.tree.leaves(data)[0])

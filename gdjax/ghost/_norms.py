@@ -11,16 +11,6 @@ if they were positions. Of any other parameter the gradients are formed for a ch
 back through whatever was computed from it: exact, at the price of forming them. `ghost_flow` plans this from the traced
 program alone, `ghost_eval` runs the plan, `ghost_leaves` decides for every parameter, `ghost_measure` and
 `ghost_factors` do it, and `ghost_cost` chooses among ways.
-
->>> import jax.numpy as jnp
->>> def loss(params, example):
-...     x, y = example
-...     return (x @ params["weight"] + params["bias"] - y) ** 2
->>> params = {"weight": jnp.asarray([1.0, 2.0]), "bias": jnp.asarray(0.5)}
->>> batch = jnp.asarray([[1.0, 0.0], [3.0, 4.0]]), jnp.asarray([1.0, 11.0])
->>> losses, grad, norms = sq_norms(loss)(params, batch)
->>> losses, norms["weight"], norms["bias"]
-(Array([0.25, 0.25], dtype=float32), Array([ 1., 25.], dtype=float32), Array([1., 1.], dtype=float32))
 """
 
 from collections.abc import Callable
@@ -29,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 
 from gdjax import problem
 from gdjax._trees import made_varying, varying, wide
@@ -109,22 +100,37 @@ def sq_norms(loss: Loss, *, drop_nonfinite: bool = False) -> Callable[[Params, B
     return norms
 
 
-def norms(loss: Loss) -> Callable[[Params, Batch], tuple[SquaredNorms, jax.Array]]:
-    """Return `(params, batch) -> (SquaredNorms, norms [B] over all parameters)`, also of norms whose squares overflow.
+def norms(loss: Loss, *, smallest: ArrayLike = 0.0) -> Callable[[Params, Batch], tuple[SquaredNorms, jax.Array]]:
+    """Return `(params, batch) -> (SquaredNorms, norms [B] over all parameters)`, also of norms without a square.
 
-    Where a squared norm is infinite, the norms of the losses times 2^-40 are taken as well.
+    In float32, norms beyond 2^64 or, of n parameters, below sqrt(n) 2^-52 have squares that overflow or vanish. A batch
+    with such an example is measured once more, their losses times 2^-64 or 2^64: gradients are linear in the cotangent.
+
+    Args:
+        loss: (params, example) -> scalar.
+        smallest: norms below this need not be told from zero. A batch with norms of zero is then measured once, unless
+            `smallest` is below sqrt(n) 2^-52.
     """
+
+    def scaled(params, both):
+        example, scale = both
+        value = wide(loss(params, example))
+        return value * scale.astype(value.dtype)
 
     def both(params: Params, batch: Batch) -> tuple[SquaredNorms, jax.Array]:
         found = sq_norms(loss)(params, batch)
-        plain = jnp.sqrt(found.total)
+        norms = jnp.sqrt(found.total)
+        least = sum(leaf.size for leaf in jax.tree.leaves(found.grad)) ** 0.5 * 2.0**-52
+        larger = jnp.where((norms < least) & (jnp.asarray(smallest, float) < least), 2.0**64, 1.0)
+        scales = jnp.where(jnp.isfinite(norms), larger, 2.0**-64).astype(norms.dtype)
 
-        def again():
-            small = sq_norms(lambda params, example: wide(loss(params, example)) * 2.0**-40)(params, batch)
-            scaled = jnp.sqrt(small.total)
-            return jnp.where(jnp.isinf(plain) & (scaled > 0), scaled * 2.0**40, plain)
+        def again(state):
+            scales, norms = state
+            total = sq_norms(scaled)(params, (batch, scales)).total
+            return jnp.ones_like(scales), jnp.where(scales == 1, norms, jnp.sqrt(total) / scales)
 
-        return found, jax.lax.cond(jnp.isinf(plain).any(), again, lambda: plain)
+        # Under vmap a loop of one iteration is skipped where no element needs it; a branch would always be computed.
+        return found, lax.while_loop(lambda state: jnp.any(state[0] != 1), again, (scales, norms))[1]
 
     return both
 

@@ -149,8 +149,8 @@ def _row_numbers(starts, table, axes) -> jax.Array:
 def add(equation: Equation, position: int) -> Rule | None:
     """Biases: the gradient is the cotangent, summed over the axes along which w is repeated."""
     shape = equation.invars[position].aval.shape
-    sign = -1 if equation.primitive.name == "sub" and position == 1 else 1
-    return Entries(lambda x, g: sign * _collapsed(g, shape))
+    is_negative = equation.primitive.name == "sub" and position == 1
+    return Entries(lambda x, g: -_collapsed(g, shape) if is_negative else _collapsed(g, shape))
 
 
 def mul(equation: Equation, position: int) -> Rule | None:
@@ -161,7 +161,7 @@ def mul(equation: Equation, position: int) -> Rule | None:
 
 def _collapsed(g: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     axes = [i for i in range(g.ndim) if not shape or shape[i] != g.shape[i]]
-    return jnp.sum(wide(g), axes).reshape(shape)
+    return jnp.sum(wide(g), axes).reshape(shape) if axes else wide(g)
 
 
 RULES: dict[str, Callable[[Equation, int], Rule | None]] = {

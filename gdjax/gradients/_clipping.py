@@ -37,6 +37,7 @@ class Clipped(NamedTuple):
     Attributes:
         losses: [B], not weighted; zero for an example of weight 0.
         norms: [B], of the gradients of w l before clipping, over all trained parameters; with `groups`, {group: [B]}.
+            In float32, of n parameters, a norm below sqrt(n) 2^-52 may be given as 0 where C is above that.
         weights: [B]; ones where there is no `weight`, and 0 for an example that was dropped.
         num_dropped: int32, examples of a positive weight that were dropped because their norm is not finite.
     """
@@ -113,7 +114,7 @@ def clipped(
         if len(bounds) > 1 or not is_linear(of_train, train, one):
             fitting = max(FORMED // sum(jnp.size(leaf) for leaf in jax.tree.leaves(train)), 1)
             size, way = min(fitting, microbatch_size or fitting), by_forming
-        clip = partial(way, of_train, train, names, bounds, factor or _flat, drop_nonfinite)
+        clip = partial(way, of_train, train, names, bounds, factor or _one, drop_nonfinite)
         grad, (losses, norms, kept) = over_pieces(clip, examples, weights, size=size)
         denominator = jnp.sum(kept) if expected_batch_size is None else jnp.asarray(expected_batch_size, float)
         if is_noisy and noise_key is not None:
@@ -207,8 +208,8 @@ def _is_zero(number: ArrayLike) -> bool:
     return not isinstance(number, Tracer) and _allows(number, lambda x: x == 0)
 
 
-def _flat(norm: jax.Array, max_norm: jax.Array) -> jax.Array:
-    return 1 / jnp.maximum(1, norm / max_norm)
+def _one(norm: jax.Array, max_norm: jax.Array) -> jax.Array:
+    return jnp.ones_like(norm)  # what would leave more than C becomes C / norm
 
 
 def _group_names(train: Params, groups: Callable[[str], str] | None) -> list[str]:

@@ -9,6 +9,10 @@ not be; and with several groups of leaves there are several factors an example. 
 formed, some examples at a time, and clipped: what is clipped is what `per_example` returns, whatever the backward pass
 does.
 
+In float32 the sum is right for norms from 1e-30 to 1e30 and C from 1e-18 to 1e18: norms whose squares overflow or
+vanish are measured again, scaled, and factors C / norm, as small as 1e-48, enter the backward pass times a power of
+two. Where a factor of the user's own vanishes in float32, so does the contribution.
+
 On a GPU or TPU, products of float32 are rounded further unless `jax.default_matmul_precision("highest")` forbids it.
 """
 
@@ -20,21 +24,25 @@ from jax import lax
 
 from gdjax import ghost
 from gdjax._trees import wide
-from gdjax.gradients._weights import filled, sums, weigh_cotangent
+from gdjax.gradients._weights import filled, sums
 from gdjax.problem import Loss, Params
-
-SCALE = 2.0**-16
-"""By which gradients are multiplied before they are squared: norms up to 10^24 then have squares in float32, where else
-they would end at 2 10^19. What is lost are gradients below 10^-14."""
 
 
 def _coefficients(bounds, factor, norms, weights):
-    """Return {group: the weights [B] times the factors}."""
+    """Return {group: (the weights [B] times the factors times 2^e, 2^-e)}, e such that none of them vanishes.
+
+    Half the exponent of the smallest factor is what centres the range of the factors, from there up to 1.
+    """
 
     def of_group(norm, bound):
         bound = jnp.asarray(bound, norm.dtype)
-        factors = jnp.clip(factor(norm, bound), 0, bound / norm)
-        return jnp.where(weights > 0, weights.astype(norm.dtype) * factors, 0)
+        (fraction, exponent), (own, its) = jnp.frexp(bound), jnp.frexp(norm)
+        is_clipped = (weights > 0) & (norm > bound) & jnp.isfinite(norm)
+        shift = jnp.max(jnp.where(is_clipped, its - exponent, 0), initial=0) // 2
+        most = jnp.ldexp(fraction / own, exponent - its + shift)
+        factors = jnp.clip(jnp.ldexp(factor(norm, bound), shift), 0, most)
+        unit = jnp.ldexp(jnp.ones_like(norm[0]), -shift)
+        return jnp.where(weights > 0, weights.astype(norm.dtype) * factors, 0), unit
 
     return {group: of_group(norms[group], bounds[group]) for group in bounds}
 
@@ -49,18 +57,14 @@ def by_weighting(loss, train, names, bounds, factor, drop, batch, weights):
     """Return (sum of contributions, (losses, norms, weights)) from norms and a backward pass of weighted losses."""
     [group] = bounds
 
-    def scaled_down(train, example):
-        return weigh_cotangent(loss(train, example), jnp.asarray(SCALE, jnp.float32))
-
-    losses, _, sq_norms = ghost.sq_norms(scaled_down)(train, batch)
-    # Leaves may differ in their dtypes.
-    norm = jnp.sqrt(sum(jnp.asarray(leaf, float) for leaf in jax.tree.leaves(sq_norms))) / SCALE
+    (losses, _, _), norm = ghost.norms(loss, smallest=bounds[group])(train, batch)
     norms = {group: jnp.where(weights > 0, weights.astype(norm.dtype) * norm, 0)}
     if drop:
         weights = _kept(weights, losses, norms)
         batch = filled(batch, weights)
-    [coefficients] = _coefficients(bounds, factor, norms, weights).values()
+    [(coefficients, unit)] = _coefficients(bounds, factor, norms, weights).values()
     (_, grad), _ = sums(loss, train, batch, coefficients)
+    grad = jax.tree.map(lambda g: g * unit.astype(g.dtype), grad)
     return _unless_empty(grad, weights), (losses, norms, weights)
 
 
@@ -79,7 +83,8 @@ def by_forming(loss, train, names, bounds, factor, drop, batch, weights):
     coefficients = _coefficients(bounds, factor, norms, weights)
 
     def total(name, leaf):
-        return jnp.tensordot(coefficients[name].astype(leaf.dtype), leaf, 1, precision=lax.Precision.HIGHEST)
+        factors, unit = (x.astype(leaf.dtype) for x in coefficients[name])
+        return unit * jnp.tensordot(factors, leaf, 1, precision=lax.Precision.HIGHEST)
 
     grad = jax.tree.unflatten(structure, [total(*pair) for pair in zip(names, leaves, strict=True)])
     return _unless_empty(grad, weights), (losses, norms, weights)

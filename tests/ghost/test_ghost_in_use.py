@@ -263,6 +263,25 @@ def test_chunks_hold_no_more_than_the_working_set(monkeypatch):
         assert ghost_cost.chunk_size(sizes, "cpu") == expected
 
 
+def test_a_tree_of_many_small_leaves_gives_xla_no_longer_a_program_than_vmap_of_grad():
+    """Which is what compiling such a tree costs."""
+    layers = [{"weight": jnp.eye(8), "bias": jnp.zeros(8)} for _ in range(20)]
+
+    def its_loss(layers, x):
+        for layer in layers:
+            x = jnp.tanh(x @ layer["weight"] + layer["bias"])
+        return jnp.sum(x**2)
+
+    def materialised(layers, batch):
+        losses, grads = jax.vmap(jax.value_and_grad(its_loss), (None, 0))(layers, batch)
+        norms = jax.tree.map(lambda g: jnp.sum(g**2, tuple(range(1, g.ndim))), grads)
+        return losses, jax.tree.map(lambda g: g.mean(0), grads), norms
+
+    functions = ghost.sq_norms(its_loss), materialised
+    found, by_vmap = (jax.jit(f).lower(layers, jnp.ones((B, 8))).as_text().count("\n") for f in functions)
+    assert found < 1.2 * by_vmap
+
+
 def test_coverage_says_how_every_leaf_is_measured():
     def its_loss(p, x):
         hidden = jnp.tanh(x @ p["dense"] + p["bias"])

@@ -79,6 +79,32 @@ def test_the_error_of_the_gram_form_is_bounded_by_that_of_the_norm_without_cance
         assert bool(is_bad) == (correlation > 0.99)
 
 
+@pytest.mark.parametrize("masked", [1e30, np.inf, np.nan])
+def test_a_position_that_the_loss_masks_is_measured_as_its_gradient_would_be(monkeypatch, masked):
+    """In the Gram form its square, infinite, meets a cotangent of zero; in the gradient 1e30 does, and inf is NaN."""
+    monkeypatch.setattr(ghost_cost, "cheapest", lambda sizes, device: ghost_cost.Way("gram"))
+    batch = normal(1, 3, 4, 8).at[1, 2].set(masked)
+    w, low = normal(0, 8, 8), jnp.asarray([1.0, 1.0, 0.0, 1.0])[:, None]
+
+    def loss(w, x):
+        return jnp.sum((x @ w) * low)
+
+    with jax.debug_nans(False):
+        found = jax.jit(ghost.sq_norms(loss))(w, batch).sq_norms
+        gradients = np.asarray(jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(w, batch), float)
+    np.testing.assert_allclose(found, (gradients**2).sum((1, 2)), rtol=1e-5)
+    assert np.isfinite(found[1]) == (masked == 1e30)
+
+
+def test_the_branch_for_norms_that_cancel_forms_few_gradients_at_a_time(monkeypatch):
+    """Gradients of 64 examples would take 16 MiB; the factors and the chunk of the branch take less than 2."""
+    monkeypatch.setattr(ghost_cost, "cheapest", lambda sizes, device: ghost_cost.Way("gram"))
+    w, batch = jnp.ones((256, 256)), jnp.ones((64, 4, 256))
+    compiled = jax.jit(ghost.sq_norms(lambda w, x: jnp.sum(jnp.tanh(x @ w) ** 2))).lower(w, batch).compile()
+    factors, chunk = 4 * 2 * batch.size, 4 * ghost_cost.WORKING_SET["rare"]
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * factors + 2 * chunk < w.size * len(batch) * 4 / 8
+
+
 def test_activations_whose_squares_overflow_do_no_harm_where_the_gradient_is_small():
     """Examples: 1e20 times a cotangent of 0, of 1e-10, and plain ones."""
 
@@ -112,13 +138,15 @@ def test_nor_where_the_squares_of_cotangents_vanish_or_overflow(monkeypatch, num
     np.testing.assert_allclose(gram, np.einsum("bio,cio->bc", gradients, gradients), rtol=1e-4, atol=1e-5)
 
 
-def test_norms_beyond_the_largest_square():
-    batch = jnp.asarray([[1e20, 0.0], [3.0, 4.0], [jnp.inf, 0.0]])
+def test_norms_whose_squares_overflow_or_vanish():
+    batch = jnp.asarray([[1e20, 0.0], [3.0, 4.0], [jnp.inf, 0.0], [3e-30, 4e-30], [0.0, 0.0], [1e30, 1e30]])
     found, norms = jax.jit(ghost.norms(lambda w, x: x @ w))(jnp.ones(2), batch)
-    np.testing.assert_allclose(norms, [1e20, 5, np.inf], rtol=1e-6)
-    np.testing.assert_array_equal(found.total, [np.inf, 25, np.inf])
-    _, norms = jax.jit(ghost.norms(lambda w, x: x @ w))(jnp.ones(2), batch[1:2])
-    np.testing.assert_array_equal(norms, [5])
+    np.testing.assert_allclose(norms, [1e20, 5, np.inf, 5e-30, 0, 2**0.5 * 1e30], rtol=1e-6)
+    np.testing.assert_array_equal(found.total, [np.inf, 25, np.inf, 0, 0, np.inf])
+    # A norm of zero is none to look at twice, where what is small need not be told from it.
+    of_bound = jax.jit(lambda least, x: ghost.norms(lambda w, x: x @ w, smallest=least)(jnp.ones(2), x)[1])
+    np.testing.assert_array_equal(of_bound(1.0, batch[3:5]), [0, 0])
+    np.testing.assert_allclose(of_bound(1e-20, batch[3:5]), [5e-30, 0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("bad", [jnp.inf, jnp.nan])
