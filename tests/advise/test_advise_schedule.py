@@ -53,7 +53,8 @@ def test_the_fitted_twin_predicts_runs_that_it_has_not_seen(twin, rates, sizes):
 
 
 def exact_twin():
-    return Fitted(np.asarray(H), np.asarray(1 / H**0.5), np.asarray(0.4 * H), np.asarray(0.3 * H), LEVEL, 0.05, 150)
+    h = np.asarray(H)
+    return Fitted(h, 1 / h**0.5, 0.4 * h, 0.3 * h, LEVEL, 0.05, 150, 0.3)
 
 
 BOUNDS = Bounds((8, 16, 32, 64, 128), lambda size: 0.5, lambda size: 1e-3 + 1e-4 * size, 400)
@@ -73,28 +74,37 @@ def test_every_way_that_is_planned_reaches_the_target_in_its_bounds(ways):
     for kind, way in ((kind, way) for kind, some in ways.items() for way in some):
         sizes = np.repeat([size for _, size in way.schedule], [count for count, _ in way.schedule])
         shares = 1 - np.arange(way.num_updates) / way.num_updates if way.decays else np.ones(way.num_updates)
-        end = loss_of(way.learning_rate * shares, sizes)[-1]
-        assert TARGET * 0.9 < end < TARGET * 1.02, (kind, way)
+        losses = loss_of(way.learning_rate * shares, sizes)
+        assert losses[-1] < TARGET * 1.02, (kind, way)
+        until = 1 + int(np.argmax(losses <= max(TARGET, losses.min())))
+        assert until > 0.79 * way.num_updates if way.decays else until > 0.93 * way.num_updates, (kind, way)
         assert set(sizes) <= set(BOUNDS.sizes)
         assert way.learning_rate <= (1.0 if way.decays else 0.5) * (1 + 1e-9)
         assert (np.diff(sizes) >= 0).all()
         assert kind in ("ramp", "both") or len(way.schedule) == 1
-        seconds = sum(count * BOUNDS.seconds_per_update(size) for count, size in way.schedule)
+        seconds = sum(BOUNDS.seconds_per_update(size) for size in sizes[:until])
         np.testing.assert_allclose(way.seconds[1], seconds, rtol=0.06)  # rounded to whole updates
         assert way.seconds[0] < way.seconds[1] < way.seconds[2]
 
 
 @pytest.mark.parametrize("decays", [False, True])
-def test_runs_of_the_twin_in_pieces_end_where_single_updates_do(decays):
+def test_runs_of_the_twin_in_pieces_end_and_arrive_where_single_updates_do(decays):
     sizes, num_updates = np.asarray([[8, 16, 64], [16, 16, 32]]), 1500
-    columns = {"rates": np.asarray([0.4, 0.2]), "shares": np.asarray([[0.4, 0.92], [0.75, 0.85]]), "sizes": sizes}
-    share = np.arange(num_updates) / num_updates
-    for rate, (first, second), (a, b, c), end in zip(
-        *columns.values(), _ways._ends(exact_twin(), columns, num_updates, decays), strict=True
-    ):
+    columns = {"rates": np.asarray([0.4, 0.2]), "shares": np.asarray([[0.1, 0.92], [0.75, 0.85]]), "sizes": sizes}
+    excess, share = 0.012, np.arange(num_updates) / num_updates
+    found = zip(*_ways._runs(exact_twin(), columns | {"costs": 1e-3 * sizes}, num_updates, excess, decays), strict=True)
+    arrived = []
+    for rate, (first, second), (a, b, c), (end, updates, seconds) in zip(*columns.values(), found, strict=True):
         each = np.where(share < first, a, np.where(share < second, b, c))
-        exact = loss_of(rate * (1 - share) if decays else np.full(num_updates, rate), each)[-1] - LEVEL
-        np.testing.assert_allclose(end, exact, rtol=0.01)
+        exact = loss_of(rate * (1 - share) if decays else np.full(num_updates, rate), each) - LEVEL
+        np.testing.assert_allclose(end, exact[-1], rtol=0.01)
+        arrived.append(bool((exact <= excess).any()))
+        if arrived[-1]:
+            until = 1 + int(np.argmax(exact <= excess))
+            np.testing.assert_allclose([updates, seconds], [until, 1e-3 * each[:until].sum()], rtol=0.02)
+        else:
+            assert np.isinf([updates, seconds]).all()
+    assert any(arrived)
 
 
 @pytest.mark.parametrize(("left", "seeds", "kinds"), [(1e4, 3, 4), (130.0, 1, 4), (70.0, 0, 4), (10.0, 0, 1)])
