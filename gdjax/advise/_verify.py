@@ -53,7 +53,7 @@ class Effort(NamedTuple):
         return 5 * self.seeds * self.ways + self.fresh
 
 
-EFFORTS = Effort(3, 2, 9), Effort(1, 1, 3), Effort(0, 1, 3)
+EFFORTS = Effort(3, 3, 9), Effort(1, 1, 3), Effort(0, 1, 3)
 
 
 class Check(NamedTuple):
