@@ -1,5 +1,6 @@
 """What a plan is made from: short runs at two batch sizes, the time of an update; and how far a local twin is right."""
 
+import dataclasses
 import math
 import time
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from gdjax import tuning
 from gdjax._trees import kept
@@ -29,6 +31,34 @@ NUM_RUNS = 9  # side by side in one program
 FEWEST, MOST = 64, 512  # examples of the twin about given parameters
 
 
+def falling(optimizer: Optimizer) -> Optimizer:
+    """Return the optimiser of a row: the learning rate, and the part of it by which it falls at every update, to 0."""
+
+    def make(row):
+        shares = optax.scale_by_schedule(lambda count: jnp.maximum(0.0, 1 - row[1] * count.astype(row.dtype)))
+        return optax.chain(optimizer(row[0]), shares)  # pyright: ignore
+
+    return make
+
+
+def training(problem: Problem, optimizer: Optimizer, goal: Target):
+    """Return the trainer of such rows: one program for a batch size serves pilot and all ways."""
+    rows = kept(problem, ("falling", optimizer), lambda: falling(optimizer))
+    return tuning.training(problem, rows, goal, num_runs=NUM_RUNS)
+
+
+def searching(problem: Problem, optimizer: Optimizer, goal: Target, fall: float = 0.0) -> Search:
+    """Return the search over rates that all fall by this part at every update."""
+    search = tuning.search(training(problem, optimizer, goal), goal, lambda values: values)
+
+    def run(learning_rates, **options):
+        rates = np.asarray(learning_rates, float)
+        found = search(np.stack([rates, np.full_like(rates, fall)], 1), **options)
+        return dataclasses.replace(found, learning_rates=rates)
+
+    return run
+
+
 def pilots(problem: Problem, search: Search, usual: float, key, clock: Clock):
     """Return the tunings {B: Tuning} at two batch sizes, what they show of the loss, and the loss before any update."""
     found, curves, start = {}, [], math.nan
@@ -40,10 +70,7 @@ def pilots(problem: Problem, search: Search, usual: float, key, clock: Clock):
         options = {"batch_size": size, "num_seeds": 1, "key": key, "remember": True}
         limits = {"max_examples": PILOT_EPOCHS * problem.num_examples, "deadline": clock.until(share)}
         tuned = tuning.search_grid(partial(search, **options, late=4.0), tuning.grid(middle), **limits)
-        if tuned.history is None:
-            raise ValueError(
-                "optimizer: its own schedule of the rate is in the way; whether it falls is found out here"
-            )
+        assert tuned.history is not None
         start = float(tuned.history.values[0, 0, 0])
         new = _curves(tuned, start)
         if not new and clock.late(share):
@@ -111,8 +138,8 @@ def local_twins(
     clock.show(f"the twin about given parameters, by {num_examples} examples")
     size, tuned = next(iter(found.items()))
     count = float(tuned.losses.min()) if tuned.found else float(tuned.history.updates[-1])
-    trainer = tuning.training(problem, make, goal, num_runs=NUM_RUNS)
-    run = trainer.start(np.asarray([tuned.rate]), num_seeds=1, key=jax.random.clone(key))
+    trainer = training(problem, make, goal)
+    run = trainer.start(np.asarray([[tuned.rate, 0.0]]), num_seeds=1, key=jax.random.clone(key))
     only, locals_ = np.arange(len(run.seeds)) == 0, []
     options = LANCZOS | {"max_examples": num_examples}
     build = kept(problem, ("local twin", num_examples), lambda: jax.jit(partial(local_twin, problem, **options)))

@@ -244,6 +244,7 @@ class Plan:
                 "decays": way.decays,
                 "updates": way.num_updates,
                 "examples": way.num_examples,
+                "predicted_updates": way.updates,
                 "seconds": way.seconds,
                 "run": kind in self.runs
                 and {

@@ -10,18 +10,17 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 import jax
-import numpy as np
 
 from gdjax import tuning
 from gdjax.advise._fitted import at, fitted
 from gdjax.advise._pilot import (
-    NUM_RUNS,
     PILOT_EPOCHS,
     PILOTS,
     batch_sizes,
     highest_rate,
     local_twins,
     pilots,
+    searching,
     update_times,
 )
 from gdjax.advise._plan import GIVEN_UP, Plan, Run, Times
@@ -73,8 +72,13 @@ def schedule(
     make, usual = tuning.named(optimizer)
     clock = Clock(time.perf_counter(), seconds, PILOT_EPOCHS * problem.num_examples, progress)
     pilot_key, twin_key, fresh_key = jax.random.split(jax.random.key(seed), 3)
-    plain = tuning.searching(problem, make, goal, num_runs=NUM_RUNS)
-    found, curves, start = pilots(problem, plain, usual, pilot_key, clock)
+    try:
+        make(0.1)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "optimizer: its own schedule of the rate is in the way; whether it falls is found out here"
+        ) from error
+    found, curves, start = pilots(problem, searching(problem, make, goal), usual, pilot_key, clock)
     sizes = batch_sizes(problem, min(found))
     rate = next(iter(found.values())).rate
     times, compiling = update_times(problem, make, sizes, rate, clock)
@@ -113,7 +117,7 @@ def schedule(
 def _affordable(
     planned: Mapping[str, Sequence[Way]], times: Times, compiling: float, left: float
 ) -> tuple[list[str], Effort, list[str]]:
-    """Return which kinds are run, the fastest first, with what effort, and what is left out for want of time.
+    """Return in which order kinds are run, the fastest first, with what effort, and what is left out for want of time.
 
     Args:
         planned: ways of each kind.
@@ -125,15 +129,13 @@ def _affordable(
     # The constant is what the others are compared with.
     kinds = sorted(planned, key=lambda kind: (kind not in (fastest, "constant"), planned[kind][0].seconds[1]))
     looks = LOOKS * NUM_LOOKED_AT * times(PILOTS[-1]) / PILOTS[-1]
-    each = looks + np.asarray([planned[kind][0].seconds[1] for kind in kinds])
-    costs = {effort: np.cumsum(COMPILATIONS * compiling + effort.runs * each) for effort in EFFORTS}
-    effort = next((effort for effort in EFFORTS if costs[effort][-1] <= left), EFFORTS[-1])
-    affordable = max(1, int(np.searchsorted(costs[effort], left)))
-    unknown = [f"{kind}, run: the budget does not allow it" for kind in kinds[affordable:]]
-    if effort != EFFORTS[0]:
-        tuned = f"each was tuned with {effort.seeds} at first" if effort.seeds else "they are near those of the plan"
-        unknown.append(f"the best rate over seeds: {tuned}, for want of time")
-    return kinds[:affordable], effort, unknown
+    each = sum(looks + planned[kind][0].seconds[1] for kind in kinds)
+    costs = {effort: len(kinds) * COMPILATIONS * compiling + effort.runs * each for effort in EFFORTS}
+    effort = next((effort for effort in EFFORTS if costs[effort] <= left), EFFORTS[-1])
+    if effort == EFFORTS[0]:
+        return kinds, effort, []
+    tuned = f"each was tuned with {effort.seeds} at first" if effort.seeds else "they are those of the plan"
+    return kinds, effort, [f"the best rate over seeds: {tuned}, for want of time"]
 
 
 def _origin(planned: Sequence[Way], run: Run | None) -> Way:

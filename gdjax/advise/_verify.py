@@ -5,7 +5,6 @@ best with more, and then it is run. What its share cut off has another go; and t
 more seeds of all that may be the best, for a few seeds at the edge of what converges are luck.
 """
 
-import dataclasses
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,11 +14,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
 
 from gdjax import batching, tuning
-from gdjax._trees import kept
-from gdjax.advise._pilot import NUM_RUNS
+from gdjax.advise._pilot import searching
 from gdjax.advise._plan import EQUAL, GIVEN_UP, Run, Times, best_of, counted, ratio
 from gdjax.advise._tunings import Clock
 from gdjax.advise._ways import EARLY, FINE, Way
@@ -79,24 +76,13 @@ class Check(NamedTuple):
     key: jax.Array
     clock: Clock
 
-    def search(self, way: Way) -> Search:
-        """Return the search along ways of one kind; its programs are kept with the problem."""
-        make = self.optimizer
-        if way.decays:
-            make = kept(self.problem, ("decaying", make), lambda: decaying(self.optimizer))
-        runs = tuning.training(self.problem, make, self.goal, num_runs=NUM_RUNS)
-        return tuning.search(runs, self.goal, lambda values: values)
-
-
-def decaying(optimizer: Any) -> Optimizer:
-    """Return the optimiser whose rate falls to 0 in proportion to the updates left: (rate, num_updates) -> optax."""
-    if hasattr(optimizer, "schedule"):  # one by name
-        return dataclasses.replace(optimizer, schedule="linear")
-
-    def make(rate, num_updates):
-        return optax.chain(optimizer(rate), optax.scale_by_schedule(optax.linear_schedule(1.0, 0.0, num_updates)))
-
-    return make
+    def over(self, way: Way, num_seeds: int, key: jax.Array, ends: float) -> Search:
+        """Return `rates -> Tuning` along a way; one of a rate that stays may go on."""
+        phases = batching.Phases.of(way.schedule)
+        most = phases.examples(way.num_updates * (1 if way.decays else GIVEN_UP))
+        fall = 1 / way.num_updates if way.decays else 0.0
+        fixed = {"batch_size": phases, "num_seeds": num_seeds, "key": key, "max_examples": most, "deadline": ends}
+        return partial(searching(self.problem, self.optimizer, self.goal, fall), **fixed)
 
 
 def verified(
@@ -110,14 +96,15 @@ def verified(
         cut = []
         for i, kind in enumerate(waiting):
             now = time.perf_counter()
-            ends = now + (check.clock.until(share) - now) / (len(waiting) - i)
+            # Where there is no time to tune, all of it is there for the first of them.
+            ends = now + (check.clock.until(share) - now) / (len(waiting) - i if check.effort.seeds else 1)
             worth = [way for way in planned[kind] if way.seconds[1] < WORTH * planned[kind][0].seconds[1]]
             run, tuned = _run(check, worth[: check.effort.ways], ends) if now < ends else (None, False)
             late = time.perf_counter() >= ends
             if run is not None:
                 runs[kind] = run
                 why.pop(kind, None)
-                if not tuned:
+                if not tuned and check.effort.seeds:
                     why[kind] = "tuned: the budget ended before, it is as it was planned"
             elif late:
                 cut.append(kind)
@@ -167,13 +154,14 @@ def _run(check: Check, ways: Sequence[Way], ends: float) -> tuple[Run | None, bo
     begun = time.perf_counter()
     tuned_by, climbed_by = (begun + share * (ends - begun) for share in (TUNING_SHARE, CLIMBING_SHARE))
     tune_key, climb_key = jax.random.split(jax.random.fold_in(check.key, MOST_ROUNDS))
-    search = check.search(ways[0])
     best: tuple[float, Way] = math.inf, ways[0]
     for way in ways if check.effort.seeds else ():
-        best = min(best, _tuned(check, search, way, best[0], tune_key, tuned_by), key=itemgetter(0))
+        best = min(best, _tuned(check, way, best[0], tune_key, tuned_by), key=itemgetter(0))
     if check.effort.seeds and math.isinf(best[0]) and time.perf_counter() < tuned_by:
         return None, False  # it was not for want of time
-    way, tried = _climbed(check, search, best[1], climb_key, climbed_by)
+    way, tried = best[1], False
+    if check.effort.seeds:
+        way, tried = _climbed(check, way, climb_key, climbed_by)
     runs = []
     for _ in range(NUM_ATTEMPTS):  # what some seeds survive and reach may be too fast and too short for others
         check.clock.show(f"running {way.kind} with fresh seeds")
@@ -191,10 +179,10 @@ def _run(check: Check, ways: Sequence[Way], ends: float) -> tuple[Run | None, bo
 
 def _fresh(check: Check, way: Way, rounds: range, ends: float) -> np.ndarray | None:
     """Return the updates of a way with fresh seeds, infinite where it does not arrive; None where time is short."""
-    search, updates = check.search(way), []
+    updates = []
     for i in rounds:
         key = jax.random.fold_in(check.key, i)
-        found = _over(search, way, check.effort.fresh, key, ends)(np.asarray([way.learning_rate]))
+        found = check.over(way, check.effort.fresh, key, ends)(np.asarray([way.learning_rate]))
         if np.isinf(found.costs).any() and time.perf_counter() > ends:
             return None
         updates.append(found.costs[0])
@@ -206,7 +194,7 @@ def _slower(way: Way) -> Way:
     return way.stretched(LONGER if way.decays else 1.0)._replace(learning_rate=way.learning_rate / FINE)
 
 
-def _climbed(check: Check, search: Search, way: Way, key: jax.Array, late: float) -> tuple[Way, bool]:
+def _climbed(check: Check, way: Way, key: jax.Array, late: float) -> tuple[Way, bool]:
     """Return the best of a way, its neighbours, theirs, and so on, with as many seeds as it is run with in the end.
 
     And whether there was time for any neighbour.
@@ -215,7 +203,7 @@ def _climbed(check: Check, search: Search, way: Way, key: jax.Array, late: float
 
     def seconds(tried: Way) -> float:
         check.clock.show(f"tuning {tried.kind}, {tried.num_updates} updates from batch size {tried.schedule[0][1]}")
-        found = _over(search, tried, check.effort.fresh, key, late)(np.asarray([tried.learning_rate]))
+        found = check.over(tried, check.effort.fresh, key, late)(np.asarray([tried.learning_rate]))
         run = counted(tried, found.costs[0], check.times)
         return math.inf if run.missed >= len(run.updates) / 2 else float(run.seconds.mean())
 
@@ -255,7 +243,7 @@ def _neighbours(way: Way, sizes: Sequence[int]) -> Iterator[Way]:
             yield there.stretched(factor**-0.5)
 
 
-def _tuned(check: Check, search: Search, way: Way, least: float, key: jax.Array, late: float) -> tuple[float, Way]:
+def _tuned(check: Check, way: Way, least: float, key: jax.Array, late: float) -> tuple[float, Way]:
     """Return (seconds to the target, the way with the rate and length of these); infinity where it does not arrive.
 
     Longer ones are tried as long as they are faster, and as they may be faster than `least` seconds; and shorter ones
@@ -264,7 +252,7 @@ def _tuned(check: Check, search: Search, way: Way, least: float, key: jax.Array,
 
     def attempt(tried: Way, rate: float) -> tuple[float, Way, float]:
         check.clock.show(f"tuning {way.kind}, {tried.num_updates} updates from batch size {tried.schedule[0][1]}")
-        over = _over(search, tried, check.effort.seeds, key, late)
+        over = check.over(tried, check.effort.seeds, key, late)
         found = tuning.search_grid(over, rate * FACTOR ** np.arange(-1.0, 2.0), deadline=late)
         updates = float(found.losses.min())
         seconds = check.times.until(tried.schedule, updates) if found.found else math.inf
@@ -285,11 +273,3 @@ def _tuned(check: Check, search: Search, way: Way, least: float, key: jax.Array,
             break
         best = found
     return best[:2]
-
-
-def _over(search: Search, way: Way, num_seeds: int, key: jax.Array, ends: float) -> Search:
-    """Return `rates -> Tuning` along a way; one of a rate that stays may go on."""
-    phases = batching.Phases.of(way.schedule)
-    most = phases.examples(way.num_updates * (1 if way.decays else GIVEN_UP))
-    fixed = {"batch_size": phases, "num_seeds": num_seeds, "key": key, "max_examples": most, "deadline": ends}
-    return partial(search, **fixed)

@@ -42,14 +42,14 @@ class Way(NamedTuple):
         kind: a name in KINDS.
         schedule: ((num_updates, B), ...).
         learning_rate: at the start.
-        loss: at the end, by the twin.
+        updates: to the target, by the twin.
         seconds: (low, predicted, high), an interval of 90 %.
     """
 
     kind: str
     schedule: tuple[tuple[int, int], ...]
     learning_rate: float
-    loss: float
+    updates: float
     seconds: tuple[float, float, float]
 
     @property
@@ -119,11 +119,11 @@ def plan(
                 if here[at] < (found[kind, first].seconds[1] if (kind, first) in found else math.inf):
                     interval = seconds[at] / width, seconds[at], seconds[at] * width
                     chosen = {name: column[at] for name, column in ways.items()}
-                    count, end = num_updates, twin.level + float(ends[at])
+                    count = num_updates
                     if not KINDS[kind][0]:  # what would come after the target changes nothing
-                        count, end = math.ceil(updates[at]), target
+                        count = math.ceil(updates[at])
                         chosen["shares"] = np.minimum(1.0, chosen["shares"] * num_updates / count)
-                    found[kind, first] = _way(kind, chosen, count, end, interval)
+                    found[kind, first] = _way(kind, chosen, count, updates[at], interval)
                     least[kind] = min(least.get(kind, math.inf), float(seconds[at]))
             # What diverged, or is long beaten, is not asked again.
             each = (_lengths(ways["shares"]) * ways["costs"]).sum(1)
@@ -140,7 +140,9 @@ def plan(
     return {kind: [way for (of, _), way in by_time if of == kind] for kind in kinds}
 
 
-def _way(kind: str, chosen: dict[str, Any], num_updates: int, loss: float, seconds: tuple[float, float, float]) -> Way:
+def _way(
+    kind: str, chosen: dict[str, Any], num_updates: int, updates: float, seconds: tuple[float, float, float]
+) -> Way:
     """Return the way of a candidate, phases of no update left out and those of one size put together."""
     ends = np.rint(num_updates * np.asarray([*chosen["shares"], 1.0])).astype(int)
     merged: list[list[int]] = []
@@ -150,7 +152,7 @@ def _way(kind: str, chosen: dict[str, Any], num_updates: int, loss: float, secon
         elif count:
             merged.append([count, size])
     schedule = tuple((count, size) for count, size in merged)
-    return Way(kind, schedule, float(chosen["rates"]), float(loss), seconds)
+    return Way(kind, schedule, float(chosen["rates"]), float(updates), seconds)
 
 
 def _lengths(shares: np.ndarray) -> np.ndarray:
