@@ -217,9 +217,14 @@ def test_a_difference_is_foreseen_beyond_the_error_of_rates_twin_and_seeds_only(
     assert ("rightly" in plan.sentence()) == (claims == {"constant": True})
 
 
-def test_the_error_of_a_ratio_is_without_what_runs_have_in_common():
-    assert _fitted._width([0.0] * 6, 4) < 0.6 * _fitted._width([0.5] * 4, 4)
-    np.testing.assert_allclose(_fitted._width([], 0), 1.645 * 0.3)
+def test_the_error_of_a_ratio_is_without_what_runs_have_in_common(monkeypatch):
+    slow, none = Fitted(np.asarray([0.1 / 1.5]), np.asarray([30.0]), *2 * [np.zeros(1)], 0.0, 0.0, 0, 0.0), 0.0
+    monkeypatch.setattr(_fitted, "_fit", lambda *_: slow)  # every run takes 1.5 times what it did
+    updates = np.arange(1, 1000)
+    curves = [Curve(rate, 8, updates, (1 - 0.1 * rate) ** (2 * updates)) for rate in (0.01, 0.02, 0.03, 0.04)]
+    twin = _fitted.fitted(curves, start=1.0, target=0.5)
+    for error, own in ((twin.error, np.log(1.5)), (twin.ratio_error, none)):
+        np.testing.assert_allclose(error, 1.645 * np.sqrt((4 * 0.3**2 + 4 * (1.4826 * own) ** 2) / 8), rtol=0.05)
 
 
 def checking():
