@@ -103,7 +103,8 @@ def plan(
     found: dict[tuple[str, int], Way] = {}
     width = math.exp(twin.error)
     lowest = math.inf
-    num_updates = 4
+    previous = num_updates = 4
+    losses: dict[str, np.ndarray] = {}
     least: dict[str, float] = {}
     while num_updates <= bounds.max_updates and not (found and time.perf_counter() > deadline):
         for kind, ways in candidates.items():
@@ -111,25 +112,32 @@ def plan(
                 continue
             ends, updates, seconds = _runs(twin, ways, num_updates, target - twin.level, KINDS[kind][0])
             lowest = min(lowest, twin.level + float(np.nanmin(ends)))
-            if KINDS[kind][0]:
-                seconds = np.where(updates < EARLY * num_updates, np.inf, seconds)
+            each = (_lengths(ways["shares"]) * ways["costs"]).sum(1)
+            lengths, before, losses[kind] = np.full(len(ends), num_updates), losses.get(kind), twin.level + ends
+            before = losses[kind] if before is None else before
+            if KINDS[kind][0]:  # of some length between this one and the one before, it arrives at the end
+                early = updates < EARLY * num_updates
+                between = np.where(early & (before > target), _between(before, losses[kind], target), np.nan)
+                between = previous * (num_updates / previous) ** between
+                lengths, updates = np.where(early, between, num_updates), np.where(early, between, updates)
+                seconds = np.nan_to_num(np.where(early, between * each, seconds), nan=np.inf, posinf=np.inf)
             for first in bounds.sizes:
                 here = np.where(ways["sizes"][:, 0] == first, seconds, np.inf)
                 at = int(np.argmin(here))
                 if here[at] < (found[kind, first].seconds[1] if (kind, first) in found else math.inf):
                     interval = seconds[at] / width, seconds[at], seconds[at] * width
                     chosen = {name: column[at] for name, column in ways.items()}
-                    count = num_updates
+                    count = math.ceil(lengths[at])
                     if not KINDS[kind][0]:  # what would come after the target changes nothing
                         count = math.ceil(updates[at])
                         chosen["shares"] = np.minimum(1.0, chosen["shares"] * num_updates / count)
                     found[kind, first] = _way(kind, chosen, count, updates[at], interval)
                     least[kind] = min(least.get(kind, math.inf), float(seconds[at]))
             # What diverged, or is long beaten, is not asked again.
-            each = (_lengths(ways["shares"]) * ways["costs"]).sum(1)
             keep = np.isfinite(ends) & (num_updates * each <= LATE * least.get(kind, math.inf))
             candidates[kind] = {name: column[keep] for name, column in ways.items()}
-        num_updates = max(num_updates + 1, int(STEP * num_updates))
+            losses[kind] = losses[kind][keep]
+        previous, num_updates = num_updates, max(num_updates + 1, int(STEP * num_updates))
     if not found:
         raise ValueError(
             f"target={target:g} is below {lowest:.3g}, the least that any way of up to {bounds.max_updates} updates "
@@ -153,6 +161,12 @@ def _way(
             merged.append([count, size])
     schedule = tuple((count, size) for count, size in merged)
     return Way(kind, schedule, float(chosen["rates"]), float(updates), seconds)
+
+
+def _between(before: np.ndarray, after: np.ndarray, target: float) -> np.ndarray:
+    """Return the part of the way, in logarithms, from losses above the target to losses below, where they meet it."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.log(before / target) / np.log(before / after)
 
 
 def _lengths(shares: np.ndarray) -> np.ndarray:
