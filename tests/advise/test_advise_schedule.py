@@ -86,7 +86,8 @@ def test_every_way_that_is_planned_reaches_the_target_in_its_bounds(ways):
         assert (np.diff(sizes) >= 0).all()
         assert kind in ("ramp", "both") or len(way.schedule) == 1
         seconds = sum(BOUNDS.seconds_per_update(size) for size in sizes[:until])
-        np.testing.assert_allclose(way.seconds[1], seconds, rtol=0.08)  # two of some 25 updates
+        # Two of some 25 updates; where a rate falls, it may arrive before what is its end for another length.
+        assert 0.92 < way.seconds[1] / seconds < (1.25 if way.decays else 1.08), (kind, way)
         assert way.seconds[0] < way.seconds[1] < way.seconds[2]
 
 
