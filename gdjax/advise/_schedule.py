@@ -1,7 +1,7 @@
 """The batch as a schedule: which of constant, decay, ramp and both reaches a target first, predicted and then run.
 
 Short runs at two batch sizes are fitted by a quadratic (`_fitted`); by it the best way of each kind is found (`_ways`),
-given the measured time of an update; then all of them are tuned alike and run with fresh seeds.
+given the measured time of an update; then all of them are tuned alike and run with fresh seeds (`_verify`).
 """
 
 import math
@@ -58,7 +58,8 @@ def schedule(
 
     Raises:
         ValueError: for another number of phases, fewer than 64 examples, a target that is not of the training loss or
-            is below what the plan can reach (saying what it can), and a pilot that diverges at every rate.
+            is below what the plan can reach (saying what it can), an optimiser with a schedule of its own, and a pilot
+            that diverges at every rate.
     """
     goal = tuning.parse_target(target, problem) if isinstance(target, str) else target
     if (goal.metric, goal.on) != ("loss", "train"):

@@ -2,7 +2,8 @@
 
 `theory.plans` knows the best ramp in closed form; here batch sizes are powers of two between bounds, the time of an
 update is measured, and the rate is bounded by the smallest batch, as real runs diverge where the quadratic would not.
-So all ramps of up to three phases on a grid are run by the twin, side by side.
+So all ramps of up to three phases on a grid are run by the twin, side by side. Ways are judged as real runs are, by
+where their loss first meets the target: a rate that falls to 0 is often there long before.
 """
 
 import itertools

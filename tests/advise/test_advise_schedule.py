@@ -304,6 +304,7 @@ def test_more_seeds_go_to_what_may_be_the_best(monkeypatch):
         ("accuracy>=0.9", {}, "must be of the training loss"),
         ("loss<=0.1", {"num_phases": 7}, "phases=7 must be 2 or 3"),
         ("loss<=0.1", {"seconds": 0}, "budget=0 seconds must be positive"),
+        ("loss<=0.1", {"optimizer": lambda rate, num_updates: optax.sgd(rate)}, "its own schedule of the rate is in"),
     ],
 )
 def test_bad_input_is_refused_at_once(target, options, message):
