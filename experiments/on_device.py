@@ -101,7 +101,7 @@ def device(smoke: bool, clock: Clock) -> Iterator[dict]:
     """The device itself: peaks at both precisions, and what XLA knows of it, to be compared with ours."""
     small: dict[str, Any] = SMALL if smoke else {"budget": 0.5}
     for precision in ("default", "highest"):
-        yield {"precision": precision} | timing.ceilings(precision=precision, **small)._asdict()
+        yield {"precision": precision} | timing.peaks(precision=precision, **small)._asdict()
     with contextlib.suppress(Exception):  # of this jax alone
         topology: Any = jax.extend.backend.get_backend().get_topology()  # type: ignore[attr-defined]
         yield {"target_config": str(topology.target_config)}
@@ -199,7 +199,7 @@ def ghosts(smoke: bool, clock: Clock) -> Iterator[dict]:
 def peak(smoke: bool, clock: Clock) -> Iterator[dict]:
     """The table of `gdjax bench`, beside the peaks."""
     small: dict[str, Any] = SMALL if smoke else {"budget": 0.3}
-    ceilings = timing.ceilings(**small)
+    peaks = timing.peaks(**small)
     for name in ("mlp-small",) if smoke else ("mlp-large", "mlp-small", "cnn", "transformer"):
         for size in (32,) if smoke else (1024, 256, 32, 1):
             if clock.left() < 0:
@@ -208,7 +208,7 @@ def peak(smoke: bool, clock: Clock) -> Iterator[dict]:
             budget = 0.02 if smoke else 0.3
             yield from (
                 {"model": name} | row
-                for row in bench.measure(bench.MODELS[name](), ways, size, budget=budget, ceilings=ceilings)
+                for row in bench.measure(bench.MODELS[name](), ways, size, budget=budget, peaks=peaks)
             )
 
 

@@ -191,7 +191,7 @@ def flops_of(sizes, batch_size) -> int:
     return batch_size * (6 * sum(weights) - 2 * weights[0])
 
 
-def race(model: str, batch_size: int, num_updates: int, key, ceilings, seconds: float) -> list[dict[str, Any]]:
+def race(model: str, batch_size: int, num_updates: int, key, peaks, seconds: float) -> list[dict[str, Any]]:
     problem = bench.mlp(*SIZES[model])
     init_key, stream_key = jax.random.split(key)
     params = problem.init(init_key)
@@ -203,7 +203,7 @@ def race(model: str, batch_size: int, num_updates: int, key, ceilings, seconds: 
     named = {"race": "updates", "model": model, "batch_size": batch_size, "num_updates": num_updates}
     rows = raced(sides, named, seconds=seconds)
     rate = flops_of(SIZES[model], batch_size) * num_updates / rows[0]["seconds"]["median"]
-    rows[0]["fraction_of_product"] = rate / ceilings.flops_per_second
+    rows[0]["fraction_of_product"] = rate / peaks.flops_per_second
     return rows
 
 
@@ -253,7 +253,7 @@ def race_norms(model: str, num_examples: int, key, seconds: float) -> list[dict[
 def main(options: experiment.Options) -> experiment.Result:
     warnings.filterwarnings("ignore", category=UserWarning, module="sklearn")  # of batches larger than what is fitted
     races = dict.fromkeys(list(UPDATES)[:2], 4) if options.smoke else UPDATES
-    key, ceilings = jax.random.key(options.seed), timing.ceilings(product_size=64 if options.smoke else None)
+    key, peaks = jax.random.key(options.seed), timing.peaks(product_size=64 if options.smoke else None)
     rows, seconds = [], 0.01 if options.smoke else SECONDS
     setting: dict[str, Any] = {"race": "setting", "torch": None, "cpu_count": os.cpu_count()}
     if torch is None:
@@ -261,14 +261,14 @@ def main(options: experiment.Options) -> experiment.Result:
     else:
         setting |= {"torch": torch.__version__, "torch_num_threads": torch.get_num_threads()}
     for (model, batch_size), num_updates in races.items():
-        rows += race(model, batch_size, num_updates, key, ceilings, seconds)
+        rows += race(model, batch_size, num_updates, key, peaks, seconds)
     networks = {("cnn", 1): 4, ("transformer-16", 1): 2} if options.smoke else NETWORK_UPDATES
     for (model, batch_size), num_updates in networks.items():
         rows += race_network(model, batch_size, num_updates, key, seconds, with_compiled=not options.smoke)
     for model in list(SIZES)[: 1 if options.smoke else None] if torch else ():
         rows += race_norms(model, NORMS_OF, key, seconds)
     verdict = judged(rows)
-    return experiment.Result([*rows, setting | {"ceilings": ceilings._asdict()}], verdict, figure(rows, verdict))
+    return experiment.Result([*rows, setting | {"peaks": peaks._asdict()}], verdict, figure(rows, verdict))
 
 
 def judged(rows: list[dict]) -> str:

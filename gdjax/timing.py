@@ -10,7 +10,7 @@
 True
 >>> spread([5.0, 1.0, 2.0, 4.0, 3.0, 3.0, 3.0, 9.0])
 Spread(median=3.0, low=1.0, high=9.0, num_runs=8)
->>> Ceilings(flops_per_second=2e9, bytes_per_second=1e9).least_seconds(flops=1e9, bytes_accessed=1e9)
+>>> Peaks(flops_per_second=2e9, bytes_per_second=1e9).least_seconds(flops=1e9, bytes_accessed=1e9)
 1.0
 """
 
@@ -31,7 +31,7 @@ from gdjax import _files
 CONFIDENCE = 0.95
 MIN_RUNS = 6  # the least for which the range covers the median with 95 %: 1 - 2^(1 - 6)
 PATIENCE = 10  # budgets that so many runs may take
-PRODUCT_SIZE = {"cpu": 2048}  # rows of the square matrices that a ceiling is measured by
+PRODUCT_SIZE = {"cpu": 2048}  # rows of the square matrices that a peak is measured by
 COPY_SIZE = {"cpu": 2**26}  # numbers, more than any cache holds
 ACCELERATOR_PRODUCT_SIZE, ACCELERATOR_COPY_SIZE = 8192, 2**28
 
@@ -78,7 +78,7 @@ class Spread(NamedTuple):
     num_runs: int
 
 
-class Ceilings(NamedTuple):
+class Peaks(NamedTuple):
     """What a device does at best, measured.
 
     Attributes:
@@ -206,13 +206,13 @@ def ratios_in_turn(functions: Sequence[Callable[[], Any]], *, repeats: int = 7) 
     return [ratio(times, last) for times in series]
 
 
-def ceilings(
+def peaks(
     *,
     product_size: int | None = None,
     copy_size: int | None = None,
     budget: float = 1.0,
     precision: jax.lax.PrecisionLike = None,
-) -> Ceilings:
+) -> Peaks:
     """Measure what the default device does at best, each by its fastest run, on random numbers.
 
     Ones take a GPU less power than numbers that mean something, and it runs the faster for it.
@@ -230,7 +230,7 @@ def ceilings(
     left, right = (jax.random.normal(key, (n, n), jnp.float32) for key in keys[:2])
     numbers = jax.random.normal(keys[2], (m,), jnp.float32)
     product = _fastest(partial(jnp.matmul, precision=precision), left, right, budget=budget)
-    return Ceilings(2 * n**3 / product, 8 * m / _fastest(jnp.negative, numbers, budget=budget))
+    return Peaks(2 * n**3 / product, 8 * m / _fastest(jnp.negative, numbers, budget=budget))
 
 
 def keep_compiled(folder: str | os.PathLike) -> None:

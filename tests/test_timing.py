@@ -197,20 +197,20 @@ class Uncounted:
 def test_a_missing_analysis_is_none(counts):
     program = timing.Compiled(Uncounted(counts), 0.0)
     assert (program.flops, program.bytes_accessed, program.temporary_bytes) == (None, None, None)
-    assert timing.Ceilings(1.0, 1.0).least_seconds(program.flops, 1.0) is None
+    assert timing.Peaks(1.0, 1.0).least_seconds(program.flops, 1.0) is None
 
 
 def test_the_roofline_is_the_slower_of_arithmetic_and_memory():
-    ceilings = timing.Ceilings(flops_per_second=100.0, bytes_per_second=10.0)
-    assert ceilings.least_seconds(500.0, 10.0) == 5.0
-    assert ceilings.least_seconds(500.0, 200.0) == 20.0
+    peaks = timing.Peaks(flops_per_second=100.0, bytes_per_second=10.0)
+    assert peaks.least_seconds(500.0, 10.0) == 5.0
+    assert peaks.least_seconds(500.0, 200.0) == 20.0
 
 
-def test_ceilings_count_the_work_of_the_fastest_run(monkeypatch):
+def test_peaks_count_the_work_of_the_fastest_run(monkeypatch):
     """A product of n x n takes 2 n^3 operations, a copy reads and writes 4 bytes a number."""
     durations = iter([3.0, 2.0, 9.0, 4.0, 5.0, 6.0])  # the budget of 14 ends each after three
     monkeypatch.setattr(timing, "timed", lambda function, *args: (function(*args), next(durations)))
-    assert timing.ceilings(product_size=10, copy_size=100, budget=14.0) == (2000 / 2.0, 800 / 4.0)
+    assert timing.peaks(product_size=10, copy_size=100, budget=14.0) == (2000 / 2.0, 800 / 4.0)
 
 
 def test_nothing_to_measure_is_an_error():

@@ -47,7 +47,7 @@ class Candidate(NamedTuple):
 
     @property
     def score(self) -> float:
-        """What candidates are compared by: the mean time and its deviation from seed to seed, added.
+        """What rates of one batch size are compared by: the mean time and its deviation from seed to seed, added.
 
         Beside the rates that diverge a few seeds take much longer than most, and the mean of ten says little of how
         many: where seeds differ, the next ones will.
@@ -134,11 +134,7 @@ def race(
         unknown += [f"the best learning rate at batch size {winner.batch_size}: it is at the edge of those tried"]
     if not winner.reliable:
         unknown += ["a learning rate that every seed survives: none was found"]
-    others = tuple(
-        min((entry for entry in entries if entry.batch_size == size), key=lambda entry: entry.score)
-        for size in sorted(tunings)
-        if size != winner.batch_size
-    )
+    others = tuple(leader for leader in _leaders(entries) if leader.batch_size != winner.batch_size)
     return Race(*winner, others, tunings, tuple(unknown))
 
 
@@ -183,12 +179,19 @@ def _timed_in_turn(choices: Sequence[Choice], late: Callable[[float], bool]) -> 
 
 
 def _leader(entries: Sequence[Candidate]) -> Candidate:
-    """Return the fastest, or a lower rate at its batch size that is as fast but for the noise over seeds."""
-    best = min(entries, key=lambda entry: entry.score)
-    if best.seconds == math.inf:
-        return best
-    as_fast = [entry for entry in entries if entry.batch_size == best.batch_size and _within_noise(entry, best)]
-    return min(as_fast, key=lambda entry: entry.learning_rate)
+    """Return what is the fastest on average, of the leaders of all batch sizes."""
+    return min(_leaders(entries), key=lambda leader: leader.seconds)
+
+
+def _leaders(entries: Sequence[Candidate]) -> list[Candidate]:
+    """Return for each batch size the best rate, or a lower one that is as fast but for the noise over seeds."""
+    leaders = []
+    for size in sorted({entry.batch_size for entry in entries}):
+        rates = [entry for entry in entries if entry.batch_size == size]
+        best = min(rates, key=lambda entry: entry.score)
+        as_fast = [entry for entry in rates if best.reliable and _within_noise(entry, best)]
+        leaders.append(min(as_fast, key=lambda entry: entry.learning_rate, default=best))
+    return leaders
 
 
 def _within_noise(entry: Candidate, best: Candidate) -> bool:

@@ -1,6 +1,6 @@
 """`gdjax bench`: ways to run gradient descent, timed against one another and against what the device could do.
 
->>> rows, ceilings = bench(["mlp-small"], ["scan", "sharded"], [2], budget=0.01, ceilings=timing.Ceilings(1e11, 1e10))
+>>> rows, peaks = bench(["mlp-small"], ["scan", "sharded"], [2], budget=0.01, peaks=timing.Peaks(1e11, 1e10))
 >>> [(row["variant"], row["num_runs"], row.get("over_scan", {}).get("median")) for row in rows]
 [('scan', 1, 1.0), ('sharded', 1, None)]
 >>> rows[1]["skipped"]
@@ -19,7 +19,7 @@ from gdjax import batching, timing
 from gdjax.bench import _variants
 from gdjax.bench._models import MODELS
 from gdjax.problem import Problem
-from gdjax.timing import Ceilings
+from gdjax.timing import Peaks
 
 LEARNING_RATE = 0.01
 BATCH_SIZES = (1, 32, 256)
@@ -40,9 +40,9 @@ def bench(
     batch_sizes: Sequence[int] = BATCH_SIZES,
     *,
     budget: float = BUDGET,
-    ceilings: Ceilings | None = None,
+    peaks: Peaks | None = None,
     progress: Progress = lambda stage, fraction: None,
-) -> tuple[list[Row], Ceilings]:
+) -> tuple[list[Row], Peaks]:
     """Time every variant of every model at every batch size; `lanes` once for all batch sizes.
 
     Args:
@@ -50,11 +50,11 @@ def bench(
         variants: names of `VARIANTS` and 'lanes', or {name: variant}, where 'lanes' needs none.
         batch_sizes: examples per update.
         budget: seconds of timed runs for each program.
-        ceilings: of the device; measured where not given.
+        peaks: of the device; measured where not given.
         progress: called with what is being done and the fraction that is done.
 
     Returns:
-        (rows as `measure` makes them, with the "model"; ceilings). `lanes` is compared with `variants.scans`, and its
+        (rows as `measure` makes them, with the "model"; peaks). `lanes` is compared with `variants.scans`, and its
         batch size is the microbatch of a tick.
 
     Raises:
@@ -64,8 +64,8 @@ def bench(
     loaded, chosen = asked(models, variants, batch_sizes)
     with_lanes = "lanes" in chosen
     chosen = {name: variant for name, variant in chosen.items() if variant is not None and name != "lanes"}
-    progress("ceilings of the device", 0.0)
-    ceilings = ceilings or timing.ceilings()
+    progress("peaks of the device", 0.0)
+    peaks = peaks or timing.peaks()
     num_groups = len(loaded) * (len(batch_sizes) * bool(chosen) + with_lanes)
     rows: list[Row] = []
     done = itertools.count()
@@ -76,7 +76,7 @@ def bench(
         def show(stage: str, fraction: float) -> None:
             progress(f"{model}, B = {size}: {stage}", (number + fraction) / num_groups)
 
-        found = measure(loaded[model], some, size, budget=budget, ceilings=ceilings, progress=show, **rest)
+        found = measure(loaded[model], some, size, budget=budget, peaks=peaks, progress=show, **rest)
         return [{"model": model} | row for row in found]
 
     for model in loaded:
@@ -91,7 +91,7 @@ def bench(
                 num_runs=dict.fromkeys(both, len(batch_sizes)),
                 min_examples=max(batch_sizes),
             )[1:]
-    return rows, ceilings
+    return rows, peaks
 
 
 def asked(
@@ -114,12 +114,12 @@ def measure(
     batch_size: int,
     *,
     budget: float,
-    ceilings: Ceilings,
+    peaks: Peaks,
     num_runs: Mapping[str, int] | None = None,
     min_examples: int = 1,
     progress: Progress = lambda stage, fraction: None,
 ) -> list[Row]:
-    """Compile variants of one batch size, time them in turn, and compare them with "scan" and the device's ceilings.
+    """Compile variants of one batch size, time them in turn, and compare them with "scan" and the device's peaks.
 
     Work is counted on a mean gradient and its update compiled alone, times the updates that were made: the least that
     descent needs, whatever else a variant computes, and independent of how the compiler counts loops.
@@ -127,7 +127,7 @@ def measure(
     Args:
         problem, chosen, batch_size: what is run. "python-loop" is called as it is, the others are compiled.
         budget: seconds of timed runs for each, see `timing.measured_in_turn`.
-        ceilings: of the device.
+        peaks: of the device.
         num_runs: {name: runs of descent that a call makes} where more than one; default that of vmapped-seeds.
         min_examples: that each of them sees.
         progress: called with what is being done and the fraction that is done.
@@ -161,7 +161,7 @@ def measure(
     updates = {name: rows[name]["num_runs"] * len(programs[name].inputs[0][2]) for name in names}
     times = {name: [t / updates[name] for t in series[i]] for i, name in enumerate(names)}
     for name, program in programs.items():
-        rows[name] |= _costs(program, times[name], times.get("scan"), step, ceilings, batch_size)
+        rows[name] |= _costs(program, times[name], times.get("scan"), step, peaks, batch_size)
     return list(rows.values())
 
 
@@ -253,13 +253,13 @@ def _costs(
     times: Sequence[float],
     scan: Sequence[float] | None,
     step: timing.Compiled,
-    ceilings: Ceilings,
+    peaks: Peaks,
     batch_size: int,
 ) -> Row:
     """Return what a row says beside its names; times and those of scan are seconds of an update of one run."""
     seconds, low, high, num_repeats = timing.spread(times)
     flops, bytes_accessed = step.flops, step.bytes_accessed
-    least = ceilings.least_seconds(flops, bytes_accessed)
+    least = peaks.least_seconds(flops, bytes_accessed)
     return {
         "num_updates": len(program.inputs[0][2]),
         "seconds": seconds,
@@ -271,7 +271,7 @@ def _costs(
         "examples_per_second": batch_size / seconds,
         "flops": flops,
         "bytes_accessed": bytes_accessed,
-        "fraction_of_product": None if flops is None else flops / ceilings.flops_per_second / seconds,
+        "fraction_of_product": None if flops is None else flops / peaks.flops_per_second / seconds,
         "fraction_of_roofline": None if least is None else least / seconds,
         "temporary_bytes": program.temporary_bytes,
     }

@@ -217,5 +217,5 @@ def _work(target: Target, problem: Problem, batch_size: int, devices: Sequence[D
             "bytes_accessed": float(program.argument_bytes + program.result_bytes),
             "counted_by": "before the compiler",
         }
-    peaks = timing.Ceilings(target.flops_per_second, target.bytes_per_second)
+    peaks = timing.Peaks(target.flops_per_second, target.bytes_per_second)
     return counted | {"least_seconds": peaks.least_seconds(counted["flops"], counted["bytes_accessed"])}

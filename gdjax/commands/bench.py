@@ -1,8 +1,8 @@
 """What `gdjax bench` is asked and what it shows. Nothing heavy is imported before it runs.
 
 >>> row = {"model": "mlp", "variant": "sharded", "batch_size": 2, "skipped": "one device only"}
->>> ceilings = {"flops_per_second": 1e11, "bytes_per_second": 1e10}
->>> print(table([row], ceilings).splitlines()[-1])
+>>> peaks = {"flops_per_second": 1e11, "bytes_per_second": 1e10}
+>>> print(table([row], peaks).splitlines()[-1])
 sharded     2  skipped: one device only
 """
 
@@ -94,15 +94,15 @@ class Bench:
                 progress() as show,
                 timing.profiled(self.profile) if self.profile is not None else contextlib.nullcontext(),
             ):
-                rows, ceilings = bench.bench(models, chosen, self.batch_sizes, progress=show)
+                rows, peaks = bench.bench(models, chosen, self.batch_sizes, progress=show)
             changes = [] if earlier is None else bench.compared(rows, earlier["rows"])
             here = report.provenance(arguments={}, seed=0, wall_seconds=0.0)
             title = "Ways to run gradient descent on {count} x {kind}; bars are 95% intervals".format(**here["device"])
-            report = table(rows, ceilings._asdict()) + "\n"
+            report = table(rows, peaks._asdict()) + "\n"
             if earlier is not None:
                 report += f"\n{comparison_table(changes, here, earlier['provenance'])}\n"
-            result = {"rows": rows, "ceilings": ceilings._asdict(), "changes": changes}
-            save(result, report, lambda: figure(rows, ceilings._asdict(), title))
+            result = {"rows": rows, "peaks": peaks._asdict(), "changes": changes}
+            save(result, report, lambda: figure(rows, peaks._asdict(), title))
 
 
 def split_cpu(num_devices: int) -> None:
@@ -126,13 +126,13 @@ def split_cpu(num_devices: int) -> None:
         raise ValueError(f"devices={num_devices} comes too late: {error}") from error
 
 
-def table(rows: Sequence[Row], ceilings: dict[str, float]) -> str:
-    """Return the rows as text, the ceilings above."""
+def table(rows: Sequence[Row], peaks: dict[str, float]) -> str:
+    """Return the rows as text, the peaks above."""
     width = max(len(row["variant"]) for row in rows)
     lines = [
-        f"ceilings: matrix product {ceilings['flops_per_second'] / 1e9:.3g} Gflop/s, copy "
-        f"{ceilings['bytes_per_second'] / 1e9:.3g} GB/s. +-%: half the 95% interval of the median. x scan: median of",
-        "ratios in turn, and its interval. product, roofline: of the time that these ceilings allow; cached: above it,",
+        f"peaks: matrix product {peaks['flops_per_second'] / 1e9:.3g} Gflop/s, copy "
+        f"{peaks['bytes_per_second'] / 1e9:.3g} GB/s. +-%: half the 95% interval of the median. x scan: median of",
+        "ratios in turn, and its interval. product, roofline: of the time that these peaks allow; cached: above it,",
         "for the bytes come from a cache. lanes: B is the microbatch of a tick, x scan the scans one after another.",
     ]
     for model in dict.fromkeys(row["model"] for row in rows):
@@ -155,8 +155,8 @@ def comparison_table(changes: Sequence[Row], now: dict[str, Any], then: dict[str
     return "\n".join(lines)
 
 
-def figure(rows: Sequence[Row], ceilings: dict[str, float], title: str) -> "Figure":
-    """Draw examples per second, with the ceiling, and temporary memory against B, a column for each model."""
+def figure(rows: Sequence[Row], peaks: dict[str, float], title: str) -> "Figure":
+    """Draw examples per second, with the peak, and temporary memory against B, a column for each model."""
     from matplotlib.figure import Figure
 
     rows = [row for row in rows if row.get("seconds")]
@@ -169,8 +169,8 @@ def figure(rows: Sequence[Row], ceilings: dict[str, float], title: str) -> "Figu
             points = [row for row in rows if (row["model"], row["variant"]) == (model, variant)]
             _curve(speed, memory, sorted(points, key=lambda row: row["batch_size"]), variant, i)
         work = {row["batch_size"]: row["flops"] for row in rows if row["model"] == model and row["flops"]}
-        rates = [size * ceilings["flops_per_second"] / work[size] for size in sorted(work)]
-        speed.plot(sorted(work), rates, color="gray", linewidth=4, alpha=0.5, label="matrix-product ceiling")
+        rates = [size * peaks["flops_per_second"] / work[size] for size in sorted(work)]
+        speed.plot(sorted(work), rates, color="gray", linewidth=4, alpha=0.5, label="matrix-product peak")
         speed.set(title=model, xscale="log", yscale="log", ylabel="examples per second, of all runs")
         memory.set(xscale="log", yscale="log", ylabel="temporary memory (MB)", xlabel="batch size B (examples)")
         for axis in (speed, memory):

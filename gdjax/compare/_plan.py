@@ -117,7 +117,7 @@ def plan(
             memory limit that not even one example fits into.
     """
     sizes = default_batch_sizes(problem.num_examples) if sizes is None else tuple(sizes)
-    _check(sizes, problem.num_examples, learning_rate, num_epochs, num_seeds, budget, memory, average)
+    _check(sizes, problem, learning_rate, num_epochs, num_seeds, budget, memory, average)
     make, usual = tuning.named(optimizer)
     microbatches = tuning.microbatch_sizes(problem, sizes, memory=memory)
     rates = default_learning_rates(usual)
@@ -213,7 +213,8 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
 
 
-def _check(sizes, num_examples: int, learning_rate, num_epochs, num_seeds, budget: float, memory, average) -> None:
+def _check(sizes, problem: Problem, learning_rate, num_epochs, num_seeds, budget: float, memory, average) -> None:
+    num_examples = problem.num_examples
     for size in sizes:
         if not 1 <= size <= num_examples:
             raise ValueError(f"batch_size={size} must be between 1 and N={num_examples}, the training examples")
@@ -221,8 +222,10 @@ def _check(sizes, num_examples: int, learning_rate, num_epochs, num_seeds, budge
         raise ValueError(f"batch_sizes={tuple(sizes)} must be different, and at least one")
     if learning_rate is not None and not 0 < learning_rate < math.inf:
         raise ValueError(f"learning_rate={learning_rate} must be positive and finite")
-    for name, value, entries in (("num_epochs", num_epochs, num_examples), ("num_seeds", num_seeds, 1)):
-        limit = (2**31 - 1) // entries  # examples seen are counted in int32
+    sizes_of_params = (leaf.size for leaf in jax.tree.leaves(jax.eval_shape(problem.init, jax.random.key(0))))
+    held = max(1, sum(sizes_of_params)) * (1 if learning_rate else DESIGNS[-1][0])  # parameters, of all runs at once
+    for name, value, entries in (("num_epochs", num_epochs, num_examples), ("num_seeds", num_seeds, held)):
+        limit = (2**31 - 1) // entries  # examples seen, and entries of an array, are counted in int32
         if value is not None and not 1 <= value <= limit:
             raise ValueError(f"{name}={value} must be at least 1 and at most {limit}")
     if average is not None and not average > 0:

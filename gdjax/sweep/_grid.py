@@ -5,11 +5,13 @@
 {'rate': 0.5, 'seed': 0, "['loss']": 1.5}
 """
 
+import dataclasses
 import itertools
+import math
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +21,9 @@ from gdjax._trees import is_key, kept
 from gdjax.sweep import _programs
 
 
-class Grid(NamedTuple):
-    """A full product of axes, made by `grid`.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Grid:
+    """A full product of axes, made by `grid`. Its length is the number of its points.
 
     Attributes:
         axes: {name: pytree of arrays and typed keys [A, ...]}, the entries of each axis.
@@ -28,7 +31,10 @@ class Grid(NamedTuple):
     """
 
     axes: dict[str, Any]
-    programs: dict[str, dict[Any, Any]] = {}  # noqa: RUF012  # is only read
+    programs: dict[str, dict[Any, Any]] = dataclasses.field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return math.prod(self.shape)
 
     @property
     def shape(self) -> tuple[int, ...]:

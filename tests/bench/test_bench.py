@@ -134,14 +134,14 @@ def test_rows_follow_from_what_was_measured(monkeypatch):
     linear = Problem(
         lambda key: jnp.zeros(1000), lambda w, x: (x @ w) ** 2, jax.random.normal(jax.random.key(0), (16, 1000))
     )
-    ceilings = timing.Ceilings(flops_per_second=1e6, bytes_per_second=1e4)
+    peaks = timing.Peaks(flops_per_second=1e6, bytes_per_second=1e4)
 
     def refused(problem, learning_rate):
         raise ValueError("not today")
 
     chosen = {"other": variants.unrolled, "scan": variants.scan, "refused": refused}
     other, scan, skipped = bench.measure(
-        linear, chosen, 8, budget=0.0, ceilings=ceilings, num_runs={"other": 5}, min_examples=10_000
+        linear, chosen, 8, budget=0.0, peaks=peaks, num_runs={"other": 5}, min_examples=10_000
     )
     updates = scan["num_updates"]
     assert updates == other["num_updates"] == 10_000 / 8  # more than the 1024 that work so small would get
@@ -174,7 +174,7 @@ def test_runs_are_as_long_as_an_accelerator_needs(monkeypatch):
     problem, least = mlp(4, 2), bench.MAX_UPDATES
     for seconds, updates in ((0.04, 100 * least), (5.0, least)):
         monkeypatch.setattr(timing, "timed", lambda run, *args, seconds=seconds: (run(*args), seconds))
-        [row] = bench.measure(problem, {"scan": variants.scan}, 1, budget=0.0, ceilings=timing.Ceilings(1.0, 1.0))
+        [row] = bench.measure(problem, {"scan": variants.scan}, 1, budget=0.0, peaks=timing.Peaks(1.0, 1.0))
         assert updates <= row["num_updates"] <= updates + 4
 
 
@@ -182,7 +182,7 @@ def test_runs_are_as_long_as_an_accelerator_needs(monkeypatch):
 def test_lanes_are_compared_with_the_scans_one_after_another(monkeypatch):
     """Both run 2 batch sizes over the same examples, at least one batch of the largest, by a microbatch of 2."""
     seen = clocked(monkeypatch, ["scan", "lanes"])
-    [lanes], _ = bench.bench(["mlp-small"], ["lanes"], [2, 600], ceilings=timing.Ceilings(1.0, 1.0))
+    [lanes], _ = bench.bench(["mlp-small"], ["lanes"], [2, 600], peaks=timing.Peaks(1.0, 1.0))
     assert (lanes["variant"], lanes["batch_size"], lanes["num_runs"]) == ("lanes", 2, 2)
     assert lanes["num_updates"] >= 300
     assert lanes["over_scan"]["median"] == 2.0
@@ -201,12 +201,12 @@ def test_where_nothing_is_known_the_table_says_so(monkeypatch):
     """No analysis; fewer repeats than an interval needs; no scan to compare with; faster than memory is: cached."""
     monkeypatch.setattr(timing, "_counted", lambda program, name: None)
     clocked(monkeypatch, ["other"])
-    rows, ceilings = bench.bench(["mlp-small"], ["scan-unrolled"], [1], ceilings=timing.Ceilings(1.0, 1.0))
+    rows, peaks = bench.bench(["mlp-small"], ["scan-unrolled"], [1], peaks=timing.Peaks(1.0, 1.0))
     assert (rows[0]["flops"], rows[0]["fraction_of_product"], rows[0]["fraction_of_roofline"]) == (None, None, None)
-    cells = bench_report.table(rows, ceilings._asdict()).splitlines()[-1].split()
+    cells = bench_report.table(rows, peaks._asdict()).splitlines()[-1].split()
     assert [cells[i] for i in (3, 5, 6, 7)] == ["n/a"] * 4
     fast = rows[0] | {"fraction_of_roofline": 1.5, "num_repeats": 6, "over_scan": {"median": 2, "low": 1, "high": 3}}
-    cells = bench_report.table([fast], ceilings._asdict()).splitlines()[-1].split()
+    cells = bench_report.table([fast], peaks._asdict()).splitlines()[-1].split()
     assert cells[3:8] == ["33", cells[4], "2.00", "(1.00-3.00)", "n/a"]
     assert cells[8] == "cached"
 
@@ -241,7 +241,7 @@ def test_a_change_is_flagged_beyond_the_noise_of_both():
     ],
 )
 def test_bad_input_is_named_before_anything_is_timed(monkeypatch, arguments, message):
-    monkeypatch.setattr(timing, "ceilings", lambda: pytest.fail("something was timed"))
+    monkeypatch.setattr(timing, "peaks", lambda: pytest.fail("something was timed"))
     with pytest.raises(ValueError, match=message):
         bench.bench(*arguments)
 
@@ -263,7 +263,7 @@ def mine(problem, learning_rate):
 def test_the_command_keeps_its_result_and_compares_it_with_an_earlier_one(monkeypatch, tmp_path, capsys):
     (tmp_path / "my_bench.py").write_text(MINE)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(timing, "ceilings", lambda: timing.Ceilings(1e11, 1e10))
+    monkeypatch.setattr(timing, "peaks", lambda: timing.Peaks(1e11, 1e10))
     monkeypatch.setattr(bench, "BUDGET", 0.0)
     command = ["gdjax", "bench", "--models", "my_bench:problem", "--variants", "scan", "microbatched", "my_bench:mine"]
     command += ["--batch-sizes", "1", "4", "--json", "-"]
@@ -290,7 +290,7 @@ def test_the_command_keeps_its_result_and_compares_it_with_an_earlier_one(monkey
 
 def test_a_function_that_is_no_variant_is_named():
     with pytest.raises(ValueError, match=r"variant='os:getcwd' is not \(problem, .*\) -> run: it raised TypeError"):
-        bench.bench(["mlp-small"], {"os:getcwd": os.getcwd}, [1], ceilings=timing.Ceilings(1.0, 1.0))
+        bench.bench(["mlp-small"], {"os:getcwd": os.getcwd}, [1], peaks=timing.Peaks(1.0, 1.0))
 
 
 def test_a_device_is_not_read_as_a_result(tmp_path):

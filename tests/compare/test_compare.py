@@ -170,6 +170,7 @@ def test_a_diverged_run_is_reported_as_diverged():
         ({"learning_rate": float("nan")}, "learning_rate=nan must be positive"),
         ({"num_epochs": 0}, "num_epochs=0 must be at least 1"),
         ({"num_seeds": 0}, "num_seeds=0 must be at least 1"),
+        ({"num_seeds": 10**9}, "num_seeds=1000000000 must be at least 1 and at most"),
         ({"budget": 0.0}, "budget=0.0 must be positive and finite"),
         ({"memory": -1.0}, "memory=-1.0 must be positive and finite"),
         ({"optimizer": "rms"}, "optimizer='rms' is not one of sgd, momentum, nesterov, adam"),
