@@ -18,7 +18,7 @@ from gdjax.tuning import Target
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-EQUAL = 0.05  # slower than the fastest may a simpler way be, where the seeds cannot tell them apart
+EQUAL = 0.03  # slower than the fastest may a simpler way be, where the seeds cannot tell them apart
 GIVEN_UP = 4  # times its updates, a run that has not arrived is given up, or counted as if it had been
 COARSE = 1.645 * math.log(FINE) / 6**0.5  # half-width, 90 %, of a ratio of two times for rates between those tried
 LARGE = 0.2  # relative residual of c_0 + c_1 B from which on the table is used in its place

@@ -31,7 +31,7 @@ TUNING_SHARE, CLIMBING_SHARE = 0.5, 0.75  # of the time that a kind has, when th
 FACTOR = 1.6  # between the rates that a way is tuned over at first
 BETTER = 0.99  # times the seconds of the best, below which a neighbour is taken for better
 NUM_ATTEMPTS, LONGER = 4, 1.3  # to run the best with fresh seeds, and times the updates of the one before
-MOST_ROUNDS = 4  # times the fresh seeds of an effort that what may be the best is run with
+MOST_ROUNDS = 8  # times the fresh seeds of an effort that what may be the best is run with
 
 
 class Effort(NamedTuple):
