@@ -27,10 +27,11 @@ RUN_SHARE, VERIFY_SHARE = 0.8, 0.92  # of the seconds that may be gone when ever
 STRETCHES = 1.0, 1.5, 2.25, 3.4  # times the planned updates that a way is tried over
 SHORTER = 1.15  # times the updates in which a way arrived, where that was long before its end, that are tried then
 WORTH = 2.0  # a way of a kind is tried where it is not slower than the fastest by more than this
-TUNING_SHARE, CLIMBING_SHARE = 0.5, 0.75  # of the time that a kind has, when these end
+TUNING_SHARE, CLIMBING_SHARE = 0.5, 0.85  # of the time that a kind has, when these end
 FACTOR = 1.6  # between the rates that a way is tuned over at first
 BETTER = 0.99  # times the seconds of the best, below which a neighbour is taken for better
 NUM_ATTEMPTS, LONGER = 4, 1.3  # to run the best with fresh seeds, and times the updates of the one before
+LUCK = 1.1  # of ways that have had one round of seeds, a difference from the best below which they have another
 MOST_ROUNDS = 8  # times the fresh seeds of an effort that what may be the best is run with
 
 
@@ -123,7 +124,9 @@ def _settled(check: Check, runs: dict[str, Run]) -> dict[str, Run]:
     ends = check.clock.until(VERIFY_SHARE)
     while runs and time.perf_counter() < ends:
         best = runs[best_of(runs)]
-        near = [kind for kind, run in runs.items() if ratio(run, best)[0] <= 1 + EQUAL]
+        once = check.effort.fresh
+        apart = {kind: LUCK if len(run.updates) == once else 1 + EQUAL for kind, run in runs.items()}
+        near = [kind for kind, run in runs.items() if ratio(run, best)[0] <= apart[kind]]
         kind = min(near, key=lambda kind: len(runs[kind].updates))
         run = runs[kind]
         done = len(run.updates) // check.effort.fresh
@@ -199,7 +202,6 @@ def _climbed(check: Check, way: Way, key: jax.Array, late: float) -> tuple[Way, 
 
     And whether there was time for any neighbour.
     """
-    begun = time.perf_counter()
 
     def seconds(tried: Way) -> float:
         check.clock.show(f"tuning {tried.kind}, {tried.num_updates} updates from batch size {tried.schedule[0][1]}")
@@ -211,7 +213,7 @@ def _climbed(check: Check, way: Way, key: jax.Array, late: float) -> tuple[Way, 
         return way.schedule, round(math.log(way.learning_rate), 3)
 
     best, used = (seconds(way), way), {size for _, size in way.schedule}
-    seen, each, moved = {spot(way)}, time.perf_counter() - begun, True
+    seen, each, moved = {spot(way)}, 0.0, True
     while moved:
         moved = False
         for near in _neighbours(best[1], check.sizes):
@@ -221,7 +223,9 @@ def _climbed(check: Check, way: Way, key: jax.Array, late: float) -> tuple[Way, 
             if spot(near) in seen:
                 continue
             seen, used = seen | {spot(near)}, used | sizes
+            begun = time.perf_counter()
             took = seconds(near)
+            each = min(each or math.inf, time.perf_counter() - begun)  # compiled already
             if took < BETTER * best[0]:
                 best, moved = (took, near), True
                 break
