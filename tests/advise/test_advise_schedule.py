@@ -328,9 +328,9 @@ def test_a_schedule_of_least_squares_is_predicted_and_run():
     assert set(plan.ways) == set(plan.runs) == set(_ways.KINDS)
     assert plan.twin.error < 0.6
     for kind, run in plan.runs.items():
-        assert len(run.updates) in [effort.fresh for effort in _verify.EFFORTS]
+        assert len(run.updates) in [effort.fresh * i for effort in _verify.EFFORTS for i in range(1, 9)]
         assert np.isfinite(run.updates).all()
         assert run.way.kind == kind
     least = min(run.seconds.mean() for run in plan.runs.values())
-    assert plan.runs[plan.way.kind].seconds.mean() <= 1.05 * least
+    assert plan.runs[plan.way.kind].seconds.mean() <= 1.03 * least
     assert jax.tree.leaves(plan.summary())
