@@ -334,3 +334,21 @@ def test_a_schedule_of_least_squares_is_predicted_and_run():
     least = min(run.seconds.mean() for run in plan.runs.values())
     assert plan.runs[plan.way.kind].seconds.mean() <= 1.03 * least
     assert jax.tree.leaves(plan.summary())
+
+
+def test_a_pilot_whose_share_went_into_compilation_has_another_go(monkeypatch):
+    deadlines = []
+
+    def search_grid(search, rates, *, max_examples, deadline):
+        size = search.keywords["batch_size"]
+        deadlines.append((size, deadline - clock.began))
+        # Runs are seen neither the first time, nor at the second batch size.
+        updates, losses = ([0, 4, 8], [2.0, 1.0, 0.5]) if len(deadlines) == 2 else ([0], [2.0])
+        history = SimpleNamespace(updates=np.asarray(updates), values=np.resize(losses, (len(rates), 1, len(losses))))
+        return SimpleNamespace(learning_rates=rates, batch_size=size, rate=rates[0], history=history)
+
+    monkeypatch.setattr(tuning, "search_grid", search_grid)
+    clock = Clock(time.perf_counter() - 30.0, 90.0, 10**9, lambda *_: None)  # a third is gone: more than its share
+    found, curves, start = _pilot.pilots(problems.least_squares(), lambda *_: None, 0.1, jax.random.key(0), clock)
+    assert (list(found), start, len(curves)) == ([16], 2.0, 5)
+    np.testing.assert_allclose([share for size, share in deadlines if size == 16], [0.22 * 90, 0.4 * 90])
