@@ -29,7 +29,7 @@ class Raced(NamedTuple):
 
     Attributes:
         schedule, row: of the best.
-        seconds: [S]; of a run that does not arrive, all that it was given.
+        seconds: [S]; of a run that does not arrive, all that it was given; infinite where more than a sixth do not.
         missed: how many do not.
     """
 
@@ -93,6 +93,7 @@ def fresh(search, times, schedule: Schedule, row: np.ndarray, *, key, longer: fl
     limits: dict[str, Any] = {"num_seeds": FRESH_SEEDS, "max_examples": round(longer * num_examples(schedule))}
     keys = jax.random.split(jax.random.clone(key), ROUNDS)
     costs = np.concatenate([search(row[None], batch_size=phases, key=key, **limits).costs[0] for key in keys])
-    given = np.where(np.isinf(costs), phases.updates(limits["max_examples"]), costs)
-    seconds = np.asarray([times.until(schedule, count) for count in given])
-    return Raced(schedule, row, seconds, int(np.isinf(costs).sum()))
+    missed = int(np.isinf(costs).sum())
+    given = np.where(np.isinf(costs) & (missed <= len(costs) / 6), phases.updates(limits["max_examples"]), costs)
+    seconds = np.asarray([times.until(schedule, u) if u < np.inf else u for u in given])
+    return Raced(schedule, row, seconds, missed)

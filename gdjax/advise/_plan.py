@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 EQUAL = 0.03  # slower than the fastest may a simpler way be, where the seeds cannot tell them apart
+FEW = 1 / 6  # of the seeds may not arrive
 GIVEN_UP = 4  # times its updates, a run that has not arrived is given up, or counted as if it had been
 COARSE = 1.645 * math.log(FINE) / 6**0.5  # half-width, 90 %, of a ratio of two times for rates between those tried
 LARGE = 0.2  # relative residual of c_0 + c_1 B from which on the table is used in its place
@@ -85,6 +86,11 @@ class Run(NamedTuple):
     seconds: np.ndarray
     missed: int = 0
 
+    @property
+    def arrives(self) -> bool:
+        """Whether all but a few seeds arrive."""
+        return self.missed <= FEW * len(self.updates)
+
 
 def counted(way: Way, updates: np.ndarray, times: Times) -> Run:
     """Return the run of a way that took so many updates, infinite where it did not arrive."""
@@ -103,7 +109,8 @@ def ratio(one: Run, other: Run) -> tuple[float, float, float]:
 
 def best_of(runs: Mapping[str, Run]) -> str:
     """Return the kind of the least mean seconds, or a simpler one that seeds do not tell from it, not EQUAL slower."""
-    means = {kind: float(runs[kind].seconds.mean()) for kind in KINDS if kind in runs}
+    some = {kind: run for kind, run in runs.items() if run.arrives} or runs
+    means = {kind: float(some[kind].seconds.mean()) for kind in KINDS if kind in some}
     least = min(means, key=means.__getitem__)
     near = {kind for kind in means if ratio(runs[kind], runs[least])[0] <= 1}
     return next(kind for kind, mean in means.items() if kind in near and mean <= (1 + EQUAL) * means[least])

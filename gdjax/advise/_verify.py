@@ -111,7 +111,7 @@ def verified(
                 cut.append(kind)
                 why[kind] = "run: the budget ended before"
             else:
-                why[kind] = "run: it did not arrive with most seeds"
+                why[kind] = "run: too many seeds did not arrive"
         waiting = cut
     return _settled(check, runs), why
 
@@ -172,7 +172,7 @@ def _run(check: Check, ways: Sequence[Way], ends: float) -> tuple[Run | None, bo
         if updates is None:
             break
         run = counted(way, updates, check.times)
-        runs = [*runs, run] if run.missed < len(updates) / 2 else runs
+        runs = [*runs, run] if run.arrives else runs
         if not run.missed:
             break
         way = _slower(way)
@@ -193,8 +193,8 @@ def _fresh(check: Check, way: Way, rounds: range, ends: float) -> np.ndarray | N
 
 
 def _slower(way: Way) -> Way:
-    """Return the way at a lower rate, over more updates where its rate falls: one that stays goes on anyway."""
-    return way.stretched(LONGER if way.decays else 1.0)._replace(learning_rate=way.learning_rate / FINE)
+    """Return the way at a lower rate, over more updates; one whose rate stays goes on, but GIVEN_UP times at most."""
+    return way.stretched(LONGER if way.decays else LONGER**2)._replace(learning_rate=way.learning_rate / FINE)
 
 
 def _climbed(check: Check, way: Way, key: jax.Array, late: float) -> tuple[Way, bool]:
@@ -207,7 +207,7 @@ def _climbed(check: Check, way: Way, key: jax.Array, late: float) -> tuple[Way, 
         check.clock.show(f"tuning {tried.kind}, {tried.num_updates} updates from batch size {tried.schedule[0][1]}")
         found = check.over(tried, check.effort.fresh, key, late)(np.asarray([tried.learning_rate]))
         run = counted(tried, found.costs[0], check.times)
-        return math.inf if run.missed >= len(run.updates) / 2 else float(run.seconds.mean())
+        return float(run.seconds.mean()) if run.arrives else math.inf
 
     def spot(way: Way) -> tuple[Any, ...]:
         return way.schedule, round(math.log(way.learning_rate), 3)

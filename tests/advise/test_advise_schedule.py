@@ -200,6 +200,10 @@ def test_a_seed_that_does_not_arrive_counts_what_it_was_given():
     np.testing.assert_allclose(run.updates, [9, 40, 12])
     np.testing.assert_allclose(run.seconds, [0.9, 4, 1.2], rtol=1e-6)
     assert run.missed == 1
+    assert not run.arrives  # with a third of the seeds
+    other = _plan.counted(way._replace(kind="both"), np.asarray([80.0, 70.0, 90.0]), times)
+    assert _plan.best_of({"constant": run, "both": other._replace(missed=0)}) == "both"  # slower, but there
+    assert _plan.best_of({"constant": run}) == "constant"
 
 
 @pytest.mark.parametrize(
