@@ -10,6 +10,7 @@ measured L in the noise, all that is not known is linear in the loss of a run: s
 non-negative least squares of relative errors, on a grid of curvatures as wide as the runs can tell apart.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -54,6 +55,7 @@ class Fitted(NamedTuple):
         level: the loss at its minimum.
         error: half-width, 90 %, of the logarithm of the updates to a loss that are predicted.
         num_updates: of the longest curve.
+        ratio_error: the same as `error` for the ratio of the updates of two runs, whose errors have a part in common.
     """
 
     nodes: np.ndarray
@@ -63,6 +65,7 @@ class Fitted(NamedTuple):
     level: float
     error: float
     num_updates: int
+    ratio_error: float
 
     def update(self, second: jax.Array, rate: jax.Array, batch_size: jax.Array) -> jax.Array:
         """Return s [D] after an update."""
@@ -73,7 +76,8 @@ class Fitted(NamedTuple):
         """Return the mean loss [T] after each update, for any rates and batch sizes [T]."""
         rates, sizes = (np.asarray(x, float) for x in (learning_rates, batch_sizes))
         pad = (0, padded(len(rates)) - len(rates))
-        excess = _run(self._replace(error=0.0), np.pad(rates, pad), np.pad(sizes, pad, constant_values=1.0))
+        bare = self._replace(error=0.0, ratio_error=0.0)
+        excess = _run(bare, np.pad(rates, pad), np.pad(sizes, pad, constant_values=1.0))
         return self.level + np.asarray(excess, float)[: len(rates)]
 
 
@@ -117,11 +121,18 @@ def fitted(curves: Sequence[Curve], *, start: float, target: float) -> Fitted:
         predicted = others.losses(np.full(longer, curve.learning_rate), np.full(longer, curve.batch_size))
         arrived = predicted <= curve.losses[first]
         updates = 1 + int(np.argmax(arrived)) if arrived.any() else longer
-        errors.append(abs(math.log(updates / curve.updates[first])))
-    # At the edge of what converges nothing else tells of a curve: the median is not of those. Few curves tell little.
-    own = NORMAL * min(float(np.median(errors)), MOST) if errors else 0.0
-    error = math.sqrt((USUAL_WORTH * USUAL**2 + len(errors) * own**2) / (USUAL_WORTH + len(errors)))
-    return result._replace(error=1.645 * error)
+        errors.append(math.log(updates / curve.updates[first]))
+    ratios = [one - other for one, other in itertools.combinations(errors, 2)]
+    return result._replace(error=_width(errors, len(errors)), ratio_error=_width(ratios, len(errors)))
+
+
+def _width(errors: Sequence[float], num_curves: int) -> float:
+    """Return the half-width, 90 %, that errors by this many curves let expect of others.
+
+    At the edge of what converges nothing else tells of a curve: the median is not of those. Few curves tell little.
+    """
+    own = NORMAL * min(float(np.median(np.abs(errors))), MOST) if errors else 0.0
+    return 1.645 * math.sqrt((USUAL_WORTH * USUAL**2 + num_curves * own**2) / (USUAL_WORTH + num_curves))
 
 
 def _fit(nodes: np.ndarray, curves: Sequence[Curve], start: float) -> Fitted:
@@ -138,7 +149,7 @@ def _fit(nodes: np.ndarray, curves: Sequence[Curve], start: float) -> Fitted:
     steady, shrinking = found[-4:-2] @ shapes, found[-2:] @ shapes
     steady = steady + shrinking * max(0.0, 2 * (level - before))  # so far the noise was that above the level before
     longest = max(int(curve.updates[-1]) for curve in curves)
-    return Fitted(nodes, found[:NUM_NODES], steady, shrinking, level, 0.0, longest)
+    return Fitted(nodes, found[:NUM_NODES], steady, shrinking, level, 0.0, longest, 0.0)
 
 
 def at(twin: Fitted, curve: Curve) -> np.ndarray:

@@ -1,5 +1,6 @@
 """What a plan is made from: short runs at two batch sizes, the time of an update; and how far a local twin is right."""
 
+import dataclasses
 import math
 import time
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from gdjax import tuning
 from gdjax._trees import kept
@@ -22,11 +24,40 @@ from gdjax.tuning import Optimizer, Search, Target
 PILOTS = 16, 128  # batch sizes of the pilot
 PILOT_EPOCHS = 30
 PILOT_SHARES = 0.22, 0.35  # of the seconds that may be gone when these end
+LAST_SHARE = 0.4  # when the first ends, where it saw no run before
 TIMING_SHARE = 0.5  # and when updates are timed
 LANCZOS = {"num_steps": 8, "num_draws": 2}
 PRODUCT = 6.0  # gradients that a Hessian-vector product takes
 NUM_RUNS = 9  # side by side in one program
 FEWEST, MOST = 64, 512  # examples of the twin about given parameters
+
+
+def falling(optimizer: Optimizer) -> Optimizer:
+    """Return the optimiser of a row: the learning rate, and the part of it by which it falls at every update, to 0."""
+
+    def make(row):
+        shares = optax.scale_by_schedule(lambda count: jnp.maximum(0.0, 1 - row[1] * jnp.asarray(count, row.dtype)))
+        return optax.chain(optimizer(row[0]), shares)  # pyright: ignore
+
+    return make
+
+
+def training(problem: Problem, optimizer: Optimizer, goal: Target):
+    """Return the trainer of such rows: one program for a batch size serves pilot and all ways."""
+    rows = kept(problem, ("falling", optimizer), lambda: falling(optimizer))
+    return tuning.training(problem, rows, goal, num_runs=NUM_RUNS)
+
+
+def searching(problem: Problem, optimizer: Optimizer, goal: Target, fall: float = 0.0) -> Search:
+    """Return the search over rates that all fall by this part at every update."""
+    search = tuning.search(training(problem, optimizer, goal), goal, lambda values: values)
+
+    def run(learning_rates, **options):
+        rates = np.asarray(learning_rates, float)
+        found = search(np.stack([rates, np.full_like(rates, fall)], 1), **options)
+        return dataclasses.replace(found, learning_rates=rates)
+
+    return run
 
 
 def pilots(problem: Problem, search: Search, usual: float, key, clock: Clock):
@@ -39,16 +70,18 @@ def pilots(problem: Problem, search: Search, usual: float, key, clock: Clock):
         middle = usual if not found else next(iter(found.values())).rate * 2
         options = {"batch_size": size, "num_seeds": 1, "key": key, "remember": True}
         limits = {"max_examples": PILOT_EPOCHS * problem.num_examples, "deadline": clock.until(share)}
-        tuned = tuning.search_grid(partial(search, **options, late=4.0), tuning.grid(middle), **limits)
-        if tuned.history is None:
-            raise ValueError(
-                "optimizer: its own schedule of the rate is in the way; whether it falls is found out here"
-            )
+        tuned: Any = tuning.search_grid(partial(search, **options, late=4.0), tuning.grid(middle), **limits)
+        new = _curves(tuned)
+        if not (new or found) and clock.late(share):  # its programs took all of it to compile: now they are there
+            limits["deadline"] = clock.until(LAST_SHARE)
+            tuned = tuning.search_grid(partial(search, **options, late=4.0), tuning.grid(middle), **limits)
+            new, share = _curves(tuned), LAST_SHARE
         start = float(tuned.history.values[0, 0, 0])
-        new = _curves(tuned, start)
+        if not new and found:
+            continue
         if not new and clock.late(share):
             raise ValueError(f"budget={clock.seconds:g} s: the pilot's share ended before it saw a run: allow more")
-        if not new and not found:
+        if not new:
             raise ValueError(
                 f"the pilot diverges at all learning rates from {tuned.learning_rates[0]:.2g} to "
                 f"{tuned.learning_rates[-1]:.2g}: scale the data, the initial parameters or the loss"
@@ -57,15 +90,16 @@ def pilots(problem: Problem, search: Search, usual: float, key, clock: Clock):
     return found, curves, start
 
 
-def _curves(tuned, start: float) -> list[Curve]:
+def _curves(tuned: Any) -> list[Curve]:
     """Return the runs that fell, each up to where it arrived or was given up."""
-    curves = []
-    for rate, (values,) in zip(tuned.learning_rates, tuned.history.values, strict=True):
+    curves, history = [], tuned.history
+    start = float(history.values[0, 0, 0])
+    for rate, (values,) in zip(tuned.learning_rates, history.values, strict=True):
         moves = np.flatnonzero(values[1:] != values[:-1])
         end = int(moves[-1]) + 2 if len(moves) else 0
         seen = values[1:end]
         if len(seen) >= 2 and np.isfinite(seen).all() and seen[-1] < start and seen.max() < 2 * start:
-            curves.append(Curve(float(rate), tuned.batch_size, tuned.history.updates[1:end], seen))
+            curves.append(Curve(float(rate), tuned.batch_size, history.updates[1:end], seen))
     return curves
 
 
@@ -111,8 +145,8 @@ def local_twins(
     clock.show(f"the twin about given parameters, by {num_examples} examples")
     size, tuned = next(iter(found.items()))
     count = float(tuned.losses.min()) if tuned.found else float(tuned.history.updates[-1])
-    trainer = tuning.training(problem, make, goal, num_runs=NUM_RUNS)
-    run = trainer.start(np.asarray([tuned.rate]), num_seeds=1, key=jax.random.clone(key))
+    trainer = training(problem, make, goal)
+    run = trainer.start(np.asarray([[tuned.rate, 0.0]]), num_seeds=1, key=jax.random.clone(key))
     only, locals_ = np.arange(len(run.seeds)) == 0, []
     options = LANCZOS | {"max_examples": num_examples}
     build = kept(problem, ("local twin", num_examples), lambda: jax.jit(partial(local_twin, problem, **options)))

@@ -11,14 +11,17 @@ import numpy as np
 from scipy import optimize
 
 from gdjax.advise._fitted import Curve, Fitted
-from gdjax.advise._ways import KINDS, Way
+from gdjax.advise._ways import FINE, KINDS, Way
 from gdjax.noise import student
 from gdjax.tuning import Target
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-EQUAL = 0.02  # relative difference of two ways that is none: a later batch size may never have been come to
+EQUAL = 0.03  # slower than the fastest may a simpler way be, where the seeds cannot tell them apart
+FEW = 1 / 6  # of the seeds may not arrive
+GIVEN_UP = 4  # times its updates, a run that has not arrived is given up, or counted as if it had been
+COARSE = 1.645 * math.log(FINE) / 6**0.5  # half-width, 90 %, of a ratio of two times for rates between those tried
 LARGE = 0.2  # relative residual of c_0 + c_1 B from which on the table is used in its place
 
 
@@ -73,13 +76,44 @@ class Run(NamedTuple):
 
     Attributes:
         way: with its tuned rate and length.
-        updates: to the target [S].
+        updates: to the target [S]; of a seed that did not arrive, GIVEN_UP times those of the way.
         seconds: of these [S].
+        missed: seeds that did not arrive.
     """
 
     way: Way
     updates: np.ndarray
     seconds: np.ndarray
+    missed: int = 0
+
+    @property
+    def arrives(self) -> bool:
+        """Whether all but a few seeds arrive."""
+        return self.missed <= FEW * len(self.updates)
+
+
+def counted(way: Way, updates: np.ndarray, times: Times) -> Run:
+    """Return the run of a way that took so many updates, infinite where it did not arrive."""
+    all_ = np.where(np.isinf(updates), GIVEN_UP * way.num_updates, updates)
+    missed = int((all_ >= GIVEN_UP * way.num_updates).sum())
+    return Run(way, all_, np.asarray([times.until(way.schedule, count) for count in all_]), missed)
+
+
+def ratio(one: Run, other: Run) -> tuple[float, float, float]:
+    """Return (low, mean, high), 90 %, of the seconds of one way over those of another, by the seeds of both."""
+    count = min(len(one.seconds), len(other.seconds))
+    difference = np.log(one.seconds[:count]) - np.log(other.seconds[:count])
+    width = float(student(count - 1, confidence=0.9)) * difference.std(ddof=1) / count**0.5
+    return tuple(math.exp(difference.mean() + sign * width) for sign in (-1, 0, 1))  # pyright: ignore
+
+
+def best_of(runs: Mapping[str, Run]) -> str:
+    """Return the kind of the least mean seconds, or a simpler one that seeds do not tell from it, not EQUAL slower."""
+    some = {kind: run for kind, run in runs.items() if run.arrives} or runs
+    means = {kind: float(some[kind].seconds.mean()) for kind in KINDS if kind in some}
+    least = min(means, key=means.__getitem__)
+    near = {kind for kind in means if ratio(runs[kind], runs[least])[0] <= 1}
+    return next(kind for kind, mean in means.items() if kind in near and mean <= (1 + EQUAL) * means[least])
 
 
 class Local(NamedTuple):
@@ -122,10 +156,9 @@ class Plan:
 
     @property
     def best(self) -> str:
-        """The kind of the least seconds, measured where anything was; of those within EQUAL of it, the simplest."""
+        """The kind of the least seconds, measured where anything was; a simpler one that seeds do not tell from it."""
         if self.runs:
-            means = {kind: self.runs[kind].seconds.mean() for kind in KINDS if kind in self.runs}
-            return next(kind for kind, mean in means.items() if mean <= (1 + EQUAL) * min(means.values()))
+            return best_of(self.runs)
         return min(self.ways, key=lambda kind: self.ways[kind].seconds[1])
 
     @property
@@ -150,10 +183,31 @@ class Plan:
 
     def compared(self, kind: str) -> tuple[float, float, float]:
         """Return (low, mean, high), 90 %, of the seconds of a way that was run over those of the best one."""
-        one, other = (np.log(self.runs[name].seconds) for name in (kind, self.best))
-        difference = one - other  # the seeds are the same
-        width = float(student(len(difference) - 1, confidence=0.9)) * difference.std(ddof=1) / len(difference) ** 0.5
-        return tuple(math.exp(difference.mean() + sign * width) for sign in (-1, 0, 1))  # pyright: ignore
+        return ratio(self.runs[kind], self.runs[self.best])
+
+    def foreseen(self, kind: str) -> tuple[float, float, float]:
+        """Return (low, middle, high), 90 %, of the same ratio as the twin had it.
+
+        It is as wide as the twin is wrong about ratios of runs of the pilot, as the rates that were tried are coarse,
+        and as the seeds differ.
+        """
+        one, other = self.ways[kind].seconds[1], self.ways[self.best].seconds[1]
+        seeds = 0.0
+        if {kind, self.best} <= set(self.runs):
+            low, _, high = self.compared(kind)
+            seeds = math.log(high / low) / 2
+        width = math.hypot(self.twin.ratio_error, COARSE, seeds)
+        return tuple(one / other * math.exp(sign * width) for sign in (-1, 0, 1))  # pyright: ignore
+
+    def claims(self) -> dict[str, bool]:
+        """Return of which ways the twin foresaw a difference from the best, beyond its noise, and whether rightly."""
+        others = [kind for kind in self.runs if kind != self.best]
+        seen = {kind: self.foreseen(kind) for kind in others}
+        return {
+            kind: (middle > 1) == (self.compared(kind)[1] > 1)
+            for kind, (low, middle, high) in seen.items()
+            if not low <= 1 <= high
+        }
 
     def sentence(self) -> str:
         """Return which way is best and by how much, in plain language."""
@@ -172,7 +226,9 @@ class Plan:
                 beyond = "" if low > 1 else ", within the noise of the seeds"
                 parts.append(f"{kind} takes {mean:.2f} x ({low:.2f}-{high:.2f}{beyond})")
         kept = [kind for kind, one in self.runs.items() if self.held(kind)]
-        end = f"The twin's interval holds what was measured of {len(kept)} of {len(self.runs)}."
+        end = f"The twin's interval holds what was measured of {len(kept)} of {len(self.runs)}"
+        claims = [f"{kind} ({'rightly' if right else 'wrongly'})" for kind, right in self.claims().items()]
+        end += f"; beyond its error it had foreseen a difference of {', '.join(claims) or 'none'}."
         return f"{start}; {'; '.join(parts)}. {end}" if parts else f"{start}. {end}"
 
     def held(self, kind: str) -> bool:
@@ -195,14 +251,18 @@ class Plan:
                 "decays": way.decays,
                 "updates": way.num_updates,
                 "examples": way.num_examples,
+                "predicted_updates": way.updates,
                 "seconds": way.seconds,
                 "run": kind in self.runs
                 and {
                     "schedule": self.runs[kind].way.schedule,
                     "learning_rate": self.runs[kind].way.learning_rate,
                     "updates": self.runs[kind].updates,
+                    "missed": self.runs[kind].missed,
                     "seconds": self.runs[kind].seconds,
                     "inside": self.held(kind),
+                    "ratio": self.compared(kind),
+                    "foreseen": self.foreseen(kind),
                 },
             }
             for kind, way in self.ways.items()

@@ -58,7 +58,7 @@ def _report(found: Any) -> str:
     """Return a table, one row for each way, what else was found, the verdict, and the ramp to paste."""
     least = min(way.seconds[1] for way in found.ways.values())
     unit, each = next((unit, each) for unit, each in UNITS.items() if least >= each or unit == "us")
-    rows = [("", "batch sizes", "rate", "updates", "run", f"{unit}: predicted", "run")]
+    rows = [("", "batch sizes", "rate", "updates: predicted", "run", f"{unit}: predicted", "run")]
     for kind, way in found.ways.items():
         run = found.runs.get(kind)
         low, middle, high = (x / each for x in way.seconds)
@@ -68,7 +68,7 @@ def _report(found: Any) -> str:
         measured = (f"{run.updates.mean():.0f}", f"{run.seconds.mean() / each:.3g}") if run else ("", "")
         mark = "" if run is None or found.held(kind) else " *"
         predicted = f"{middle:.3g} ({low:.3g}-{high:.3g})"
-        rows.append((kind, sizes, rate, f"{way.num_updates}", measured[0], predicted, measured[1] + mark))
+        rows.append((kind, sizes, rate, f"{way.updates:.0f}", measured[0], predicted, measured[1] + mark))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     if any(kind in found.runs and not found.held(kind) for kind in found.ways):
