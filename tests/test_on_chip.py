@@ -93,13 +93,13 @@ def test_what_the_step_closes_over_is_an_argument_of_the_kernel(float32):
 @pytest.mark.parametrize("shape", [(5, 3), (5,)])
 def test_rows_by_a_one_hot_matrix(float32, shape):
     """Of a table, as an embedding has it, forwards and backwards: x' = x - r times how often a row was drawn."""
-    method = descent.method(gradients.mean(lambda table, rows: table[rows].sum()), optax.sgd(0.5))
+    method = descent.method(gradients.mean(lambda table, rows: table.at[rows].get(mode="clip").sum()), optax.sgd(0.5))
     table = jax.random.normal(jax.random.key(0), shape)
-    rows = jnp.asarray([[0, 4, 4]])
+    rows = jnp.asarray([[0, 4, 9]])
     state, losses = jax.jit(kernels.on_chip(method.step, interpret=True))(
         method.init(table), rows, jnp.zeros((1, 1), int)
     )
-    counts = jnp.zeros(shape).at[rows[0]].add(1.0)
+    counts = jnp.zeros(shape).at[jnp.asarray([0, 4, 4])].add(1.0)
     assert_same((state.params, losses), (table - 0.5 * counts, (table * counts).sum()[None]))
 
 

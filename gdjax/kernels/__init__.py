@@ -11,7 +11,8 @@ of two matrices (hence, in most models, batches of more than one example), convo
 stream). It is not done by itself: there are loops on which XLA's compiler does not refuse but ends the process, such
 as one that carries a constant, and which these are is not known from their operations.
 
-On a GPU `LOOPS_IN_GRAPHS` are compiler options that make a loop one launch.
+On a GPU `LOOPS_IN_GRAPHS` are compiler options that make a loop one launch. For a TPU `on_chip` makes one kernel of a
+run, with its state on the chip: an experiment, compiled and never run there.
 
 >>> import jax.numpy as jnp
 >>> one = one_kernel(lambda x: jax.lax.fori_loop(0, 3, lambda i, x: x @ jnp.ones((2, 2)), x))
