@@ -43,7 +43,7 @@ def chosen():
         for batch_size in (1, 32, 1024) if name.startswith("mlp") else (1, 32):
             yield f"run {name} B={batch_size}", *programs.run(problem, batch_size)
     small = models["mlp-small"]
-    yield "run unrolled mlp-small B=1", *programs.run(small, 1, unroll=8)
+    yield "run unrolled mlp-small B=1", *programs.run(small, 1, unroll=16)
     yield "run adam mlp-small B=32", *programs.run(small, 32, optax.adam(0.1))
     yield "until mlp-small B=32", *programs.until(small, 32)
     of_loops = {name: rest for name, *rest in programs.of_loops("mlp-small", small)}

@@ -133,9 +133,10 @@ def measure(
         progress: called with what is being done and the fraction that is done.
 
     Returns:
-        A row for each: variant, batch_size, num_runs; seconds (an update of one run: the median time of the program
-        over T num_runs) and its 95% interval low, high; over_scan, the median and interval of the ratios to "scan"
-        within turns; num_updates T, num_repeats, compile_seconds; examples_per_second over all runs; flops and
+        A row for each: variant, batch_size, num_runs and, of vmapped-seeds, runs_at_once, how many of them run side by
+        side; seconds (an update of one run: the median time of the program over T num_runs) and its 95% interval low,
+        high; over_scan, the median and interval of the ratios to "scan" within turns; num_updates T, num_repeats,
+        compile_seconds; examples_per_second over all runs; flops and
         bytes_accessed of an update; fraction_of_product and fraction_of_roofline; temporary_bytes of the program. None
         is 'no analysis', or no scan to compare with. What cannot be run is a row that says so in "skipped".
     """
@@ -147,6 +148,8 @@ def measure(
         progress(f"compiling {name}", 0.5 * i / len(chosen))
         runs = num_runs.get(name, 1)
         rows[name] = {"variant": name, "batch_size": batch_size, "num_runs": runs}
+        if variant is _variants.vmapped_seeds:
+            rows[name]["runs_at_once"] = _variants.seeds_at_once(problem, LEARNING_RATE, batch_size)
         num_updates = max(_num_updates(step.flops, runs), -(-min_examples // batch_size))
         try:
             programs[name] = _long_enough(problem, name, variant, batch_size, num_updates, step)

@@ -25,7 +25,7 @@ import optax
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from gdjax import batching, descent, gradients, kernels
+from gdjax import batching, descent, gradients, kernels, sweep
 from gdjax.descent import Method
 from gdjax.gradients import Gradient
 from gdjax.problem import Batch, Params, Problem
@@ -38,6 +38,7 @@ UNROLL = 4  # updates in one iteration of a loop; more take longer to compile an
 GPU_UNROLL = 8
 NUM_SEEDS = {"cpu": 8}  # of vmapped-seeds
 ACCELERATOR_NUM_SEEDS = 256
+MANY = 1024  # updates, of which only those count
 
 
 def python_loop(problem: Problem, learning_rate: float) -> Run:
@@ -80,14 +81,17 @@ def one_kernel(problem: Problem, learning_rate: float) -> Run:
 
 
 def vmapped_seeds(problem: Problem, learning_rate: float, *, lanes: int | None = None) -> Run:
-    """Run `num_seeds()` lanes, each with a stream of its own; the first is that of `scan`. Parameters [S, ...]."""
+    """Run `num_seeds()` lanes by `sweep.vmap`, each with a stream of its own; the first is that of `scan`.
+
+    Parameters are [S, ...].
+    """
     run_one = scan(problem, learning_rate)
 
     def run(params, data, batches):
         shifts = jnp.arange(lanes or num_seeds(), dtype=jnp.int32)
         streams = jax.vmap(lambda shift: jnp.roll(batches, shift, axis=0))(shifts)
         params = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(shifts), *jnp.shape(x))), params)
-        return jax.vmap(run_one, (0, None, 0))(params, data, streams)
+        return sweep.vmap(lambda params, batches: run_one(params, data, batches))(params, streams)
 
     return run
 
@@ -95,6 +99,15 @@ def vmapped_seeds(problem: Problem, learning_rate: float, *, lanes: int | None =
 def num_seeds() -> int:
     """Return S, the lanes of `vmapped_seeds` on the default device."""
     return NUM_SEEDS.get(jax.default_backend(), ACCELERATOR_NUM_SEEDS)
+
+
+def seeds_at_once(problem: Problem, learning_rate: float, batch_size: int) -> int:
+    """Return how many of the lanes of `vmapped_seeds` run side by side."""
+    if jax.default_backend() != "cpu":
+        return num_seeds()
+    batches = jax.ShapeDtypeStruct((MANY, batch_size), jnp.int32)
+    params = jax.eval_shape(problem.init, jax.random.key(0))
+    return min(num_seeds(), sweep.at_once(scan(problem, learning_rate), params, problem.train, batches))
 
 
 def sharded(problem: Problem, learning_rate: float, *, devices: Sequence[Any] | None = None) -> Run:
@@ -195,7 +208,7 @@ def lanes(problem: Problem, learning_rate: float, batch_sizes: Sequence[int]) ->
         if any(size % microbatch_size for size in batch_sizes):
             raise ValueError(f"a microbatch of {microbatch_size} must divide every batch size of {tuple(batch_sizes)}")
         periods = jnp.asarray([size // microbatch_size for size in batch_sizes], jnp.int32)
-        return jax.vmap(lane, (None, None, None, 0))(params, data, batches, periods), ()
+        return sweep.vmap(lambda period: lane(params, data, batches, period))(periods), ()
 
     return run
 

@@ -175,18 +175,20 @@ def saving(name: str, command: Any, *, seed: int) -> Iterator[Save]:
             took = time.perf_counter() - start
             about = report.provenance(arguments=dataclasses.asdict(command), seed=seed, wall_seconds=took)
             result = result | {"provenance": about}
-            _files.write_json(folder / "result.json", result)
-            report.save(draw(), folder / "figure.png")
-            for file_name, content in files.items():
-                with _files.atomic(folder / file_name) as file:
-                    file.write(content)
-            if common.json not in (None, "-"):
-                _files.write_json(Path(common.json), result)
-            # Nobody may be listening any more: all that was to be kept has been.
-            print(text)
+            try:
+                _files.write_json(folder / "result.json", result)
+                report.save(draw(), folder / "figure.png")
+                for file_name, content in files.items():
+                    with _files.atomic(folder / file_name) as file:
+                        file.write(content)
+                if common.json not in (None, "-"):
+                    _files.write_json(Path(common.json), result)
+            finally:
+                # After the files, for nobody may be listening any more; but a full disk is not to lose the answer.
+                print(text)
+                if common.json == "-" and stdout is not None:
+                    stdout.write(_files.to_json(result))
             print(f"Saved {folder / 'result.json'} and {', '.join(['figure.png', *files])}")
-            if common.json == "-" and stdout is not None:
-                stdout.write(_files.to_json(result))
 
         yield Save(folder, save)
 

@@ -247,4 +247,5 @@ def _cells(row: Row) -> str:
         number(row["temporary_bytes"], ".3g", 1e-6),
         number(row["compile_seconds"], ".2f"),
     )
-    return "".join(f"{cell:>{width}}" for cell, width in zip(cells, WIDTHS, strict=True))
+    shown = "".join(f"{cell:>{width}}" for cell, width in zip(cells, WIDTHS, strict=True))
+    return f"{shown}  {row['runs_at_once']} of {row['num_runs']} at once" if "runs_at_once" in row else shown

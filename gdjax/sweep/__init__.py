@@ -7,12 +7,15 @@
 """
 
 from gdjax.sweep._grid import Grid, grid
+from gdjax.sweep._lanes import at_once, vmap
 from gdjax.sweep._programs import free_bytes
 from gdjax.sweep._sweep import map  # noqa: A004
 
 __all__ = [
     "Grid",
+    "at_once",
     "free_bytes",
     "grid",
     "map",
+    "vmap",
 ]

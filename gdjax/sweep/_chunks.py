@@ -71,11 +71,16 @@ class _Open(NamedTuple):
 
 
 def alone(works: Sequence[Work]) -> Iterator[Chunk]:
-    """Compute all chunks of all programs, one after the other."""
+    """Compute all chunks of all programs, one after the other. The next one is begun before the last is fetched."""
+    begun = None
     for number, work in enumerate(works):
         program = work.compiled(work.chunk_size)
-        for index, rows in enumerate(_rows(work, program.size)):
-            yield Chunk(number, rows, _computed(lambda program=program: program, work, program.size, index), False)
+        for rows in _rows(work, program.size):
+            last, begun = begun, (number, rows, _begun(program, work, rows))
+            if last:
+                yield Chunk(*last[:2], _fetched(*last[1:]), False)
+    if begun:
+        yield Chunk(*begun[:2], _fetched(*begun[1:]), False)
 
 
 def shared(works: Sequence[Work]) -> Iterator[Chunk]:
@@ -127,15 +132,21 @@ def _opened(work: Work) -> _Open:
 
 
 def _computed(program: Callable[[], Program], work: Work, size: int, index: int) -> list[np.ndarray]:
-    """Run chunk `index`; the last one is filled up by repeating the last point."""
+    """Run chunk `index`."""
     rows = _rows(work, size)[index]
-    places = np.minimum(np.arange(rows.start, rows.start + size), rows.stop - 1)
-    return [_fetched(x)[: rows.stop - rows.start] for x in program()([leaf[places] for leaf in work.leaves])]
+    return _fetched(rows, _begun(program(), work, rows))
 
 
-def _fetched(x: jax.Array) -> np.ndarray:
+def _begun(program: Program, work: Work, rows: slice) -> Sequence[jax.Array]:
+    """Start the program at some points; the last chunk is filled up by repeating the last point."""
+    places = np.minimum(np.arange(rows.start, rows.start + program.size), rows.stop - 1)
+    return program([leaf[places] for leaf in work.leaves])
+
+
+def _fetched(rows: slice, results: Sequence[jax.Array]) -> list[np.ndarray]:
     # jax 0.10 cannot fetch an array without entries that is spread over devices.
-    return np.asarray(x) if x.size else np.empty(x.shape, x.dtype)
+    found = (np.asarray(x) if x.size else np.empty(x.shape, x.dtype) for x in results)
+    return [x[: rows.stop - rows.start] for x in found]
 
 
 def _rows(work: Work, size: int) -> list[slice]:

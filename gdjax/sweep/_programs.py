@@ -29,9 +29,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gdjax import _files
 from gdjax._trees import is_key, kept
+from gdjax.sweep import _lanes
 
 POINTS_PER_DEVICE = 256
-"""Points computed together at most, unless a size is asked for: on a CPU more are slower, and a crash costs a chunk."""
+"""Points in a chunk at most, unless a size is asked for: a crash costs a chunk."""
 MEMORY_FRACTION = 0.5
 """Of the device's free memory, what a chunk may need by the compiler's count."""
 SETTINGS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_default_prng_impl", "jax_debug_nans")
@@ -42,13 +43,15 @@ class Function(NamedTuple):
     """A traced function of one point, its arrays apart.
 
     Attributes:
-        batched: (constants, leaves [C, ...]) -> results [C, ...], all lists in the order of the trees' leaves.
+        one: constants -> (leaves of one point -> list of results), both in the order of the trees' leaves.
+        lanes: points that a CPU should compute side by side.
         constants: the arrays that the function closes over.
         results: the pytree of shapes and types that one point returns.
         key: what it was traced for, beside the function itself.
     """
 
-    batched: Callable[[Sequence[Any], Sequence[Any]], list[jax.Array]]
+    one: Callable[[Sequence[Any]], Callable[..., list[jax.Array]]]
+    lanes: int
     constants: list[Any]
     results: Any
     key: Hashable
@@ -90,18 +93,21 @@ def traced(fn: Callable[[Any], Any], points: Any) -> Function:
         if not jax.tree.leaves(results):
             raise ValueError("fn returns no arrays: let it return a pytree of what is to be kept of each point")
 
-        def batched(constants, leaves):
-            return jax.vmap(core.jaxpr_as_fun(core.ClosedJaxpr(closed.jaxpr, constants)))(*leaves)
+        def of(constants):
+            return core.jaxpr_as_fun(core.ClosedJaxpr(closed.jaxpr, constants))
 
-        return Function(batched, list(closed.consts), results, key)
+        return Function(of, _lanes.lanes_of(closed.jaxpr), list(closed.consts), results, key)
 
     return kept(fn, key, make)
 
 
 def fingerprint(fn: Callable[[Any], Any], function: Function, leaves: Sequence[np.ndarray]) -> tuple[str, str]:
     """Return digests of the program, for two points so that rules of vmap show, and of the arrays in it."""
-    shapes = _shapes(leaves, 2)
-    make = partial(_files.fingerprint, function.batched, function.constants, shapes)
+
+    def batched(constants, leaves):
+        return jax.vmap(function.one(constants))(*leaves)
+
+    make = partial(_files.fingerprint, batched, function.constants, _shapes(leaves, 2))
     return kept(fn, ("fingerprint", function.key), make)
 
 
@@ -123,14 +129,22 @@ def compiled(
 
     def make() -> Program:
         everywhere, spread = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("points"))
-        batched = jax.jit(function.batched, in_shardings=(everywhere, spread), out_shardings=spread)
+        lanes = function.lanes if devices[0].platform == "cpu" else first
+        specs = {"in_specs": (PartitionSpec(), PartitionSpec("points")), "out_specs": PartitionSpec("points")}
+
+        def batched(constants, leaves):
+            return _lanes.grouped(function.one(constants), lanes)(*leaves)
+
+        # Each device has a loop of its own, and none waits for another.
+        shared = jax.shard_map(batched, mesh=mesh, check_vma=False, **specs) if mesh.size > 1 else batched
+        program = jax.jit(shared, in_shardings=(everywhere, spread), out_shardings=spread)
         constants = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in function.constants]
         size, budget = first, MEMORY_FRACTION * free_bytes(mesh)
         while True:
-            program = batched.lower(constants, _shapes(leaves, size)).compile()
-            needed = needed_bytes(program)
+            found = program.lower(constants, _shapes(leaves, size)).compile()
+            needed = needed_bytes(found)
             if asked or needed <= budget or size == mesh.size:
-                return Program(program, jax.device_put(function.constants, everywhere), size, spread)
+                return Program(found, jax.device_put(function.constants, everywhere), size, spread)
             size = max(1, min(int(size * budget / needed), size - 1) // mesh.size) * mesh.size
 
     return kept(fn, ("compiled", function.key, first, asked, devices), make)

@@ -1,7 +1,7 @@
 """Many runs in one program: the points of a grid, chunks, devices, and a store that survives a crash.
 
-`map` computes a function of one point at all of them: `jax.vmap` within a chunk, one chunk after the other through one
-compiled program, the points of a chunk spread over the devices.
+`map` computes a function of one point at all of them: chunks, one after the other through one compiled program, whose
+points are spread over the devices and run side by side there, on a CPU in groups as by `vmap`.
 
 >>> from gdjax.sweep import grid
 >>> def descend(point):  # three updates on x^2 / 2

@@ -1,6 +1,7 @@
 """One long run from the host: compiled chunks of updates, a progress bar, checkpoints, exact resume, many devices.
 
 >>> import jax.numpy as jnp
+>>> from gdjax import descent
 >>> numbers = Problem(
 ...     init=lambda key: jnp.zeros(()),
 ...     loss=lambda mean, x: 0.5 * (mean - x) ** 2,
@@ -25,7 +26,7 @@ import dataclasses
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -36,12 +37,13 @@ import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from gdjax import batching, descent, gradients
-from gdjax._trees import is_key, kept
+from gdjax import batching
+from gdjax._trees import kept
 from gdjax.descent import Method, Record, Rule, State, Stream
 from gdjax.gradients import Gradient
 from gdjax.problem import Batch, Params, Problem, num_examples
 from gdjax.training import _checkpoint, _feeding, _identity, _layout, _signals, _updates
+from gdjax.training import _tasks as tasks
 from gdjax.training import average as averages
 from gdjax.training._feeding import Plan
 from gdjax.training._journal import Journal, loop
@@ -75,23 +77,6 @@ class Trained:
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.state, self.history))
-
-
-class Task(NamedTuple):
-    """What is trained: a method from a state on data, and the record, which is given `examples`.
-
-    Attributes:
-        of: the record or, for the default one, its problem: hashable, so that programs are found again.
-    """
-
-    method: Method
-    state: State
-    data: Batch
-    key: jax.Array
-    record_of: _updates.RecordOf
-    examples: Any
-    every: int
-    of: Hashable
 
 
 def run(
@@ -183,9 +168,9 @@ def run(
     _check(until, ema, checkpoint_seconds)
     phases, layout = _phases(schedule, batch_size, num_updates, num_epochs), _layout.of(mesh, sharded)
     if isinstance(problem_or_method, Problem):
-        task = _of_problem(problem_or_method, optimizer_or_state, data, key, phases, gradient, record, layout)
+        task = tasks.of_problem(problem_or_method, optimizer_or_state, data, key, phases, gradient, record, layout)
     else:
-        task = _of_method(problem_or_method, optimizer_or_state, data, key, gradient, record)
+        task = tasks.of_method(problem_or_method, optimizer_or_state, data, key, gradient, record)
     total = phases.num_updates if schedule is not None else None
     total = total or _count(num_updates, num_epochs, num_examples(task.data), phases.sizes[0])
     numbers = {"every": task.every if every is None else every, "chunk_updates": chunk_updates}
@@ -258,60 +243,6 @@ def _phases(schedule, batch_size: int | None, num_updates: int | None, num_epoch
 
 def _batch_shapes(data: Batch, batch_size: int) -> Batch:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), _dtype(x)), data)
-
-
-def _of_problem(problem, optimizer, data, key, phases, gradient, record, layout) -> Task:
-    """Return the task of a problem, as `descent.train` begins it; the method is kept with the problem."""
-    if data is not None:
-        raise ValueError("data comes with a method: a problem has its own; run(problem, optimizer, key=...)")
-    if isinstance(optimizer, State) or not hasattr(optimizer, "update"):
-        raise ValueError(f"optimizer={optimizer!r} must be an optax transformation: run(problem, optimizer, key=...)")
-    if phases.sizes[-1] > problem.num_examples:
-        raise ValueError(
-            f"batch_size={phases.sizes[-1]} must be between 1 and N={problem.num_examples}, the training examples"
-        )
-    if record is None and any(isinstance(leaf, np.memmap) for leaf in jax.tree.leaves(problem.train)):
-        raise ValueError(
-            "record=None would evaluate all training examples on the device, but they are memory-mapped: give a record "
-            "of what fits, such as record=descent.batch_loss"
-        )
-    gradient = gradient or gradients.mean
-
-    def make():
-        return descent.method(gradient(problem.loss), optimizer)
-
-    def evaluation(examples):
-        train, test = examples
-        return descent.evaluation(dataclasses.replace(problem, train=train, test=test))
-
-    method = kept(problem, ("training", optimizer, gradient), make)
-    _check_key(key)
-    init_key, stream_key = jax.random.split(key)
-    state = _layout.begun(layout, lambda key: method.init(problem.init(key)), init_key)
-    every = max(1, problem.num_examples * phases.num_updates // phases.examples(phases.num_updates))
-    if record is not None:
-        return Task(method, state, problem.train, stream_key, lambda _: record, (), every, record)
-    return Task(method, state, problem.train, stream_key, evaluation, (problem.train, problem.test), every, problem)
-
-
-def _of_method(method, state, data, key, gradient, record) -> Task:
-    if not isinstance(method, Method):
-        raise ValueError(
-            f"problem_or_method={method!r} must be a Problem, in run(problem, optimizer, key=...), or a method from "
-            "descent.method, in run(method, state, data, key=...)"
-        )
-    if not isinstance(state, State) or data is None:
-        raise ValueError("a method comes with a state and data: run(method, method.init(params), data, key=...)")
-    if gradient is not None:
-        raise ValueError("gradient comes with a problem: the method has its own, see descent.method")
-    _check_key(key)
-    record = record or descent.batch_loss
-    return Task(method, state, data, key, lambda _: record, (), 1, record)
-
-
-def _check_key(key) -> None:
-    if not is_key(key):
-        raise ValueError(f"key={key} must be a typed key, from jax.random.key(seed)")
 
 
 def _count(num_updates: int | None, num_epochs: int | None, num_examples: int, batch_size: int) -> int:

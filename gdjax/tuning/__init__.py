@@ -13,9 +13,10 @@
 from gdjax.tuning._goals import Budget, Goal, Target, evaluation_examples, parse_target
 from gdjax.tuning._optimizers import Optimizer, made, named
 from gdjax.tuning._runs import trainer
-from gdjax.tuning._search import Search, Tuning, minimise, search, search_grid, widen
+from gdjax.tuning._search import Search, minimise, search, search_grid, widen
 from gdjax.tuning._speed import Speed, estimator, microbatch_sizes, speeds
 from gdjax.tuning._tune import grid, searching, training, tune
+from gdjax.tuning._tuning import Tuning
 
 __all__ = [
     "Budget",

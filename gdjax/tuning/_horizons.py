@@ -15,7 +15,8 @@ import numpy as np
 from gdjax import batching
 from gdjax.tuning._goals import Target
 from gdjax.tuning._runs import Trainer
-from gdjax.tuning._search import Search, Tuning
+from gdjax.tuning._search import Search
+from gdjax.tuning._tuning import Tuning
 
 NUM_BISECTIONS = 2
 

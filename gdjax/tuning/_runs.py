@@ -21,8 +21,8 @@ from gdjax.training import average as averages
 from gdjax.tuning import _faults
 from gdjax.tuning._optimizers import Optimizer, Recipe, made, needs_num_updates
 
-# Examples in memory at once, in all runs together, at least one run's batch: a GPU is idle without many. On a CPU runs
-# side by side are no faster, and runs one after another need not go on where they have arrived.
+# Examples in memory at once, in all runs together, at least one run's batch: a GPU is idle without many. On a CPU few
+# runs are faster side by side (see `sweep.vmap`), and one after another they need not go on where they have arrived.
 IN_FLIGHT = {"cpu": 1}
 ACCELERATOR_IN_FLIGHT = 2048
 WINDOW = 2**18  # entries of a stream drawn at a time, or one batch, or one epoch where that is shorter

@@ -17,7 +17,8 @@ from gdjax.tuning._goals import Budget, Goal, Target
 from gdjax.tuning._horizons import over_horizons
 from gdjax.tuning._optimizers import Optimizer, named, needs_num_updates
 from gdjax.tuning._runs import Trainer, trainer
-from gdjax.tuning._search import Search, Tuning
+from gdjax.tuning._search import Search
+from gdjax.tuning._tuning import Tuning
 
 FACTOR = 10**0.5  # between neighbouring rates of the default grid
 NUM_RATES = 5

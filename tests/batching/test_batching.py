@@ -79,7 +79,7 @@ def test_with_replacement_is_uniform_and_independent_of_position(key):
 
 
 @pytest.mark.parametrize("stream", STREAMS)
-@settings(max_examples=12)  # every shape compiles anew
+@settings(max_examples=6)  # every shape compiles anew
 @given(num_examples=st.integers(1, 5), start=st.integers(0, 20), length=st.integers(1, 9), seed=st.integers(0, 99))
 @pytest.mark.slow
 def test_a_window_is_a_slice_of_the_endless_stream(stream, num_examples, start, length, seed):
@@ -162,11 +162,17 @@ def test_an_order_that_is_looked_up_is_a_permutation_of_any_number():
         np.testing.assert_array_equal(np.sort(entries[:, :num_examples]), np.tile(places[:num_examples], (2, 1)))
 
 
-TEN_MILLION = pytest.param(10**7, marks=pytest.mark.nightly)
+def _nightly(*numbers):
+    return [pytest.param(number, marks=pytest.mark.nightly) for number in numbers]
+
+
+SMALL = [*range(1, 25), *range(25, 301, 25)]
+LARGE = [LOOKED_UP - 1, LOOKED_UP, 2**20 - 1, 2**20]
+OTHERS = [*sorted(set(range(1, 301)) - set(SMALL)), 10**7]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_examples", [*range(1, 301), LOOKED_UP - 1, LOOKED_UP, 2**20 - 1, 2**20, TEN_MILLION])
+@pytest.mark.parametrize("num_examples", [*SMALL, *LARGE, *_nightly(*OTHERS)])
 def test_every_epoch_visits_every_example_once(num_examples, key):
     for stream in (batching.reshuffled, batching.shuffled_once):
         epochs = np.asarray(stream(key, num_examples, num_epochs=2)).reshape(2, num_examples)

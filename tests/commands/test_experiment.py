@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import subprocess
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from gdjax import report
 from gdjax.commands import experiment
 from gdjax.problems import datasets
 
@@ -40,6 +42,19 @@ def test_everything_that_an_experiment_returns_is_saved(tmp_path, monkeypatch, c
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == "Not as predicted."
     assert printed[1].endswith("result.json and figure.png, path.gif, table.csv")
+
+
+def test_a_full_disk_does_not_lose_the_answer(tmp_path, monkeypatch, capsys):
+    def full(figure, path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(report, "save", full)
+    with pytest.raises(SystemExit) as end:
+        call(monkeypatch, main, "--out", str(tmp_path / "run"))
+    assert end.value.code == 1
+    printed = capsys.readouterr()
+    assert printed.out.splitlines() == ["Not as predicted."]
+    assert "No space left on device" in printed.err
 
 
 def test_an_experiment_need_not_have_files_and_a_mistake_leaves_no_folder(tmp_path, monkeypatch, capsys):

@@ -108,15 +108,19 @@ def test_the_optimizer_of_flax_nnx():
         _, grads, sq_norms = ghost.sq_norms(loss)(nnx.state(model, nnx.Param), batch)
         optimizer.update(model, grads, noise=noise.parts(sq_norms=sq_norms, batch_size=BATCH_SIZE))
 
-    state = chain.init(params)
+    @jax.jit
+    def plain_step(params, state, batch):
+        _, grads, sq_norms = ghost.sq_norms(loss)(params, batch)
+        known = noise.parts(sq_norms=sq_norms, batch_size=BATCH_SIZE)
+        updates, state = chain.update(grads, state, params, noise=known)
+        return optax.apply_updates(params, updates), state
+
+    after, state = params, chain.init(params)
     x = jax.random.normal(jax.random.key(1), (20, BATCH_SIZE, 3))
     y = x.sum(2) + jax.random.normal(jax.random.key(2), x.shape[:2])
-    after = params
     for batch in zip(x, y, strict=True):
         step(model, optimizer, batch)
-        _, grads, sq_norms = ghost.sq_norms(loss)(after, batch)
-        updates, state = chain.update(grads, state, after, noise=noise.parts(sq_norms=sq_norms, batch_size=BATCH_SIZE))
-        after = optax.apply_updates(after, updates)
+        after, state = plain_step(after, state, batch)
     found, expected = noise.reading(optimizer.opt_state), noise.reading(state)
     np.testing.assert_allclose(found.b_simple, expected.b_simple, rtol=1e-4)
     data, key = (x.reshape(-1, 3), y.reshape(-1)), jax.random.key(3)

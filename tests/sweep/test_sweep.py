@@ -621,3 +621,29 @@ def test_where_one_task_of_three_is_killed_at_a_random_moment_the_others_end_wit
             same({name: arrays[name] for name in expected}, expected)
     chunks_there = [name for name in names if name.startswith("chunk")]
     assert sorted(path.name for path in store.glob("chunk-*")) == chunks_there
+
+
+def test_the_next_chunk_is_begun_before_the_last_is_fetched():
+    events = []
+
+    class Result:
+        size = 2
+
+        def __init__(self, first):
+            self.first = first
+
+        def __array__(self, dtype=None, copy=None):
+            events.append(f"fetched {self.first}")
+            return np.asarray([self.first, self.first + 1])
+
+    class Program:
+        size = 2
+
+        def __call__(self, leaves):
+            events.append(f"begun {leaves[0][0]}")
+            return [Result(leaves[0][0])]
+
+    work = chunks.Work(lambda size: Program(), [np.arange(5)], None, None)
+    found = [(chunk.rows, chunk.arrays[0].tolist()) for chunk in chunks.alone([work])]
+    assert found == [(slice(0, 2), [0, 1]), (slice(2, 4), [2, 3]), (slice(4, 5), [4])]
+    assert events == ["begun 0", "begun 2", "fetched 0", "begun 4", "fetched 2", "fetched 4"]
