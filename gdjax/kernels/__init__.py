@@ -14,7 +14,7 @@ as one that carries a constant, and which these are is not known from their oper
 On a GPU `LOOPS_IN_GRAPHS` are compiler options that make a loop one launch. For a TPU `on_chip` makes one kernel of a
 run, with its state on the chip: an experiment, compiled and never run there.
 
->>> import jax.numpy as jnp
+>>> import jax, jax.numpy as jnp
 >>> one = one_kernel(lambda x: jax.lax.fori_loop(0, 3, lambda i, x: x @ jnp.ones((2, 2)), x))
 >>> jax.jit(one)(jnp.asarray([1.0, 2.0]))
 Array([12., 12.], dtype=float32)
