@@ -20,8 +20,8 @@ def on_chip(
 ) -> Callable[[Any, Any, Any], tuple[Any, jax.Array]]:
     """Return a loop over batches that is one kernel of a TPU. Experimental: compiled, never run on a TPU.
 
-    State and data stay in the chip's vector memory (VMEM) for the whole run, where XLA's own loop starts several kernels
-    for every update. Under `jax.vmap` the runs follow one another in the same kernel.
+    State and data stay in the chip's vector memory (VMEM) for the whole run, where XLA's own loop starts several
+    kernels for every update. Under `jax.vmap` the runs follow one another in the same kernel.
 
     Compiled for a TPU v5e by libtpu 0.0.42.1, with jax 0.10.2: SGD, momentum, Adam and clipping, of an MLP 64-128-10
     with labels chosen by an index or by comparison. What Pallas cannot compile becomes something else: a power exp(y
