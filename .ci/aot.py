@@ -2,7 +2,7 @@
 
 python .ci/aot.py cuda|tpu [--write]
 
-    kernels     that an update starts: at most those of aot.json and 10 %
+    kernels     that an update starts, or a whole run on the chip: at most those of aot.json and 10 %
     temporary   memory of the program: at most that of aot.json and 10 %
     host loops  of `descent.run` and `descent.until`: none, with kernels.LOOPS_IN_GRAPHS
     collectives one for an update that devices share
@@ -27,7 +27,8 @@ import jax  # noqa: E402
 import optax  # noqa: E402
 import programs  # noqa: E402
 
-from gdjax import bench, descent, gradients  # noqa: E402
+from gdjax import bench, descent, gradients, kernels  # noqa: E402
+from gdjax.problems import models  # noqa: E402
 
 TABLE = HERE / "aot.json"
 TARGETS = {"cuda": "h100", "tpu": "v5e"}
@@ -50,6 +51,23 @@ def chosen():
     for name, *rest in programs.of_gradients("cnn", models["cnn"]):
         if name.split()[0] in ("sq_norms", "second_moments", "clipped", "noise", "eigenpairs"):
             yield name, *rest
+
+
+def on_chip():
+    """Yield (name, function, arguments) of runs that are one kernel of a TPU, their labels chosen by a gather."""
+    model, data = models.mlp((64, 128, 10)), programs.shapes(bench.MODELS["mlp-small"]().train)
+
+    def loss(params, example):
+        x, label = example
+        return optax.softmax_cross_entropy_with_integer_labels(model.apply(params, x), label)
+
+    clipped, mean = gradients.clipped(loss, 1.0), gradients.mean(loss)
+    cases = {"momentum": (mean, optax.sgd(0.1, 0.9), 1), "adam": (mean, optax.adam(0.1), 8)}
+    for name, (gradient, optimizer, batch_size) in (cases | {"clipped": (clipped, optax.sgd(0.1), 8)}).items():
+        method = descent.method(gradient, optimizer)
+        state = jax.eval_shape(lambda key, method=method: method.init(model.init(key)), jax.random.key(0))
+        arguments = state, data, programs.indices(programs.UPDATES, batch_size)
+        yield f"on_chip {name} mlp-small B={batch_size}", kernels.on_chip(method.step), arguments
 
 
 def shared(target: str):
@@ -77,6 +95,8 @@ def complaints_of(name: str, program, numbers: dict, limits: dict | None):
             yield f"{name}: {what} {value}, in the table {limits.get(what)}"
     if program.host_loops and name.split()[0] in ("run", "until"):
         yield f"{name}: {program.host_loops} loops stay on the host"
+    if name.startswith("on_chip") and (program.loops or program.text.count('"tpu_custom_call"') != 1):
+        yield f"{name}: is not one kernel of Pallas without a loop around it"
     if program.has_float64:
         yield f"{name}: computes in float64"
 
@@ -99,7 +119,7 @@ def main(platform: str, *, write: bool) -> int:
     if not held:
         print(f"{platform}: the table is of jax {limits.get('jax')}, this is {jax.__version__}: numbers are not held")
     start = time.perf_counter()
-    for name, function, arguments in chosen():
+    for name, function, arguments in (*chosen(), *(on_chip() if platform == "tpu" else ())):
         updates = programs.UPDATES if name.split()[0] in ("run", "until", "lanes") else 1
         try:
             program = bench.program_for(target, function, *arguments)

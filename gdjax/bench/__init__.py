@@ -4,14 +4,13 @@
 """
 
 from gdjax.bench._aot import program_for
-from gdjax.bench._bench import BATCH_SIZES, BUDGET, bench, compared, measure
+from gdjax.bench._bench import BATCH_SIZES, bench, compared, measure
 from gdjax.bench._forecast import compile_for
 from gdjax.bench._models import MODELS, mlp
 from gdjax.bench._variants import VARIANTS, Variant
 
 __all__ = [
     "BATCH_SIZES",
-    "BUDGET",
     "MODELS",
     "VARIANTS",
     "Variant",

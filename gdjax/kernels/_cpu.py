@@ -1,32 +1,7 @@
-"""Programs in the form that XLA compiles best: on a CPU products of two dimensions, and loops as one kernel.
-
-The gradient of a dense layer over [B, T, D] is summed over two axes at once, which XLA does by copying a transpose,
-three times as slow as the same sum over one axis of [B T, D]: `for_cpu` writes such products as products of matrices,
-in the loops of `descent` by itself.
-
-XLA compiles every operation of a loop to a kernel of its own, or a few together, and starts one after the other: at
-batch size 1 a small network has some 25 of them in an update, and starting them takes a quarter of its time
-(experiments/b1_race.py). `one_kernel` asks for one. Operations that XLA leaves to a library cannot be inside: products
-of two matrices (hence, in most models, batches of more than one example), convolutions, sorting (hence, drawing a
-stream). It is not done by itself: there are loops on which XLA's compiler does not refuse but ends the process, such
-as one that carries a constant, and which these are is not known from their operations.
-
-On a GPU `LOOPS_IN_GRAPHS` are compiler options that make a loop one launch.
-
->>> import jax.numpy as jnp
->>> one = one_kernel(lambda x: jax.lax.fori_loop(0, 3, lambda i, x: x @ jnp.ones((2, 2)), x))
->>> jax.jit(one)(jnp.asarray([1.0, 2.0]))
-Array([12., 12.], dtype=float32)
->>> "xla_cpu_small_call" in jax.jit(one).lower(jnp.ones(2)).as_text()
-True
->>> gradient = lambda x, g: jnp.einsum("btd,bto->do", x, g)
->>> text = jax.jit(for_cpu(gradient)).lower(jnp.ones((2, 3, 4)), jnp.ones((2, 3, 5))).as_text()
->>> "(tensor<6x4xf32>, tensor<6x5xf32>) -> tensor<4x5xf32>" in text
-True
-"""
+"""Programs for a CPU: loops as one kernel, and products of two dimensions."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -35,9 +10,8 @@ from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend import core
 from jax.interpreters import batching, mlir
 
-LOOPS = ("scan", "while")
-CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
-CALLS |= {"custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr", "custom_vjp_call_jaxpr": "fun_jaxpr"}
+from gdjax.kernels._jaxprs import equations, rewritten
+
 LOOPS_IN_GRAPHS = {
     "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
 }
@@ -93,9 +67,9 @@ def for_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
         )
         if getattr(closed.jaxpr, "is_high", False):  # jax has yet to lower it to the types that a primitive takes
             return function(*args)
-        equations = list(_equations(closed.jaxpr))
-        marked = "xla_metadata_value" in {e.primitive.name for e in equations}
-        if closed.effects or marked or not any(map(_is_over_several_axes, equations)):
+        found = list(equations(closed.jaxpr))
+        marked = "xla_metadata_value" in {e.primitive.name for e in found}
+        if closed.effects or marked or not any(map(_is_over_several_axes, found)):
             outs = core.jaxpr_as_fun(closed)(*leaves)
         else:
             hoisted = closed.jaxpr.replace(constvars=[], invars=[*closed.jaxpr.constvars, *closed.jaxpr.invars])
@@ -125,71 +99,13 @@ def _batch(args, axes, *, closed):
 
 
 def _lower_for_cpu(context, *args, closed):
-    rewritten = core.jaxpr_as_fun(_rewritten(closed))
-    return mlir.lower_fun(lambda *args, closed: rewritten(*args))(context, *args, closed=closed)
+    function = core.jaxpr_as_fun(rewritten(closed, {"dot_general": _product}))
+    return mlir.lower_fun(lambda *args, closed: function(*args))(context, *args, closed=closed)
 
 
 batching.primitive_batchers[for_cpu_p] = _batch
 mlir.register_lowering(for_cpu_p, mlir.lower_fun(lambda *args, closed: core.jaxpr_as_fun(closed)(*args)))
 mlir.register_lowering(for_cpu_p, _lower_for_cpu, platform="cpu")
-
-
-def _equations(jaxpr: core.Jaxpr) -> Iterator[Any]:
-    """Yield the equations of a jaxpr and of all that it calls."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in core.jaxprs_in_params(equation.params):
-            yield from _equations(inner)
-
-
-def _struct(aval) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
-
-
-def _rewritten(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
-    """Return a jaxpr that computes the same by products of two dimensions."""
-    return jax.make_jaxpr(lambda *args: _evaluated(closed.jaxpr, closed.consts, args))(*map(_struct, closed.in_avals))
-
-
-def _evaluated(jaxpr: core.Jaxpr, consts, args) -> list[Any]:
-    env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
-    env.update(zip(jaxpr.invars, args, strict=True))
-
-    def read(variable):
-        return variable.val if isinstance(variable, core.Literal) else env[variable]
-
-    for equation in jaxpr.eqns:
-        ins = [read(v) for v in equation.invars]
-        if equation.primitive.name in CALLS:
-            inner = equation.params[CALLS[equation.primitive.name]]
-            outs = _evaluated(inner.jaxpr, inner.consts, ins)
-        elif equation.primitive.name == "dot_general":
-            outs = [_product(*ins, **equation.params)]
-        else:
-            outs = _bound(jaxpr, equation, ins)
-        env.update(zip(equation.outvars, outs, strict=True))
-    return [read(v) for v in jaxpr.outvars]
-
-
-def _bound(jaxpr: core.Jaxpr, equation, ins) -> list[Any]:
-    """Apply an equation, what it loops over or chooses from being rewritten too."""
-    params = dict(equation.params)
-    if equation.primitive.name in (*LOOPS, "cond"):
-        for name, value in params.items():
-            if isinstance(value, core.ClosedJaxpr):
-                params[name] = _rewritten(value)
-            elif name == "branches":
-                params[name] = tuple(_rewritten(branch) for branch in value)
-    one = jaxpr.replace(
-        constvars=[],
-        invars=list({v: None for v in equation.invars if not isinstance(v, core.Literal)}),
-        outvars=equation.outvars,
-        eqns=[equation.replace(params=params)],
-        effects=equation.effects,
-        debug_info=jaxpr.debug_info.with_unknown_names(),
-    )
-    values = {v: x for v, x in zip(equation.invars, ins, strict=True) if not isinstance(v, core.Literal)}
-    return core.jaxpr_as_fun(core.ClosedJaxpr(one, []))(*(values[v] for v in one.invars))
 
 
 def _is_over_several_axes(equation) -> bool:
