@@ -28,7 +28,7 @@ A problem supplies the loss of one example; everything else is derived. A stream
 
     host
     privacy        what clipping and noise promise
-    kernels        programs as a CPU runs them fastest
+    kernels        programs in the form that a device runs fastest
     timing         compilation and run time, apart
     report         run folders with provenance, and figures
     commands       the command line
