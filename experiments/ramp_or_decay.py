@@ -269,11 +269,12 @@ def judged(name: str, make, target: str, optimizer: str, later: bool, *, seed: i
 
 def draw_targets(rows: list[dict[str, Any]]):
     title = f"Seconds to a target with {ways.ROUNDS * ways.FRESH_SEEDS} fresh seeds each, over the mean of the fastest"
-    figure, axes = report.panels(len(rows), title=title, width=2.7)
+    figure, axes = report.panels(len(rows), title=title, width=3.6, height=2.6, columns=3)
     names = [*WAYS, "noise scale", "recommended"]
-    for axis, row in zip(axes, rows, strict=True):
+    for number, (axis, row) in enumerate(zip(axes, rows, strict=True)):
         for i, way in enumerate(names):
-            x = np.asarray(row["ways"][way]["seconds"] if way in row["ways"] else []) / row["seconds"][row["best"]]
+            seconds = row["ways"].get(way, {}).get("seconds")  # none in a file where it was infinite
+            x = np.asarray([] if seconds is None else seconds, float) / row["seconds"][row["best"]]
             axis.plot(x, np.full(len(x), -i), "|", color=report.COLOURS[i % 7])
             if len(x):
                 axis.plot(x.mean(), -i, "o" if way == "recommended" else ".", color=report.COLOURS[i % 7])
@@ -282,7 +283,7 @@ def draw_targets(rows: list[dict[str, Any]]):
         axis.set_title(f"{row['problem']}, {row['optimizer']}" + (", later" if row["later"] else ""), fontsize="small")
         axis.set_xticks([0.5, 1, 2, 4], ["0.5", "1", "2", "4"])
         axis.minorticks_off()
-        axis.set_yticks(-np.arange(len(names)), names if axis is axes[0] else [])
+        axis.set_yticks(-np.arange(len(names)), names if number % 3 == 0 else [])
     return figure
 
 

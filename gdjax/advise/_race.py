@@ -18,6 +18,7 @@ from gdjax.tuning import Tuning
 TUNING = 2**0.5  # factor between the rates that are tried in the end
 NO_BETTER = 1.5  # such a rate is not waited for longer than this, in times of the best one's updates
 NEAR = 1.5  # times the least time to target, at which a batch size may still be the fastest once it is tuned
+LEVEL = 1.15  # times the least time to target, at which the batch sizes beyond a tuned one may still be faster
 MAX_TUNED = 5  # batch sizes
 NUM_CONFIRMED = 10  # seeds in all that what is advised is run with
 ADDED = 5, 2  # seeds at a time, to those of the tuning; no more than the programs are compiled for
@@ -139,7 +140,7 @@ def race(
 
 
 def _tuned(usable, pick, runs, run, late, show) -> tuple[dict[int, Tuning], list[str]]:
-    """Return tunings of the pick, and of a neighbour of the fastest as long as one may be faster."""
+    """Return tunings of the pick, and of a neighbour of those that are about as fast as any, as long as one may be."""
     sizes = [choice.batch_size for choice in usable]
     tunings: dict[int, Tuning] = {}
     size, unknown = pick.batch_size, []
@@ -156,10 +157,10 @@ def _tuned(usable, pick, runs, run, late, show) -> tuple[dict[int, Tuning], list
         begun = runs[size] if size in runs else at(np.asarray([choice.learning_rate]))
         tunings[size] = tuning.widen(at, begun, TUNING, late=NO_BETTER)
         times = {b: tunings[b].losses.min() * usable[sizes.index(b)].speed.seconds_per_update for b in tunings}
-        best = min(times, key=times.__getitem__)
-        i = sizes.index(best)
-        near = [usable[j] for j in (i - 1, i + 1) if 0 <= j < len(usable) and sizes[j] not in tunings]
-        near = [choice for choice in near if _hoped(choice) <= NEAR * times[best]]
+        least = min(times.values())
+        level = [sizes.index(b) for b in times if times[b] <= LEVEL * least]
+        beside = {j for i in level for j in (i - 1, i + 1) if 0 <= j < len(usable) and sizes[j] not in tunings}
+        near = [usable[j] for j in sorted(beside) if _hoped(usable[j]) <= NEAR * least]
         size = min(near, key=_hoped).batch_size if near and len(tunings) < MAX_TUNED else None
     return tunings, unknown
 

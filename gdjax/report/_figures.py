@@ -63,19 +63,25 @@ def _cut_off(axis: "Axes") -> None:
         axis.set_ylim(*back(np.asarray([low - margin, high + margin])))
 
 
-def panels(count: int, *, title: str, width: float = 5.5, height: float = 4.2) -> tuple["Figure", list["Axes"]]:
-    """Return (figure, its `count` axes side by side), sizes in inches, for what the functions above cannot draw.
+def panels(
+    count: int, *, title: str, width: float = 5.5, height: float = 4.2, columns: int | None = None
+) -> tuple["Figure", list["Axes"]]:
+    """Return (figure, its `count` axes), sizes of one in inches, for what the functions above cannot draw.
 
-    A title of more than one line stands below them.
+    They stand side by side, or in rows of so many `columns`. A title of more than one line stands below them.
     """
-    figure = blank(width=width * count, height=height)
-    lines = textwrap.wrap(title, int(12 * width * count))
+    columns = min(count, columns or count)
+    rows = -(-count // columns)
+    figure = blank(width=width * columns, height=height * rows)
+    lines = textwrap.wrap(title, int(12 * width * columns))
     put = figure.suptitle if len(lines) == 1 else figure.supxlabel
     put("\n".join(lines), fontsize="medium", parse_math=False)
-    axes = list(figure.subplots(1, count, squeeze=False)[0])
-    for axis in axes:
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis in axes[count:]:
+        axis.remove()
+    for axis in axes[:count]:
         axis.grid(alpha=0.3)
-    return figure, axes
+    return figure, axes[:count]
 
 
 def agreement(points: Mapping[str, tuple[Any, Any]], *, xlabel: str, ylabel: str, title: str) -> "Figure":

@@ -461,6 +461,13 @@ def test_the_race_goes_on_to_the_neighbours_that_are_faster_and_confirms_what_le
     assert not won.unknown
 
 
+def test_beyond_a_batch_size_that_is_hardly_slower_a_faster_one_is_found():
+    won, _ = raced({8: 300, 16: 100, 32: 105, 64: 80}.get)
+    assert won.batch_size == 64
+    won, _ = raced({8: 300, 16: 100, 32: 130, 64: 80}.get)
+    assert won.batch_size == 16
+
+
 def test_a_rate_that_loses_a_further_seed_is_given_up():
     won, _ = raced({8: 300, 16: 100, 32: 300, 64: 300}.get, failing=[0.1])
     assert won.batch_size == 16
