@@ -85,8 +85,12 @@ def panels(
 
 
 def agreement(points: Mapping[str, tuple[Any, Any]], *, xlabel: str, ylabel: str, title: str) -> "Figure":
-    """Draw measured against predicted values, {label: (predicted, measured)}, on logarithmic axes."""
-    figure = blank(width=6, height=5)
+    """Draw measured against predicted values, {label: (predicted, measured)}, on logarithmic axes.
+
+    A title of more than one line stands below, and what more than six labels stand for beside the axes.
+    """
+    many = len(points) > 6
+    figure = blank(width=8 if many else 6, height=5)
     axis = figure.subplots()
     for i, (label, (predicted, measured)) in enumerate(points.items()):
         axis.plot(predicted, measured, "os^Dvx"[i % 6], color=COLOURS[i % len(COLOURS)], label=label)
@@ -94,9 +98,14 @@ def agreement(points: Mapping[str, tuple[Any, Any]], *, xlabel: str, ylabel: str
     low, high = drawn.min(), drawn.max()
     axis.plot([low, high], [low, high], color="gray", linewidth=1, label="equal")
     axis.set(xlabel=xlabel, ylabel=ylabel, xscale="log", yscale="log")
-    axis.set_title("\n".join(textwrap.wrap(title, 80)), fontsize="small", parse_math=False)
+    lines = textwrap.wrap(title, 100)
+    put = axis.set_title if len(lines) == 1 else figure.supxlabel
+    put("\n".join(lines), fontsize="small", parse_math=False)
     axis.grid(alpha=0.3)
-    axis.legend(frameon=False)
+    if many:
+        figure.legend(loc="outside right upper", frameon=False)
+    else:
+        axis.legend(frameon=False)
     return figure
 
 
