@@ -193,7 +193,7 @@ def test_two_processes_of_two_devices_train_as_one_and_the_first_alone_writes(tm
 
 
 @pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGTERM])
-def test_a_process_that_is_told_to_end_saves_without_a_standard_error(tmp_path, signum):
+def test_a_process_that_is_told_to_end_saves_without_a_standard_error(tmp_path, signum, listening):
     with process("train_until_told", shell="2>&-", folder=str(tmp_path)) as running:
         wait_for("begun", running)
         running.send_signal(signum)
