@@ -69,7 +69,7 @@ plt.show()
 first = sweep.map(final_loss, grid, store="runs/rates", chunk_size=20)
 again = sweep.map(final_loss, grid, store="runs/rates")  # reads nine chunks
 print("the same, bit for bit:", bool(np.array_equal(first, again, equal_nan=True)))
-other = grid._replace(axes=grid.axes | {"rate": 2 * grid.axes["rate"]})
+other = sweep.grid(**grid.axes | {"rate": 2 * grid.axes["rate"]})
 try:
     sweep.map(final_loss, other, store="runs/rates")
 except ValueError as error:
