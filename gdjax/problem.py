@@ -25,6 +25,9 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
+from gdjax._trees import merge as merge
+from gdjax._trees import trainable as trainable
+
 Params = Any
 """Parameters: any pytree of arrays. Leaves that are not floating-point are carried along and never trained."""
 Example = Any
@@ -215,44 +218,6 @@ def weights(weight: Weight, batch: Batch) -> jax.Array:
     return found if wide else found.astype(float)
 
 
-def trainable(params: Params, only: Trainable = None) -> tuple[Params, Params]:
-    """Split parameters into (the leaves to train, all other leaves), each with None where the other has a leaf.
-
-    The floating-point leaves are trained, or those among them that `only` chooses. Gradients, optimisers and statistics
-    see the first part alone; `merge` puts the two together again.
-
-    >>> trainable({"weight": 1.5, "steps": 3})
-    ({'steps': None, 'weight': 1.5}, {'steps': 3, 'weight': None})
-    >>> trainable({"body": 1.5, "head": 0.5}, lambda path: "head" in path)
-    ({'body': None, 'head': 0.5}, {'body': 1.5, 'head': None})
-
-    Args:
-        params: the parameters.
-        only: path -> bool, the path as `jax.tree_util.keystr` writes it; or bools in a pytree like `params`, in which
-            one bool may stand for all leaves below it. None: all floating-point leaves.
-
-    Raises:
-        ValueError: where a leaf is no array or complex, where no leaf is left to train, and where `only` does not have
-            the structure of the parameters.
-    """
-    floating = jax.tree_util.tree_map_with_path(_is_floating, params)
-    if not any(jax.tree.leaves(floating)):
-        names = [str(jnp.result_type(leaf)) for leaf in jax.tree.leaves(params)]
-        raise ValueError(f"params must have a floating-point leaf to train, but its leaves are {names}")
-    chosen = floating if only is None else jax.tree.map(lambda a, b: a and b, floating, _mask(only, params))
-    if not any(jax.tree.leaves(chosen)):
-        paths = [jax.tree_util.keystr(path) for path, leaf in jax.tree_util.tree_leaves_with_path(floating) if leaf]
-        raise ValueError(f"trainable={only} chooses none of the floating-point leaves of params, {paths}")
-    train = jax.tree.map(lambda leaf, is_chosen: leaf if is_chosen else None, params, chosen)
-    frozen = jax.tree.map(lambda leaf, is_chosen: None if is_chosen else leaf, params, chosen)
-    return train, frozen
-
-
-def merge(train: Params, frozen: Params) -> Params:
-    """Undo `trainable`."""
-    return jax.tree.map(lambda a, b: b if a is None else a, train, frozen, is_leaf=lambda leaf: leaf is None)
-
-
 def _abstract_params(init: Callable[[jax.Array], Params]) -> Params:
     try:
         return jax.eval_shape(init, jax.random.key(0))
@@ -278,29 +243,6 @@ def _alone(function: Callable) -> Callable:
             ) from error
 
     return of_one_example
-
-
-def _is_floating(path, leaf) -> bool:
-    try:
-        dtype = jnp.result_type(leaf)
-    except TypeError as error:
-        raise ValueError(
-            f"params must be a pytree of arrays, but its leaf at {jax.tree_util.keystr(path)} is a "
-            f"{type(leaf).__name__}: an Equinox model keeps its functions apart with eqx.partition(model, eqx.is_array)"
-        ) from error
-    if jnp.issubdtype(dtype, jnp.complexfloating):
-        raise ValueError("params must be real: keep a complex leaf as its real and imaginary parts")
-    return bool(jnp.issubdtype(dtype, jnp.floating))
-
-
-def _mask(only: Trainable, params: Params) -> Any:
-    """Return bools like the parameters."""
-    if callable(only):
-        return jax.tree_util.tree_map_with_path(lambda path, _: bool(only(jax.tree_util.keystr(path))), params)
-    try:
-        return jax.tree.map(lambda chosen, below: jax.tree.map(lambda _: bool(chosen), below), only, params)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"trainable must be a predicate or bools in a pytree like params: {error}") from error
 
 
 def _check_weights(weight: Weight, data: Batch, name: str) -> None:

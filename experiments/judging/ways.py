@@ -3,6 +3,7 @@
 Optimisers of rows of numbers, (rate, factor, three updates, slope), let one program for each batch size serve all ways.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,8 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gdjax import batching, tuning
+from gdjax import batching, noise, tuning
 
+NUM_PHASES = 4
+WAYS = {  # by what the rate shrinks and the batch grows from each quarter of the examples to the next
+    "constant": (1.0, 1),
+    "decay": (0.5, 1),
+    "ramp": (1.0, 2),
+    "both": (0.5, 2),
+    "Seesaw": (2**-0.5, 2),
+    "steep ramp": (1.0, 4),
+}
 SIZES = 0.25, 0.5, 1.0, 2.0  # first batch sizes, in units of that of the tuned constant
 LENGTHS = 0.7, 1.0, 1.4, 2.0  # examples of a schedule, in units of what the tuned constant takes
 RATES = 1.6 ** np.arange(-1.0, 3.0)  # in units of its rate
@@ -37,6 +47,12 @@ class Raced(NamedTuple):
     row: np.ndarray
     seconds: np.ndarray
     missed: int
+
+
+def schedule_of(size: int, growth: int, num_examples: int) -> list[tuple[int, int]]:
+    """Return phases of a quarter of the examples each."""
+    each = num_examples // NUM_PHASES
+    return [(max(1, each // (size * growth**i)), size * growth**i) for i in range(NUM_PHASES)]
 
 
 def shaped(optimizer: tuning.Optimizer) -> tuning.Optimizer:
@@ -97,3 +113,25 @@ def fresh(search, times, schedule: Schedule, row: np.ndarray, *, key, longer: fl
     given = np.where(np.isinf(costs) & (missed <= len(costs) / 6), phases.updates(limits["max_examples"]), costs)
     seconds = np.asarray([times.until(schedule, u) if u < np.inf else u for u in given])
     return Raced(schedule, row, seconds, missed)
+
+
+def followed(problem, optimizer, size, rate, num_examples, key) -> list[tuple[int, int]]:
+    """Return the phases of one run that doubles B whenever the noise scale, measured eight times, has doubled."""
+    goal = tuning.Budget(num_examples)
+    trainer = tuning.training(problem, optimizer, goal, num_runs=FRESH_SEEDS)
+    run_key, measure_key = jax.random.split(key)
+    run = trainer.start(np.asarray([rate]), num_seeds=1, key=run_key)
+    only = np.arange(len(run.seeds)) == 0
+    measure = jax.jit(lambda params, key: noise.measure(problem.loss, params, problem.train, key, num_examples=512))
+    schedule, seen, first = [], 0, None
+    for _ in range(8):
+        count = max(1, num_examples // 8 // size)
+        schedule.append((count, size))
+        run = trainer.advance(run, count, only, batch_size=batching.Phases.of(schedule))
+        seen += count * size
+        params = jax.tree.map(lambda leaf: leaf[0], run.states.params)
+        scale = float(measure(params, jax.random.clone(measure_key)).b_simple)
+        first = scale if first is None and math.isfinite(scale) else first
+        if first is not None and scale > 2 * first and 2 * size <= problem.num_examples:
+            size, first = 2 * size, scale
+    return schedule
