@@ -242,3 +242,25 @@ def test_a_curve_that_diverges_does_not_press_the_others_together(log):
 def test_a_long_title_stands_below():
     figure, _ = plots.panels(1, title="word " * 40)
     assert (figure.get_suptitle(), figure.get_supxlabel().split()) == ("", ["word"] * 40)
+
+
+def test_panels_stand_in_rows_of_columns_and_leave_no_empty_axes():
+    figure, axes = plots.panels(5, title="five", columns=3)
+    places: list[Any] = [axis.get_subplotspec() for axis in axes]
+    assert len(axes) == len(figure.axes) == 5
+    assert [place.get_geometry()[:2] for place in places] == [(2, 3)] * 5
+    [first, _] = plots.panels(2, title="two", columns=3)[1]
+    narrow: Any = first.get_subplotspec()
+    assert narrow.get_geometry()[:2] == (1, 2)
+
+
+def test_many_labels_stand_beside_the_axes_and_a_long_verdict_below():
+    points = {f"{i}": ([1.0], [2.0]) for i in range(7)}
+    many: Any = plots.agreement(points, xlabel="predicted", ylabel="measured", title="word " * 40)
+    assert [len(legend.get_texts()) for legend in many.legends] == [8]  # and that of the line of equal values
+    assert many.axes[0].get_legend() is None
+    assert many.axes[0].get_title() == ""
+    assert many.get_supxlabel().startswith("word")
+    few: Any = plots.agreement({"0": ([1.0], [2.0])}, xlabel="predicted", ylabel="measured", title="short")
+    assert (few.legends, few.axes[0].get_title()) == ([], "short")
+    assert few.axes[0].get_legend() is not None
