@@ -104,7 +104,7 @@ def plan(
     found: dict[tuple[str, int], Way] = {}
     width = math.exp(twin.error)
     lowest = math.inf
-    previous = num_updates = 4
+    previous = num_updates = 1
     losses: dict[str, np.ndarray] = {}
     least: dict[str, float] = {}
     while num_updates <= bounds.max_updates and not (found and time.perf_counter() > deadline):

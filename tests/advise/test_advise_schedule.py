@@ -133,6 +133,13 @@ def test_the_constant_way_is_the_fastest_of_all(ways):
     np.testing.assert_allclose(ways["constant"][0].seconds[1], least, rtol=0.06)
 
 
+def test_a_target_that_an_update_reaches_is_planned_with_one_by_every_way():
+    twin = exact_twin()
+    first = float(twin.losses(np.full(1, BOUNDS.highest_rate(8)), np.full(1, 8.0))[0])
+    planned = _ways.plan(twin, 1.001 * first, BOUNDS, num_phases=2)
+    assert {kind: some[0].num_updates for kind, some in planned.items()} == dict.fromkeys(_ways.KINDS, 1)
+
+
 def test_a_target_below_the_floor_is_refused_and_the_floor_is_said():
     with pytest.raises(ValueError, match=r"target=0.15 is below .* whose floor is 0.2: ask for less"):
         _ways.plan(exact_twin(), 0.15, BOUNDS._replace(sizes=(8, 16), max_updates=40))
