@@ -1,4 +1,4 @@
-"""What `gdjax schedule` recommends against seven ways to spend a run, on problems that it was not made on."""
+"""What `gdjax schedule` recommends against seven ways to spend a run: on problems seen and unseen."""
 
 import math
 import sys
@@ -18,7 +18,7 @@ SCHEDULE_SECONDS, RACE_SECONDS = 90.0, 45.0  # for `gdjax schedule`, and for the
 
 
 def at_targets(options: experiment.Options) -> experiment.Result:
-    """Race the seven ways, and what `gdjax schedule` recommends, to the targets of problems that it was not made on."""
+    """Race the seven ways, and what `gdjax schedule` recommends, to the targets of problems seen and unseen."""
     rows = [
         judged(name, make, target, optimizer, later, seed=options.seed)
         for later, cases in ((False, UNSEEN), (True, LATER))
@@ -29,7 +29,7 @@ def at_targets(options: experiment.Options) -> experiment.Result:
         f"{said}what is recommended takes at most 1.10 times the fastest": max(row["regret"] for row in some) <= 1.1
         for said, some in (
             ("", [row for row in rows if not row["later"]]),
-            ("of three chosen later, ", [row for row in rows if row["later"]]),
+            ("of those chosen later, ", [row for row in rows if row["later"]]),
         )
     }
     claims = [right for row in rows for right in row["claims"].values()]
