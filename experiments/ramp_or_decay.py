@@ -11,9 +11,9 @@ Prediction  With SGD ramp and decay end within 15 % of one another, both below t
             AdamW, Seesaw is within 15 % of the decay. --full: it takes at most 1.10 times the seconds of the fastest
             way, over the same 24 fresh seeds, on six problems that its method was changed on and on five chosen later
             (`judging/unseen.py`); wherever it foresaw a difference of two ways beyond its own error, the faster one is
-            faster; 80 % of the times that it measures lie in the intervals of 90 % that it had predicted. (When each kind was run with
-            nine seeds and no more, of six, and ways were judged by their ends, it was 1.38 times at worst, and of eight
-            differences beyond the noise of the seeds one had been predicted with the wrong sign.)
+            faster; 80 % of the times that it measures lie in the intervals of 90 % that it had predicted. (When each
+            kind was run with nine seeds and no more, of six, and ways were judged by their ends, it was 1.38 times at
+            worst, and of eight differences beyond the noise of the seeds one had been predicted with the wrong sign.)
 Cost        4 minutes on two CPU cores; --full, 15 minutes.
 """
 
