@@ -4,15 +4,16 @@ Question    For several problems: how much longer than the best batch size and r
             the advised pair take, does every seed arrive, and what does the advice cost beside the search?
 Prediction  Regret (time to target at the advised batch size and rate over the best found) at most 1.10 at the median
             and 1.30 at worst, of the problems that the method was changed on and, apart, of those that it was not;
-            every seed of ten arrives; predictions of updates within a factor of 1.3 at the median.
+            every seed of ten or more arrives; predictions of updates within a factor of 1.3 at the median.
 Cost        3 minutes on two CPU cores; --full, with the data sets in the folder GDJAX_DATA, 40 minutes. With --kept
             FOLDER every problem's row is kept there when it is finished and read from there by the same commit
             another time, so that an interruption costs one problem.
 
 The judge (`judging/judge.py`) is a search in plain JAX and optax that shares no code with the advice: every batch size,
 rates a factor of two apart until they hurt, three seeds, then ten fresh ones for the best five pairs and the advised
-one. A rate that a seed does not survive, or at three times the median, counts as infinite. The unseen problems
-(`judging/unseen.py`) were written down before any of them was run.
+one, and more where runs take little time, for the mean of ten may be 15 % off. A rate that a seed does not survive, or
+at three times the median of ten, counts as infinite. The unseen problems (`judging/unseen.py`) were written down before
+any of them was run.
 """
 
 import dataclasses
@@ -79,7 +80,14 @@ def row_of(case, sizes, *, budget, limit, seed):
     try:
         found = advise.batch_size(problem, target, optimizer=optimizer, sizes=sizes, seconds=budget, seed=seed)
     except ValueError as error:
-        return row | {"failed": str(error), "regret": np.inf, "arrived": 0, "predicted": [], "measured": []}
+        return row | {
+            "failed": str(error),
+            "regret": np.inf,
+            "num_seeds": 10,
+            "arrived": 0,
+            "predicted": [],
+            "measured": [],
+        }
     best = judged(problem, plain, target, sizes, rate, (found.batch_size, found.learning_rate), limit=limit)
     run = [choice for choice in found.choices if np.isfinite(choice.measured_updates)]
     return row | {
@@ -87,6 +95,7 @@ def row_of(case, sizes, *, budget, limit, seed):
         "advised": found.batch_size,
         "advised_rate": found.learning_rate,
         "advised_seconds": best.advised_seconds,
+        "num_seeds": best.num_seeds,
         "arrived": best.arrived,
         "best": best.batch_size,
         "best_rate": best.learning_rate,
@@ -132,12 +141,12 @@ def main(options: Options) -> experiment.Result:
         if not of_kind:
             continue
         regrets = np.asarray([row["regret"] for row in of_kind], float)
-        arrived = [row["arrived"] for row in of_kind]
+        arrived = [row["arrived"] == row["num_seeds"] for row in of_kind]
         checks[f"small regret, {kind}"] = bool(np.median(regrets) <= 1.1 and regrets.max() <= 1.3)
-        checks[f"all seeds arrive, {kind}"] = min(arrived) == 10
+        checks[f"all seeds arrive, {kind}"] = all(arrived)
         said.append(
             f"{len(of_kind)} {kind} problems: regret {np.median(regrets):.2f} at the median, {regrets.max():.2f} at "
-            f"worst, all of 10 seeds arrive in {sum(count == 10 for count in arrived)}"
+            f"worst, all of ten seeds or more arrive in {sum(arrived)}"
         )
     run = [row for row in rows if row["measured"]]
     ratios = np.concatenate([np.divide(row["measured"], np.asarray(row["predicted"])[:, 1]) for row in run])

@@ -2,8 +2,9 @@
 
 Every batch size is tried at rates a factor of two apart, with three seeds, from the best rate of the one beside it on:
 downwards while the lowest is best, upwards until two rates in a row are worse or fail. A rate fails where a seed fails.
-The best pairs, and the advised one, are run again with ten fresh seeds. Only the loss, the metric and the examples that
-the target is judged on are those of the problem.
+The best pairs, and the advised one, are run again with ten fresh seeds, and tens more until their means are exact to
+EXACT, as long as that takes seconds. Only the loss, the metric and the examples that the target is judged on are those
+of the problem.
 """
 
 import math
@@ -24,6 +25,11 @@ GROWTH = 1.08  # between two looks at a run
 MAX_EPOCHS = 200
 MOST_FAILED = 8  # rates of one batch size
 SHORTEST = 1e-3  # seconds that a timed run takes at least: to call a program costs tens of microseconds
+EXACT, SETTLING, MOST_FRESH = (
+    0.03,
+    20.0,
+    100,
+)  # standard error of a mean, and seconds and seeds after which it is let be
 SLOW = 3.0  # times the best at a batch size, or of all, that a run is waited for
 
 
@@ -31,9 +37,9 @@ class Found(NamedTuple):
     """What the search found.
 
     Attributes:
-        batch_size, learning_rate, seconds: of the best pair, by ten fresh seeds.
+        batch_size, learning_rate, seconds: of the best pair, by fresh seeds.
         advised_seconds: of the advised pair by the same seeds, infinite where one does not arrive.
-        arrived: how many of those do.
+        num_seeds, arrived: how many seeds these are, and with how many of them the advised pair arrives.
         searched: {batch size: (best rate, seconds by three seeds)}.
         at_edge: batch sizes whose best rate is at the edge of those tried.
         search_seconds: that the search took.
@@ -44,6 +50,7 @@ class Found(NamedTuple):
     learning_rate: float
     seconds: float
     advised_seconds: float
+    num_seeds: int
     arrived: int
     searched: dict[int, tuple[float, float]]
     at_edge: list[int]
@@ -181,17 +188,39 @@ def judged(
     for _ in range(3):
         for size in {*best_rates, advised[0]}:
             runner.speed(size)
-    fresh = range(1000, 1000 + NUM_FRESH)
-    finals: dict[tuple[int, float], float] = {}
-    for size, r in sorted(pairs, key=pairs.__getitem__)[:NUM_FINAL]:
-        most = 4 * pairs[size, r] / runner.speeds[size]
-        finals[size, r] = runner.mean(size, r, fresh, most)[0] * runner.speeds[size]
-    best = min(finals, key=finals.__getitem__)
-    size, r = advised
-    updates, arrived = runner.mean(size, r, fresh, max(10 * finals[best] / runner.speeds[size], 10))
+    finals = sorted(pairs, key=pairs.__getitem__)[:NUM_FINAL]
+    most = {pair: 4 * pairs[pair] for pair in finals}
+    most[advised] = max(10 * pairs[finals[0]], most.get(advised, 0.0))
+    costs = _fresh(runner, most)
+    seconds = {pair: _mean(costs[pair]) * runner.speeds[pair[0]] for pair in most}
+    best = min(finals, key=seconds.__getitem__)
     searched = {b: (r, pairs[b, r]) for b, r in sorted(best_rates.items())}
-    seconds = updates * runner.speeds[size]
-    return Found(best[0], best[1], finals[best], seconds, arrived, searched, at_edge, search_seconds, complete)
+    arrived = int(np.isfinite(costs[advised]).sum())
+    found = seconds[advised], len(costs[advised]), arrived, searched, at_edge, search_seconds, complete
+    return Found(*best, seconds[best], *found)
+
+
+def _fresh(runner: Runner, most: dict[tuple[int, float], float]) -> dict[tuple[int, float], np.ndarray]:
+    """Return the updates [S] of pairs with fresh seeds, the same for all, none run for longer than `most` seconds."""
+    costs = {pair: np.zeros(0) for pair in most}
+    began, first = time.perf_counter(), 1000
+    while True:
+        for size, rate in most:
+            limit = max(most[size, rate] / runner.speeds[size], 10)
+            more = [runner.updates(size, rate, seed, limit) for seed in range(first, first + NUM_FRESH)]
+            costs[size, rate] = np.append(costs[size, rate], more)
+        first += NUM_FRESH
+        with np.errstate(invalid="ignore"):
+            errors = [np.std(found, ddof=1) / len(found) ** 0.5 / np.mean(found) for found in costs.values()]
+        settled = not any(error > EXACT for error in errors)  # NaN where a seed does not arrive
+        if settled or first >= 1000 + MOST_FRESH or time.perf_counter() - began > SETTLING:
+            return costs
+
+
+def _mean(costs: np.ndarray) -> float:
+    """Return the mean of updates [S], infinite where one of the first ten takes three times the median of these."""
+    few = costs[:NUM_FRESH]
+    return float(costs.mean()) if (few <= 3 * np.median(few)).all() and np.isfinite(few).all() else math.inf
 
 
 def _tried(runner: Runner, size: int, rate: float, most: float, end: float) -> tuple[dict[float, float], bool]:
