@@ -4,7 +4,8 @@ Time to a target is updates to the target times seconds per update. The second i
 real training step. The first is measured by tuning at a few batch sizes and predicted for all others by the laws of
 `theory.scaling`. Then the advice is put to the test: the batch size advised, the extremes and some between are run with
 fresh seeds, and what was predicted is printed beside what was measured. In the end batch sizes that may be the fastest
-are tuned once more, and what is advised is confirmed with ten seeds, see `_race`.
+are tuned once more, and what is advised is confirmed with ten seeds, or as many as it takes to tell it from the
+others, see `_race`.
 """
 
 import math

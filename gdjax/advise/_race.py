@@ -1,11 +1,13 @@
 """The end of the search for a target: batch sizes that may be the fastest are tuned, and what would win is confirmed.
 
 Three seeds are enough to say which rates are worth more seeds. The least of many noisy means is too good to be true, so
-whatever leads is run with more seeds, and leads after that or not: more seeds are spent only where the answer depends
-on them. A rate that some seed does not survive is no candidate, however fast the others are.
+whatever leads is run with more seeds, and leads after that or not. Then it and the batch sizes that cannot be told from
+it have more in turn, until they can: more seeds are spent only where the answer depends on them. A rate that some seed
+does not survive is no candidate, however fast the others are.
 """
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -21,8 +23,11 @@ NEAR = 1.5  # times the least time to target, at which a batch size may still be
 LEVEL = 1.15  # times the least time to target, at which the batch sizes beyond a tuned one may still be faster
 MAX_TUNED = 5  # batch sizes
 NUM_CONFIRMED = 10  # seeds in all that what is advised is run with
-ADDED = 5, 2  # seeds at a time, to those of the tuning; no more than the programs are compiled for
-MAX_CONFIRMED = 6  # rates
+ADDED = 5  # seeds at a time, to those of the tuning; no more than the programs are compiled for
+MAX_CONFIRMED = 6  # rates that lead
+DOUBT = 1.5  # standard errors of a difference, within which a batch size is not told from the winner
+DOUBTING = 1.0  # seconds, or as long as all before it, that this may take
+MOST_SEEDS, TOLD = 40, 0.02  # where doubt ends: seeds, and standard error of the difference over the least time
 MAX_LOWER = 4  # further rates below, where none is survived by all seeds
 AS_FAST, SLOWER = 0.01, 0.05  # of a run, by which a lower rate may be slower: in any case, and within the noise
 ROUNDS = 3  # of timing, all in turn
@@ -45,6 +50,13 @@ class Candidate(NamedTuple):
     def seconds(self) -> float:
         """Mean time to the target, infinite where it is not reliable."""
         return float(self.costs.mean()) * self.seconds_per_update if self.reliable else math.inf
+
+    @property
+    def error(self) -> float:
+        """Standard error of that time, infinite where it is not reliable."""
+        if not self.reliable:
+            return math.inf
+        return float(self.costs.std(ddof=1)) * self.seconds_per_update / len(self.costs) ** 0.5
 
     @property
     def score(self) -> float:
@@ -101,6 +113,7 @@ def race(
     """
     if pick.batch_size not in runs:
         return None
+    began = time.perf_counter()
     usable = [choice for choice in choices if choice.fits and choice.speed.time_again]
     tunings, unknown = _tuned(usable, pick, runs, run, late, show)
     speeds = _timed_in_turn([choice for choice in usable if choice.batch_size in tunings], late)
@@ -110,33 +123,77 @@ def race(
         for rate, costs in zip(tuned.learning_rates, tuned.costs, strict=True)
     ]
     by_size = {choice.batch_size: choice for choice in usable}
-    confirmed: list[Candidate] = []
-    lower = 0
-    while True:
-        winner = _leader(entries)
-        if winner.seconds == math.inf and lower < MAX_LOWER and not late(0.0):
-            lower += 1
-            below = min(entry.learning_rate for entry in entries if entry.batch_size == pick.batch_size) / TUNING
-            tried = run(by_size[pick.batch_size], np.asarray([below]), num_seeds=len(runs[pick.batch_size].costs[0]))
-            entries.append(Candidate(pick.batch_size, below, tried.costs[0], speeds[pick.batch_size]))
-            continue
-        if winner.seconds == math.inf or len(winner.costs) >= NUM_CONFIRMED:
-            break
-        enough = len(confirmed) == MAX_CONFIRMED
-        if enough or late(NUM_CONFIRMED * winner.seconds):
-            reason = f"{MAX_CONFIRMED} other rates had them" if enough else "the budget did not allow them"
-            unknown += [f"more than {len(winner.costs)} seeds at batch size {winner.batch_size}: {reason}"]
-            break
-        show(f"confirming batch size {winner.batch_size}")
-        entries.remove(winner)
-        confirmed.append(_confirmed(winner, by_size[winner.batch_size], run))
-        entries.append(confirmed[-1])
+
+    def slower(entry: Candidate) -> Candidate:
+        """Return a candidate at a lower rate."""
+        rate, num_seeds = entry.learning_rate / TUNING, len(runs[pick.batch_size].costs[0])
+        found = run(by_size[entry.batch_size], np.asarray([rate]), num_seeds=num_seeds)
+        return entry._replace(learning_rate=rate, costs=found.costs[0])
+
+    def more(entry: Candidate, total: int) -> Candidate | None:
+        """Return a candidate with so many seeds in all, fewer where one does not arrive, None for want of time."""
+        if late(total * entry.seconds):
+            return None
+        show(f"confirming batch size {entry.batch_size}")
+        found = _with_more(entry, by_size[entry.batch_size], run, total)
+        return None if late(0.0) and not found.reliable else found  # of a seed that the budget ended nothing is known
+
+    entries, unsure = _confirmed(entries, pick.batch_size, more, slower, late)
+    if not unsure:
+        entries = _told_apart(entries, more, max(time.perf_counter() - began, DOUBTING))
+    winner = _leader(entries)
     if tunings[winner.batch_size].at_edge:
         unknown += [f"the best learning rate at batch size {winner.batch_size}: it is at the edge of those tried"]
-    if not winner.reliable:
-        unknown += ["a learning rate that every seed survives: none was found"]
     others = tuple(leader for leader in _leaders(entries) if leader.batch_size != winner.batch_size)
-    return Race(*winner, others, tunings, tuple(unknown))
+    return Race(*winner, others, tunings, (*unknown, *unsure))
+
+
+def _confirmed(entries: list[Candidate], pick: int, more, slower, late) -> tuple[list[Candidate], list[str]]:
+    """Return the candidates, whichever leads with NUM_CONFIRMED seeds, and why not where it has fewer."""
+    num_confirmed = num_slower = 0
+    while True:
+        winner = _leader(entries)
+        if not winner.reliable:
+            if num_slower == MAX_LOWER or late(0.0):
+                return entries, ["a learning rate that every seed survives: none was found"]
+            num_slower += 1
+            picked = [entry for entry in entries if entry.batch_size == pick]
+            entries = [*entries, slower(min(picked, key=lambda entry: entry.learning_rate))]
+            continue
+        if len(winner.costs) >= NUM_CONFIRMED:
+            return entries, []
+        found = more(winner, NUM_CONFIRMED) if num_confirmed < MAX_CONFIRMED else None
+        if found is None:
+            enough = num_confirmed == MAX_CONFIRMED
+            reason = f"{MAX_CONFIRMED} other rates had them" if enough else "the budget did not allow them"
+            return entries, [f"more than {len(winner.costs)} seeds at batch size {winner.batch_size}: {reason}"]
+        num_confirmed += 1
+        entries = [found if entry is winner else entry for entry in entries]
+
+
+def _told_apart(entries: list[Candidate], more, seconds: float) -> list[Candidate]:
+    """Return the candidates, whichever leads and those that may be as fast with more seeds, for so many seconds."""
+    ends = time.perf_counter() + seconds
+    while (chosen := _doubted(_leaders(entries))) and time.perf_counter() < ends:
+        found = more(chosen, max(len(chosen.costs) + ADDED, NUM_CONFIRMED))
+        if found is None:
+            break
+        entries = [found if entry is chosen else entry for entry in entries]
+    return entries
+
+
+def _doubted(leaders: Sequence[Candidate]) -> Candidate | None:
+    """Return the one with the fewest seeds of the fastest and those not told from it; None where all is told."""
+    winner = min(leaders, key=lambda leader: leader.seconds)
+    field = [winner]
+    for rival in leaders:
+        error, slower = math.hypot(rival.error, winner.error), rival.seconds - winner.seconds
+        new = len(rival.costs) < NUM_CONFIRMED and slower < (LEVEL - 1) * winner.seconds
+        if rival is not winner and rival.reliable and (new or TOLD * winner.seconds < error > slower / DOUBT):
+            field.append(rival)
+    fewest = min(field, key=lambda entry: len(entry.costs))
+    doubt = len(field) > 1 or len(winner.costs) < NUM_CONFIRMED
+    return fewest if doubt and len(fewest.costs) < MOST_SEEDS else None
 
 
 def _tuned(usable, pick, runs, run, late, show) -> tuple[dict[int, Tuning], list[str]]:
@@ -207,14 +264,13 @@ def _within_noise(entry: Candidate, best: Candidate) -> bool:
     return bool(slower.mean() <= np.clip(noise, AS_FAST, SLOWER))
 
 
-def _confirmed(winner: Candidate, choice: Choice, run: Callable[..., Tuning]) -> Candidate:
-    """Return the candidate with more seeds: those of `ADDED`, until one does not arrive."""
-    costs = winner.costs
-    most = math.ceil(tuning.Target.ASTRAY * float(np.median(costs))) * winner.batch_size
-    for draw, num_seeds in enumerate(ADDED, start=1):
-        rates = np.asarray([winner.learning_rate])
-        found = run(choice, rates, num_seeds=num_seeds, draw=draw, max_examples=most)
+def _with_more(entry: Candidate, choice: Choice, run: Callable[..., Tuning], total: int) -> Candidate:
+    """Return the candidate with so many seeds in all, or fewer where one does not arrive."""
+    costs = entry.costs
+    most = math.ceil(tuning.Target.ASTRAY * float(np.median(costs))) * entry.batch_size
+    while len(costs) < total and np.isfinite(costs).all():
+        num_seeds = min(ADDED, total - len(costs))
+        rates = np.asarray([entry.learning_rate])
+        found = run(choice, rates, num_seeds=num_seeds, draw=len(costs), max_examples=most)
         costs = np.append(costs, found.costs[0])
-        if not np.isfinite(costs).all():
-            break
-    return winner._replace(costs=costs)
+    return entry._replace(costs=costs)
