@@ -150,7 +150,7 @@ def measure(
         rows[name] = {"variant": name, "batch_size": batch_size, "num_runs": runs}
         if variant is _variants.vmapped_seeds:
             rows[name]["runs_at_once"] = _variants.seeds_at_once(problem, LEARNING_RATE, batch_size)
-        num_updates = max(_num_updates(step.flops, runs), -(-min_examples // batch_size))
+        num_updates = max(_num_updates(step.flops), -(-min_examples // batch_size))
         try:
             programs[name] = _long_enough(problem, name, variant, batch_size, num_updates, step)
         except (ValueError, jax.errors.JaxRuntimeError) as error:
@@ -280,8 +280,8 @@ def _costs(
     }
 
 
-def _num_updates(flops: float | None, num_runs: int) -> int:
-    wanted = MAX_UPDATES if not flops else FLOPS_PER_RUN / flops / num_runs
+def _num_updates(flops: float | None) -> int:
+    wanted = MAX_UPDATES if not flops else FLOPS_PER_RUN / flops
     return min(MAX_UPDATES, max(_variants.UNROLL, _variants.UNROLL * round(wanted / _variants.UNROLL)))
 
 

@@ -83,15 +83,14 @@ def one_kernel(problem: Problem, learning_rate: float) -> Run:
 def vmapped_seeds(problem: Problem, learning_rate: float, *, lanes: int | None = None) -> Run:
     """Run `num_seeds()` lanes by `sweep.vmap`, each with a stream of its own; the first is that of `scan`.
 
-    Parameters are [S, ...].
+    All begin with the same parameters, and return [S, ...].
     """
     run_one = scan(problem, learning_rate)
 
     def run(params, data, batches):
         shifts = jnp.arange(lanes or num_seeds(), dtype=jnp.int32)
         streams = jax.vmap(lambda shift: jnp.roll(batches, shift, axis=0))(shifts)
-        params = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(shifts), *jnp.shape(x))), params)
-        return sweep.vmap(lambda params, batches: run_one(params, data, batches))(params, streams)
+        return sweep.vmap(lambda batches: run_one(params, data, batches))(streams)
 
     return run
 
