@@ -40,8 +40,12 @@ def test_the_noise_for_an_epsilon_is_its_inverse():
     assert rdp == pytest.approx(1.5, abs=2e-4)
 
 
+NOISE = [(256, 0.7894), (16384, 3.7458)]
+NOISE += [pytest.param(*row, marks=pytest.mark.nightly) for row in [(1024, 1.1594), (4096, 1.9952)]]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("batch_size", "sigma"), [(256, 0.7894), (1024, 1.1594), (4096, 1.9952), (16384, 3.7458)])
+@pytest.mark.parametrize(("batch_size", "sigma"), NOISE)
 def test_the_noise_for_20_epochs_at_epsilon_3(batch_size, sigma):
     pytest.importorskip("dp_accounting")
     run = {"num_examples": 50000, "batch_size": batch_size, "num_updates": 10**6 // batch_size, "delta": 1e-5}

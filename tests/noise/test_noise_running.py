@@ -293,6 +293,7 @@ def test_nine_running_intervals_in_ten_hold_the_scale(key, b_simple, batch_size)
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.usefixtures("replays")
 def test_in_reshuffled_epochs_intervals_are_wider_than_they_need_be(key):
     held, _ = coverage(
