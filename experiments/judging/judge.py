@@ -25,11 +25,8 @@ GROWTH = 1.08  # between two looks at a run
 MAX_EPOCHS = 200
 MOST_FAILED = 8  # rates of one batch size
 SHORTEST = 1e-3  # seconds that a timed run takes at least: to call a program costs tens of microseconds
-EXACT, SETTLING, MOST_FRESH = (
-    0.03,
-    20.0,
-    100,
-)  # standard error of a mean, and seconds and seeds after which it is let be
+EXACT = 0.03  # standard error of a mean, over it
+SETTLING, MOST_FRESH = 20.0, 100  # seconds and fresh seeds after which a mean is let be
 SLOW = 3.0  # times the best at a batch size, or of all, that a run is waited for
 
 
@@ -133,18 +130,12 @@ class Runner:
         self.speeds[batch_size] = min(min(runs) / count, self.speeds.get(batch_size, math.inf))
         return self.speeds[batch_size]
 
-    def mean(self, batch_size: int, rate: float, seeds: Sequence[int], most: float) -> tuple[float, int]:
-        """Return the mean updates, infinite where a seed fails or takes three times the median, and how many arrive.
-
-        With no more than NUM_SEEDS the first that fails ends it.
-        """
+    def mean(self, batch_size: int, rate: float, most: float) -> float:
+        """Return the mean updates of NUM_SEEDS seeds, infinite where one fails, which ends it: see `_mean`."""
         costs: list[float] = []
-        for seed in seeds:
-            costs.append(self.updates(batch_size, rate, seed, most))
-            if len(seeds) <= NUM_SEEDS and costs[-1] == math.inf:
-                return math.inf, 0
-        fair = [cost for cost in costs if cost <= 3 * np.median(costs) and math.isfinite(cost)]
-        return (float(np.mean(costs)) if len(fair) == len(costs) else math.inf), len(fair)
+        while len(costs) < NUM_SEEDS and math.inf not in costs:
+            costs.append(self.updates(batch_size, rate, len(costs), most))
+        return _mean(np.asarray(costs))
 
 
 def judged(
@@ -229,7 +220,7 @@ def _tried(runner: Runner, size: int, rate: float, most: float, end: float) -> t
     most = min(MAX_EPOCHS * runner.problem.num_examples / size, max(most, 10))
 
     def attempt(rate: float) -> None:
-        tried[rate], _ = runner.mean(size, rate, range(NUM_SEEDS), min(most, SLOW * min(tried.values(), default=most)))
+        tried[rate] = runner.mean(size, rate, min(most, SLOW * min(tried.values(), default=most)))
 
     for start in (rate, rate / FACTOR, rate * FACTOR):
         attempt(start)
