@@ -167,6 +167,17 @@ def test_rows_follow_from_what_was_measured(monkeypatch):
 
 
 @pytest.mark.slow
+def test_a_run_beside_others_makes_as_many_updates_as_one_alone(monkeypatch):
+    """What a run costs besides, its parameters to be copied, would else count for more in the shorter ones."""
+    clocked(monkeypatch, ["scan", "other"])
+    problem, chosen, peaks = mlp(4, 2), {"scan": variants.scan, "other": variants.scan}, timing.Peaks(1.0, 1.0)
+    flops = bench.measure(problem, {"scan": variants.scan}, 2, budget=0.0, peaks=peaks)[0]["flops"]
+    monkeypatch.setattr(bench, "FLOPS_PER_RUN", 40 * flops)
+    rows = bench.measure(problem, chosen, 2, budget=0.0, peaks=peaks, num_runs={"other": 5})
+    assert [row["num_updates"] for row in rows] == [40, 40]
+
+
+@pytest.mark.slow
 def test_runs_are_as_long_as_an_accelerator_needs(monkeypatch):
     """A run of a hundredth of the seconds wanted gets a hundred times the updates, and one that is long enough none."""
     clocked(monkeypatch, ["scan"])
