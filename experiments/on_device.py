@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.extend import backend
 
 from gdjax import (
     advise,
@@ -103,7 +104,7 @@ def device(smoke: bool, clock: Clock) -> Iterator[dict]:
     for precision in ("default", "highest"):
         yield {"precision": precision} | timing.peaks(precision=precision, **small)._asdict()
     with contextlib.suppress(Exception):  # of this jax alone
-        topology: Any = jax.extend.backend.get_backend().get_topology()  # type: ignore[attr-defined]
+        topology: Any = backend.get_backend().get_topology()
         yield {"target_config": str(topology.target_config)}
 
 
