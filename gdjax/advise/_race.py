@@ -1,9 +1,9 @@
 """The end of the search for a target: batch sizes that may be the fastest are tuned, and what would win is confirmed.
 
 Three seeds are enough to say which rates are worth more seeds. The least of many noisy means is too good to be true, so
-whatever leads is run with more seeds, and leads after that or not. Then it and the batch sizes that cannot be told from
-it have more in turn, until they can: more seeds are spent only where the answer depends on them. A rate that some seed
-does not survive is no candidate, however fast the others are.
+whatever leads is run with more seeds, and leads after that or not. Then it and what cannot be told from it, at its own
+batch size and at others, have more in turn, until they can: more seeds are spent only where the answer depends on them.
+A rate that some seed does not survive is no candidate, however fast the others are.
 """
 
 import math
@@ -25,9 +25,9 @@ MAX_TUNED = 5  # batch sizes
 NUM_CONFIRMED = 10  # seeds in all that what is advised is run with
 ADDED = 5  # seeds at a time, to those of the tuning; no more than the programs are compiled for
 MAX_CONFIRMED = 6  # rates that lead
-DOUBT = 1.5  # standard errors of a difference, within which a batch size is not told from the winner
+DOUBT = 2.0  # standard errors of a difference, within which a candidate is not told from the winner
 DOUBTING = 1.0  # seconds, or as long as all before it, that this may take
-MOST_SEEDS, TOLD = 40, 0.02  # where doubt ends: seeds, and standard error of the difference over the least time
+MOST_SEEDS, TOLD = 40, 0.02  # where doubt ends: seeds, and standard error of a difference over the least time
 MAX_LOWER = 4  # further rates below, where none is survived by all seeds
 AS_FAST, SLOWER = 0.01, 0.05  # of a run, by which a lower rate may be slower: in any case, and within the noise
 ROUNDS = 3  # of timing, all in turn
@@ -50,13 +50,6 @@ class Candidate(NamedTuple):
     def seconds(self) -> float:
         """Mean time to the target, infinite where it is not reliable."""
         return float(self.costs.mean()) * self.seconds_per_update if self.reliable else math.inf
-
-    @property
-    def error(self) -> float:
-        """Standard error of that time, infinite where it is not reliable."""
-        if not self.reliable:
-            return math.inf
-        return float(self.costs.std(ddof=1)) * self.seconds_per_update / len(self.costs) ** 0.5
 
     @property
     def score(self) -> float:
@@ -174,7 +167,7 @@ def _confirmed(entries: list[Candidate], pick: int, more, slower, late) -> tuple
 def _told_apart(entries: list[Candidate], more, seconds: float) -> list[Candidate]:
     """Return the candidates, whichever leads and those that may be as fast with more seeds, for so many seconds."""
     ends = time.perf_counter() + seconds
-    while (chosen := _doubted(_leaders(entries))) and time.perf_counter() < ends:
+    while (chosen := _doubted(entries)) and time.perf_counter() < ends:
         found = more(chosen, max(len(chosen.costs) + ADDED, NUM_CONFIRMED))
         if found is None:
             break
@@ -182,18 +175,25 @@ def _told_apart(entries: list[Candidate], more, seconds: float) -> list[Candidat
     return entries
 
 
-def _doubted(leaders: Sequence[Candidate]) -> Candidate | None:
-    """Return the one with the fewest seeds of the fastest and those not told from it; None where all is told."""
-    winner = min(leaders, key=lambda leader: leader.seconds)
+def _doubted(entries: Sequence[Candidate]) -> Candidate | None:
+    """Return the one with the fewest seeds of the winner and those not told from it; None where all is told."""
+    winner, deviation = _leader(entries), _deviation(entries)
     field = [winner]
-    for rival in leaders:
-        error, slower = math.hypot(rival.error, winner.error), rival.seconds - winner.seconds
-        new = len(rival.costs) < NUM_CONFIRMED and slower < (LEVEL - 1) * winner.seconds
-        if rival is not winner and rival.reliable and (new or TOLD * winner.seconds < error > slower / DOUBT):
-            field.append(rival)
+    for entry in entries:
+        error = deviation * (1 / len(entry.costs) + 1 / len(winner.costs)) ** 0.5
+        slower = entry.seconds / winner.seconds - 1 if entry.reliable else math.inf
+        if entry is not winner and slower < DOUBT * error > DOUBT * TOLD:
+            field.append(entry)
     fewest = min(field, key=lambda entry: len(entry.costs))
     doubt = len(field) > 1 or len(winner.costs) < NUM_CONFIRMED
     return fewest if doubt and len(fewest.costs) < MOST_SEEDS else None
+
+
+def _deviation(entries: Sequence[Candidate]) -> float:
+    """Return how much seeds differ, over their mean: by all candidates together, for three seeds alone hardly say."""
+    known = [entry.costs / entry.costs.mean() for entry in entries if entry.reliable and len(entry.costs) > 1]
+    freedom = sum(len(costs) - 1 for costs in known)
+    return (sum(float(((costs - 1) ** 2).sum()) for costs in known) / freedom) ** 0.5 if known else math.inf
 
 
 def _tuned(usable, pick, runs, run, late, show) -> tuple[dict[int, Tuning], list[str]]:
@@ -223,8 +223,12 @@ def _tuned(usable, pick, runs, run, late, show) -> tuple[dict[int, Tuning], list
 
 
 def _hoped(choice: Choice) -> float:
-    """Return the time at an untuned batch size: measured where its predicted rate arrived, else predicted."""
-    return choice.measured_seconds if math.isfinite(choice.measured_seconds) else choice.seconds[1]
+    """Return what tuning a batch size may bring its time to: the prediction, or less where its run took less.
+
+    A run that took longer than predicted says as much of the rate that it was given as of the batch size.
+    """
+    measured = choice.measured_seconds
+    return min(measured, choice.seconds[1]) if math.isfinite(measured) else choice.seconds[1]
 
 
 def _timed_in_turn(choices: Sequence[Choice], late: Callable[[float], bool]) -> dict[int, float]:
