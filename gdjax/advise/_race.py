@@ -24,10 +24,14 @@ LEVEL = 1.15  # times the least time to target, at which the batch sizes beyond 
 MAX_TUNED = 5  # batch sizes
 NUM_CONFIRMED = 10  # seeds in all that what is advised is run with
 ADDED = 5  # seeds at a time, to those of the tuning; no more than the programs are compiled for
-MAX_CONFIRMED = 6  # rates that lead
+MAX_CONFIRMED = 20  # rates that lead
 DOUBT = 2.0  # standard errors of a difference, within which a candidate is not told from the winner
-DOUBTING = 1.0  # seconds, or as long as all before it, that this may take
-MOST_SEEDS, TOLD = 40, 0.02  # where doubt ends: seeds, and standard error of a difference over the least time
+DOUBTING = 3.0  # seconds, or as long as all before it, that this may take
+MOST_SEEDS, TOLD = 100, 0.02  # where doubt ends: seeds, and standard error of a difference over the least time
+EXACT = 0.03  # standard error of the winner's mean, over it: where seeds differ much, some may go astray
+SELDOM = 50  # seeds, one of which may take three times the median: one of 10 to 50, two of up to 100
+NUM_TELLING = 40  # seeds that tell how far those behind the median are: half of a normal distribution, of logarithms,
+RARE = 2.33  # and how many of its deviations one in a hundred is behind
 MAX_LOWER = 4  # further rates below, where none is survived by all seeds
 AS_FAST, SLOWER = 0.01, 0.05  # of a run, by which a lower rate may be slower: in any case, and within the noise
 ROUNDS = 3  # of timing, all in turn
@@ -43,13 +47,26 @@ class Candidate(NamedTuple):
 
     @property
     def reliable(self) -> bool:
-        """Whether all seeds arrived, none much later than the others."""
-        return bool(tuning.Target.fair(self.costs))
+        """Whether all seeds arrived, hardly any much later than the others, nor is that to be expected of the next."""
+        if not np.isfinite(self.costs).all():
+            return False
+        behind = np.log(self.costs / np.median(self.costs))
+        astray = math.log(tuning.Target.ASTRAY)
+        spread = (2 * float((np.maximum(behind, 0) ** 2).mean())) ** 0.5 if len(self.costs) >= NUM_TELLING else 0.0
+        forgiven = math.ceil(len(self.costs) / SELDOM) if len(self.costs) >= NUM_CONFIRMED else 0
+        return bool((behind > astray).sum() <= forgiven) and RARE * spread <= astray
 
     @property
     def seconds(self) -> float:
         """Mean time to the target, infinite where it is not reliable."""
         return float(self.costs.mean()) * self.seconds_per_update if self.reliable else math.inf
+
+    @property
+    def error(self) -> float:
+        """Standard error of that mean, over it; NaN where it is not reliable or there is one seed."""
+        if not self.reliable or len(self.costs) < 2:
+            return math.nan
+        return float(self.costs.std(ddof=1) / self.costs.mean()) / len(self.costs) ** 0.5
 
     @property
     def score(self) -> float:
@@ -117,11 +134,11 @@ def race(
     ]
     by_size = {choice.batch_size: choice for choice in usable}
 
-    def slower(entry: Candidate) -> Candidate:
+    def lower(failed: Candidate) -> Candidate:
         """Return a candidate at a lower rate."""
-        rate, num_seeds = entry.learning_rate / TUNING, len(runs[pick.batch_size].costs[0])
-        found = run(by_size[entry.batch_size], np.asarray([rate]), num_seeds=num_seeds)
-        return entry._replace(learning_rate=rate, costs=found.costs[0])
+        rate, num_seeds = failed.learning_rate / TUNING, len(runs[pick.batch_size].costs[0])
+        found = run(by_size[failed.batch_size], np.asarray([rate]), num_seeds=num_seeds)
+        return failed._replace(learning_rate=rate, costs=found.costs[0])
 
     def more(entry: Candidate, total: int) -> Candidate | None:
         """Return a candidate with so many seeds in all, fewer where one does not arrive, None for want of time."""
@@ -131,9 +148,8 @@ def race(
         found = _with_more(entry, by_size[entry.batch_size], run, total)
         return None if late(0.0) and not found.reliable else found  # of a seed that the budget ended nothing is known
 
-    entries, unsure = _confirmed(entries, pick.batch_size, more, slower, late)
-    if not unsure:
-        entries = _told_apart(entries, more, max(time.perf_counter() - began, DOUBTING))
+    doubting = max(time.perf_counter() - began, DOUBTING)
+    entries, unsure = _settled(entries, pick.batch_size, more, lower, late, doubting)
     winner = _leader(entries)
     if tunings[winner.batch_size].at_edge:
         unknown += [f"the best learning rate at batch size {winner.batch_size}: it is at the edge of those tried"]
@@ -141,38 +157,48 @@ def race(
     return Race(*winner, others, tunings, (*unknown, *unsure))
 
 
-def _confirmed(entries: list[Candidate], pick: int, more, slower, late) -> tuple[list[Candidate], list[str]]:
-    """Return the candidates, whichever leads with NUM_CONFIRMED seeds, and why not where it has fewer."""
-    num_confirmed = num_slower = 0
+def _settled(
+    entries: list[Candidate], pick: int, more, lower, late, doubting: float
+) -> tuple[list[Candidate], list[str]]:
+    """Return the candidates, whatever leads with NUM_CONFIRMED seeds and more while that is in doubt; and why if not.
+
+    Where none is left that every seed survives, lower rates are tried, at the picked batch size.
+    """
+    ends, below, num_lower, num_confirmed = time.perf_counter() + doubting, None, 0, 0
     while True:
         winner = _leader(entries)
         if not winner.reliable:
-            if num_slower == MAX_LOWER or late(0.0):
+            if num_lower == MAX_LOWER or late(0.0):
                 return entries, ["a learning rate that every seed survives: none was found"]
-            num_slower += 1
-            picked = [entry for entry in entries if entry.batch_size == pick]
-            entries = [*entries, slower(min(picked, key=lambda entry: entry.learning_rate))]
+            below = lower(below or _failed(entries, pick))
+            # One that was tried before was perhaps waited for no longer than it was worth then.
+            entries = [*(entry for entry in entries if not _same(entry, below)), below]
+            num_lower += 1
             continue
-        if len(winner.costs) >= NUM_CONFIRMED:
+        few = len(winner.costs) < NUM_CONFIRMED
+        chosen = winner if few else _doubted(entries)
+        if chosen is None or (not few and time.perf_counter() > ends):
             return entries, []
-        found = more(winner, NUM_CONFIRMED) if num_confirmed < MAX_CONFIRMED else None
+        tired = few and num_confirmed == MAX_CONFIRMED
+        found = None if tired else more(chosen, max(len(chosen.costs) + ADDED, NUM_CONFIRMED))
         if found is None:
-            enough = num_confirmed == MAX_CONFIRMED
-            reason = f"{MAX_CONFIRMED} other rates had them" if enough else "the budget did not allow them"
-            return entries, [f"more than {len(winner.costs)} seeds at batch size {winner.batch_size}: {reason}"]
-        num_confirmed += 1
-        entries = [found if entry is winner else entry for entry in entries]
-
-
-def _told_apart(entries: list[Candidate], more, seconds: float) -> list[Candidate]:
-    """Return the candidates, whichever leads and those that may be as fast with more seeds, for so many seconds."""
-    ends = time.perf_counter() + seconds
-    while (chosen := _doubted(entries)) and time.perf_counter() < ends:
-        found = more(chosen, max(len(chosen.costs) + ADDED, NUM_CONFIRMED))
-        if found is None:
-            break
+            reason = f"{MAX_CONFIRMED} other rates had them" if tired else "the budget did not allow them"
+            unsure = f"more than {len(winner.costs)} seeds at batch size {winner.batch_size}: {reason}"
+            return entries, [unsure] if few else []
+        num_confirmed += few
         entries = [found if entry is chosen else entry for entry in entries]
-    return entries
+
+
+def _failed(entries: list[Candidate], size: int) -> Candidate:
+    """Return the lowest rate of a batch size that further seeds failed at, or the lowest of all."""
+    tried = sorted((entry for entry in entries if entry.batch_size == size), key=lambda entry: entry.learning_rate)
+    fewest = min(len(entry.costs) for entry in tried)
+    return next((entry for entry in tried if len(entry.costs) > fewest), tried[0])
+
+
+def _same(entry: Candidate, other: Candidate) -> bool:
+    """Return whether two are of one batch size and rate."""
+    return entry.batch_size == other.batch_size and math.isclose(entry.learning_rate, other.learning_rate)
 
 
 def _doubted(entries: Sequence[Candidate]) -> Candidate | None:
@@ -185,7 +211,7 @@ def _doubted(entries: Sequence[Candidate]) -> Candidate | None:
         if entry is not winner and slower < DOUBT * error > DOUBT * TOLD:
             field.append(entry)
     fewest = min(field, key=lambda entry: len(entry.costs))
-    doubt = len(field) > 1 or len(winner.costs) < NUM_CONFIRMED
+    doubt = len(field) > 1 or len(winner.costs) < NUM_CONFIRMED or not winner.error <= EXACT
     return fewest if doubt and len(fewest.costs) < MOST_SEEDS else None
 
 
@@ -271,7 +297,7 @@ def _within_noise(entry: Candidate, best: Candidate) -> bool:
 def _with_more(entry: Candidate, choice: Choice, run: Callable[..., Tuning], total: int) -> Candidate:
     """Return the candidate with so many seeds in all, or fewer where one does not arrive."""
     costs = entry.costs
-    most = math.ceil(tuning.Target.ASTRAY * float(np.median(costs))) * entry.batch_size
+    most = math.ceil(2 * tuning.Target.ASTRAY * float(np.median(costs))) * entry.batch_size
     while len(costs) < total and np.isfinite(costs).all():
         num_seeds = min(ADDED, total - len(costs))
         rates = np.asarray([entry.learning_rate])

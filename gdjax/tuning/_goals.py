@@ -22,8 +22,8 @@ from gdjax.problem import Batch, Problem
 
 NUM_EVALUATED = 2048  # examples that runs are judged on, at most
 GROWTH = 0.05  # of a run between evaluations: the error of an updates-to-target before interpolation
-# Of the cost of training that evaluations may take, unless they were rarer than the above. It binds where a run is short,
-# and for smaller batches first: near the least loss those who look less often find the target later.
+# Of the cost of training that evaluations may take, unless they were rarer than that. It binds where a run is short,
+# for smaller batches first; near the least loss those who look less often find the target later.
 EVALUATION_SHARE = 1.0
 EARLY_GROWTH = 1.0  # of a run between its first evaluations
 EARLIEST = 16  # the first one, in parts of the updates that an evaluation is worth
