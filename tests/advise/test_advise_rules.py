@@ -179,6 +179,7 @@ def test_the_command_says_what_the_library_found(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_one_program_serves_all_numbers_of_muon():
     """Weight decay and momentum are traced: rules of a transformer compile once for each batch size."""
     tokens = jax.random.randint(jax.random.key(0), (64, 9), 0, 5)

@@ -334,6 +334,7 @@ def test_few_examples_and_a_pilot_that_diverges_are_refused():
 
 
 @pytest.mark.slow
+@pytest.mark.nightly  # the smoke of ramp_or_decay makes such a plan
 def test_a_schedule_of_least_squares_is_predicted_and_run():
     plan = advise.schedule(problems.least_squares(), "loss<=0.02", seconds=90)
     assert set(plan.ways) == set(plan.runs) == set(_ways.KINDS)

@@ -283,7 +283,7 @@ def coverage(key, num_draws=1000, **options):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("replays")
-@pytest.mark.parametrize("b_simple", [8, 64])
+@pytest.mark.parametrize("b_simple", [8, pytest.param(64, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("batch_size", [8, pytest.param(32, marks=pytest.mark.nightly)])
 def test_nine_running_intervals_in_ten_hold_the_scale(key, b_simple, batch_size):
     held, found = coverage(key, num_updates=200, batch_size=batch_size, b_simple=b_simple, half_life=40.0 * batch_size)

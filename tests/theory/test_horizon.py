@@ -58,7 +58,13 @@ def test_hard_tasks_have_a_smaller_exponent():
     assert horizon.exponent(capacity=2.0, source=0.25, rate="fixed") == 0.2
 
 
-@pytest.mark.parametrize(("source", "expected"), [(1.0, [65.0, 125.3, 247.5, 493.5]), (0.5, [36.3, 56.7, 89.4, 141.6])])
+TUNED = [
+    (1.0, [65.0, 125.3, 247.5, 493.5]),
+    pytest.param(0.5, [36.3, 56.7, 89.4, 141.6], marks=pytest.mark.nightly),
+]
+
+
+@pytest.mark.parametrize(("source", "expected"), TUNED)
 @pytest.mark.slow
 def test_the_critical_batch_size_at_a_tuned_constant_rate(source, expected):
     quadratic = horizon.power_law(20_000, capacity=2.0, source=source)
@@ -79,13 +85,14 @@ def test_the_critical_batch_size_at_a_tuned_constant_rate(source, expected):
 
 
 DECAYED = [
-    pytest.param(2.0, 1.0, [0.358, 0.355, 0.350, 0.346], 1 / 3, marks=pytest.mark.nightly),
+    (2.0, 1.0, [0.358, 0.355, 0.350, 0.346], 1 / 3),
     (2.0, 0.75, [0.233, None, None, 0.212], 0.2),
-    pytest.param(1.5, 1.0, [None, None, 0.405, 0.402], 0.4, marks=pytest.mark.nightly),
+    (1.5, 1.0, [None, None, 0.405, 0.402], 0.4),
 ]
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(("capacity", "source", "slopes", "limit"), DECAYED)
 def test_the_critical_batch_size_at_a_decayed_rate(capacity, source, slopes, limit):
     quadratic = horizon.power_law(4000 if capacity < 2 else 2000, capacity=capacity, source=source)
