@@ -15,8 +15,8 @@ import pytest
 import scipy.stats
 
 from gdjax import advise, batching, commands, descent, gradients, tuning
+from gdjax.advise import _candidates, _race, _tunings
 from gdjax.advise import _choices as choices
-from gdjax.advise import _race, _tunings
 from gdjax.advise._goals import NUM_SEEDS, Reaching, Spending
 from gdjax.theory import scaling
 from gdjax.tuning import Budget, Speed, Target, Tuning
@@ -400,7 +400,7 @@ def test_a_batch_size_is_tuned_with_one_seed_and_repeated_lower_where_several_do
 
 
 def candidate(costs, *, size=8, rate=0.1, seconds=1.0):
-    return _race.Candidate(size, rate, np.asarray(costs, float), seconds)
+    return _candidates.Candidate(size, rate, np.asarray(costs, float), seconds)
 
 
 def test_a_rate_that_a_seed_does_not_survive_is_no_candidate():
@@ -428,15 +428,15 @@ def test_the_lower_rate_leads_where_two_are_within_the_noise():
     best = candidate([100, 120, 140], rate=0.4)
     for costs, leads in (([106, 116, 144], True), ([104, 123, 146], False), ([101, 121, 141], True)):
         lower = candidate(costs, rate=0.2)  # 4 % slower for every seed is no noise, 1 % does not count
-        assert (_race._leader([best, lower]) is lower) == leads
-    assert _race._leader([best, candidate([90, 90, np.inf], rate=0.2)]) is best
-    assert _race._leader([best, candidate([101, 121, 141], rate=0.2, size=4)]) is best
+        assert (_candidates.leader([best, lower]) is lower) == leads
+    assert _candidates.leader([best, candidate([90, 90, np.inf], rate=0.2)]) is best
+    assert _candidates.leader([best, candidate([101, 121, 141], rate=0.2, size=4)]) is best
 
 
 def test_where_seeds_differ_the_next_ones_will():
     near_the_edge, calm = candidate([30, 30, 62], rate=0.4), candidate([42, 43, 44], rate=0.2)
     assert near_the_edge.seconds < calm.seconds
-    assert _race._leader([near_the_edge, calm]) is calm
+    assert _candidates.leader([near_the_edge, calm]) is calm
 
 
 def test_among_batch_sizes_the_mean_over_ten_seeds_decides():
@@ -468,8 +468,8 @@ def test_rates_of_one_batch_size_that_cannot_be_told_apart_are_run_with_more_see
         return entry._replace(costs=np.asarray(seeds[entry.learning_rate][:total], float))
 
     three = [candidate(costs[:3], rate=rate) for rate, costs in seeds.items()]
-    found, unsure = _race._settled(three, 8, more, None, lambda seconds: False, 100.0)
-    assert (_race._leader(found).learning_rate, unsure) == (0.14, [])
+    found, unsure = _candidates.settled(three, 8, more, None, lambda seconds: False, 100.0)
+    assert (_candidates.leader(found).learning_rate, unsure) == (0.14, [])
     assert set(asked) == {0.1, 0.14}
 
 
@@ -489,18 +489,18 @@ def test_where_the_last_rate_loses_a_seed_lower_ones_are_run_however_long_they_t
     for deviation in (0.0, 30.0):  # with more than ten seeds asked for only where they differ
         seeds[0.2][:10] = [100 - deviation, 100 + deviation] * 5
         first = begun[0]._replace(costs=np.asarray(seeds[0.2][:3], float))
-        found, unsure = _race._settled([*begun[1:], first], 8, more, lower, lambda seconds: False, 100.0)
-        won = _race._leader(found)
+        found, unsure = _candidates.settled([*begun[1:], first], 8, more, lower, lambda seconds: False, 100.0)
+        won = _candidates.leader(found)
         assert (won.learning_rate, unsure) == (0.2 if deviation == 0 else 0.1, [])
     assert len([entry for entry in found if math.isclose(entry.learning_rate, 0.1)]) == 1
 
 
 def test_how_much_seeds_differ_is_known_of_all_candidates_together():
     same = [candidate([100, 100, 100]), candidate([120, 120, 120], rate=0.2)]
-    assert _race._doubted([same[0]._replace(costs=np.full(10, 100.0)), same[1]]) is None
+    assert _candidates._doubted([same[0]._replace(costs=np.full(10, 100.0)), same[1]]) is None
     apart = candidate([150, 300, 450], rate=0.3)  # a deviation of a half, with 2 of 6 degrees of freedom
-    assert _race._deviation([*same, apart, candidate([1, 1, np.inf])]) == pytest.approx((1 / 12) ** 0.5)
-    assert _race._doubted([same[0]._replace(costs=np.full(10, 100.0)), same[1], apart]) is same[1]
+    assert _candidates._deviation([*same, apart, candidate([1, 1, np.inf])]) == pytest.approx((1 / 12) ** 0.5)
+    assert _candidates._doubted([same[0]._replace(costs=np.full(10, 100.0)), same[1], apart]) is same[1]
 
 
 def test_first_seeds_that_were_bad_luck_are_outweighed():
