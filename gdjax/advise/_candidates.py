@@ -42,10 +42,14 @@ class Candidate(NamedTuple):
         if not np.isfinite(self.costs).all():
             return False
         behind = np.log(self.costs / np.median(self.costs))
-        astray = math.log(tuning.Target.ASTRAY)
         spread = (2 * float((np.maximum(behind, 0) ** 2).mean())) ** 0.5 if len(self.costs) >= NUM_TELLING else 0.0
         forgiven = math.ceil(len(self.costs) / SELDOM) if len(self.costs) >= NUM_CONFIRMED else 0
-        return bool((behind > astray).sum() <= forgiven) and RARE * spread <= astray
+        return self.num_astray <= forgiven and RARE * spread <= math.log(tuning.Target.ASTRAY)
+
+    @property
+    def num_astray(self) -> int:
+        """How many seeds did not arrive, or took ASTRAY times the median."""
+        return int((~(np.isfinite(self.costs) & (self.costs <= tuning.Target.ASTRAY * np.median(self.costs)))).sum())
 
     @property
     def seconds(self) -> float:
@@ -144,8 +148,8 @@ def _deviation(entries: Sequence[Candidate]) -> float:
 
 
 def leader(entries: Sequence[Candidate]) -> Candidate:
-    """Return what is the fastest on average, of the leaders of all batch sizes."""
-    return min(leaders(entries), key=lambda leader: leader.seconds)
+    """Return the fastest on average of the leaders of all batch sizes; if none is reliable, where fewest seeds fail."""
+    return min(leaders(entries), key=lambda leader: (leader.seconds, leader.num_astray / len(leader.costs)))
 
 
 def leaders(entries: Sequence[Candidate]) -> list[Candidate]:
@@ -153,7 +157,7 @@ def leaders(entries: Sequence[Candidate]) -> list[Candidate]:
     leaders = []
     for size in sorted({entry.batch_size for entry in entries}):
         rates = [entry for entry in entries if entry.batch_size == size]
-        best = min(rates, key=lambda entry: entry.score)
+        best = min(rates, key=lambda entry: (entry.score, entry.num_astray / len(entry.costs)))
         as_fast = [entry for entry in rates if best.reliable and _within_noise(entry, best)]
         leaders.append(min(as_fast, key=lambda entry: entry.learning_rate, default=best))
     return leaders

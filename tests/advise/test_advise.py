@@ -413,6 +413,8 @@ def test_a_rate_that_a_seed_does_not_survive_is_no_candidate():
     assert candidate([*[100] * 48, 310, 310]).seconds == math.inf
     assert math.isfinite(candidate([*[100] * 49, 310, 310]).seconds)
     assert candidate([*[100] * 49, np.inf]).seconds == math.inf
+    known = candidate([*[100] * 18, 310, np.inf], rate=0.2)
+    assert _candidates.leader([candidate([np.inf, 10, np.inf]), known, candidate([9, np.inf, 9], size=4)]) is known
 
 
 @pytest.mark.parametrize(("deviation", "reliable"), [(0.4, True), (0.5, False)])
