@@ -137,9 +137,9 @@ def _hoped(choice: Choice) -> float:
 
 
 def _timed_in_turn(choices: Sequence[Choice], late: Callable[[float], bool]) -> dict[int, float]:
-    """Return seconds per update, the least of several rounds: whatever else the machine does only adds to a time."""
-    rounds: list[list[float]] = []
-    while len(rounds) < ROUNDS and not (rounds and late(0.0)):
+    """Return seconds per update, the least of all rounds: whatever else the machine does only adds to a time."""
+    rounds = [[choice.speed.seconds_per_update for choice in choices]]
+    while len(rounds) <= ROUNDS and not (len(rounds) > 1 and late(0.0)):
         rounds.append([choice.speed.time_again() for choice in choices if choice.speed.time_again])
     least = np.min(rounds, axis=0).tolist()
     return {choice.batch_size: seconds for choice, seconds in zip(choices, least, strict=True)}

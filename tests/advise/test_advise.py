@@ -566,6 +566,19 @@ def test_the_race_goes_on_to_the_neighbours_that_are_faster_and_confirms_what_le
     assert not won.unknown
 
 
+def test_what_a_busy_machine_adds_to_a_time_is_not_believed():
+    """The first time of one batch size was the least, a later one of the other."""
+    again = iter([3.0, 9.0, 2.0, 5.0, 4.0, 7.0])
+    first = [choices.Choice(REACHING, speed, 0.1, (1.0, 1.0, 1.0)) for speed in timed([8, 16], fixed=0)]
+    known = [
+        dataclasses.replace(
+            choice, speed=choice.speed._replace(seconds_per_update=1.0 * i, time_again=lambda: next(again))
+        )
+        for i, choice in zip((4, 1), first, strict=True)
+    ]
+    assert _race._timed_in_turn(known, lambda seconds: False) == {8: 2.0, 16: 1.0}
+
+
 def test_beyond_a_batch_size_that_is_hardly_slower_a_faster_one_is_found():
     won, _ = raced({8: 300, 16: 100, 32: 105, 64: 80}.get)
     assert won.batch_size == 64
