@@ -49,7 +49,7 @@ class Candidate(NamedTuple):
     @property
     def num_astray(self) -> int:
         """How many seeds did not arrive, or took ASTRAY times the median."""
-        return int((~(np.isfinite(self.costs) & (self.costs <= tuning.Target.ASTRAY * np.median(self.costs)))).sum())
+        return int(tuning.Target.astray(self.costs).sum())
 
     @property
     def seconds(self) -> float:
@@ -133,7 +133,7 @@ def _doubted(entries: Sequence[Candidate]) -> Candidate | None:
     for entry in entries:
         error = deviation * (1 / len(entry.costs) + 1 / len(winner.costs)) ** 0.5
         slower = entry.seconds / winner.seconds - 1 if entry.reliable else math.inf
-        if entry is not winner and slower < DOUBT * error > DOUBT * TOLD:
+        if entry is not winner and slower < DOUBT * error and error > TOLD:
             field.append(entry)
     fewest = min(field, key=lambda entry: len(entry.costs))
     doubt = len(field) > 1 or len(winner.costs) < NUM_CONFIRMED or not winner.error <= EXACT

@@ -61,11 +61,11 @@ class Target(_Goal):
     ASTRAY = 3.0  # a seed that needs this many times the updates of the median counts as one that does not arrive
 
     @staticmethod
-    def fair(costs: np.ndarray) -> Any:
-        """Return where all seeds, the last axis of `costs`, arrive, none at ASTRAY times the median."""
+    def astray(costs: np.ndarray) -> Any:
+        """Return which seeds, the last axis of `costs`, do not arrive, or take ASTRAY times the median."""
         with np.errstate(invalid="ignore"):
             median = np.median(costs, axis=-1, keepdims=True)
-            return (np.isfinite(costs) & (costs <= Target.ASTRAY * median)).all(-1)
+            return ~(np.isfinite(costs) & (costs <= Target.ASTRAY * median))
 
     def __str__(self) -> str:
         return f"{self.on}_{self.metric}{self.relation}{self.value:g}"

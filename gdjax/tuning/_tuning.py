@@ -57,7 +57,7 @@ class Tuning:
     def losses(self) -> np.ndarray:
         """The costs, the mean over seeds, [R]: infinite where a seed does not arrive, or much later than the others."""
         means = self.costs.mean(1)
-        return means if isinstance(self.goal, Budget) else np.where(self.goal.fair(self.costs), means, np.inf)
+        return means if isinstance(self.goal, Budget) else np.where(self.goal.astray(self.costs).any(-1), np.inf, means)
 
     @property
     def found(self) -> bool:
