@@ -1,4 +1,4 @@
-"""Execute the actions of a plan for one example, so that the cotangents of all sites come back: see `ghost_flow`.
+"""Execute the actions of a plan for one example, so that the cotangents of all sites come back: see `_flow`.
 
 What runs here runs under `jax.vmap`, so that nothing needs to know what depends on the example. At every site the
 outputs pass through a *hook*, a zero that the gradient is taken of as well: what comes back for it is their cotangent.

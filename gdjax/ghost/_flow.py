@@ -3,7 +3,7 @@
 Every variable becomes a numbered slot. A value that depends on neither the example nor the state of a loop is a `Top`
 value: its equations, wherever they stand, are taken out into `steps`, which run once for the batch. All else is in
 `actions`, which run for one example under vmap: 'plain' equations, 'site's, where a parameter meets an example, and
-'scan', 'remat' and 'switch', which hold actions of their own. `ghost_eval` executes them.
+'scan', 'remat' and 'switch', which hold actions of their own. `_evaluate` executes them.
 """
 
 import itertools

@@ -92,6 +92,8 @@ def leaf_plan(plan: Plan, leaf, uses: list[Use], measure: Measure, batch_size: i
             return LeafPlan(uses, groups, [], False, use.site)
     ways = (way for group in groups for way in ghost_cost.ways(group.sizes))
     is_given = is_low or (measure is NORMS and any(way.name == "in chunks" for way in ways))
+    # One product over the positions of all uses, which stand together for the norms anyway, is cheaper than one each.
+    is_given |= any(len(group.uses) > 1 and len({use.rule.is_index for use in group.uses}) == 1 for group in groups)
     return LeafPlan(uses, groups, commons, is_given, None)
 
 

@@ -215,7 +215,7 @@ class Run:
                 rows = (
                     jax.vmap(lambda c, a: c[a], (0, 1), 1)(c, a)
                     if group.sizes.is_index
-                    else jnp.einsum("bkti,kio->bkto", a, c)
+                    else jax.vmap(jnp.matmul, (1, 0), 1)(a, c)
                 )
                 norms += 2 * k * jnp.sum(rows * g, (1, 2, 3))
         return sum(k.sum() * c for k, c in zip(coefficients, directions, strict=True)), norms

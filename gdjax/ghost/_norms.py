@@ -5,12 +5,12 @@ example is traced and run on the batch so that, where a parameter meets an activ
 cotangent of the result come back. From these the gradients of the examples are measured without being kept.
 
 What depends on parameters alone is computed once for the batch. A *site* is an equation where such a value meets an
-example. A parameter whose sites all have a rule (`ghost_rules` holds them, `add_rule` adds one) is measured from the
+example. A parameter whose sites all have a rule (`_rules` holds them, `add_rule` adds one) is measured from the
 factors of its gradients; several sites, as of a shared layer, a tied embedding or a loop, stand behind each other, as
 if they were positions. Of any other parameter the gradients are formed for a chunk of examples at a time and pulled
-back through whatever was computed from it: exact, at the price of forming them. `ghost_flow` plans this from the traced
-program alone, `ghost_eval` runs the plan, `ghost_leaves` decides for every parameter, `ghost_measure` and
-`ghost_factors` do it, and `ghost_cost` chooses among ways.
+back through whatever was computed from it: exact, at the price of forming them. `_flow` plans this from the traced
+program alone, `_evaluate` runs the plan, `_leaves` decides for every parameter, `_measure` and `_factors` do it, and
+`_cost` chooses among ways.
 """
 
 from collections.abc import Callable

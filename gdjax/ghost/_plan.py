@@ -1,4 +1,4 @@
-"""A plan: what is done once for a batch, what for one example, and where parameters meet it. `ghost_flow` makes it."""
+"""A plan: what is done once for a batch, what for one example, and where parameters meet it. `_flow` makes it."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

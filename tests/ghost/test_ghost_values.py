@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from gdjax import ghost
+from gdjax import ghost, gradients
 from gdjax.ghost import _cost as ghost_cost
 from gdjax.ghost import _factors as ghost_factors
 
@@ -103,6 +103,21 @@ def test_the_branch_for_norms_that_cancel_forms_few_gradients_at_a_time(monkeypa
     compiled = jax.jit(ghost.sq_norms(lambda w, x: jnp.sum(jnp.tanh(x @ w) ** 2))).lower(w, batch).compile()
     factors, chunk = 4 * 2 * batch.size, 4 * ghost_cost.WORKING_SET["rare"]
     assert compiled.memory_analysis().temp_size_in_bytes < 2 * factors + 2 * chunk < w.size * len(batch) * 4 / 8
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 10, 2), reason="the compiler of jax 0.10.0 copies weights of its own")
+@pytest.mark.parametrize(
+    ("loss", "bound"),
+    [
+        (lambda w, x: jnp.sum(jnp.tanh(x[0] @ w) ** 2) + 0.1 * jnp.sum(w**2), 3.0),  # goal of the penalty: 3
+        (lambda w, x: jnp.sum(jnp.tanh(jnp.stack([jnp.tanh(row @ w) for row in x])) ** 2), 1.25),
+    ],
+)
+def test_a_penalty_and_a_layer_used_three_times_take_little_memory_beside_a_plain_gradient(loss, bound):
+    """5.0 where the penalty's product copied the weight; 1.4 where the uses' products were added up apart."""
+    w, batch = normal(0, 512, 512), normal(1, 64, 3, 512)
+    measured, plain = (jax.jit(f(loss)).lower(w, batch).compile() for f in (ghost.sq_norms, gradients.mean))
+    assert measured.memory_analysis().temp_size_in_bytes < bound * plain.memory_analysis().temp_size_in_bytes
 
 
 def test_activations_whose_squares_overflow_do_no_harm_where_the_gradient_is_small():
