@@ -1,5 +1,6 @@
 """Arrays and pytrees of them: what several modules ask of a leaf."""
 
+import functools
 import weakref
 from collections.abc import Callable, Hashable
 from types import MethodType
@@ -7,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 
@@ -18,6 +20,29 @@ def is_key(leaf: Any) -> bool:
 def wide(x: jax.Array) -> jax.Array:
     """Return x in float32 at least: squares of bfloat16 do not add up."""
     return x if jnp.finfo(x.dtype).bits >= 32 else x.astype(jnp.float32)
+
+
+def scaled(weights: jax.Array, *, num_examples: int = 1) -> jax.Array:
+    """Return the weights times a power of two, exactly, so that a sum over `num_examples` of them is below 1.
+
+    Sums of gradients then are no larger than their mean, which in float16 keeps them from infinity.
+    """
+    _, exponent = jnp.frexp(weights.max())
+    return jnp.ldexp(weights, -exponent - (num_examples - 1).bit_length())
+
+
+def filled(batch: Any, weights: jax.Array) -> Any:
+    """Return the batch [B, ...] with its example of largest weight in place of those of weight zero.
+
+    One example is read for it, so that a batch that is sharded over devices moves no more than that.
+    """
+    chosen = jnp.argmax(weights)
+
+    def choose(x):
+        keep = jnp.expand_dims(weights > 0, range(1, x.ndim))
+        return jnp.where(keep, x, x[chosen][None])
+
+    return jax.tree.map(choose, batch)
 
 
 def varying(*trees: Any) -> frozenset[str]:
@@ -66,6 +91,23 @@ def kept(owner: Any, key: Hashable, make: Callable[[], Any]) -> Any:
 def traced(*trees: Any) -> bool:
     """Return whether an array in these trees is known only when the program runs that JAX is tracing."""
     return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees))
+
+
+def compiled_alone(function: Callable) -> Callable:
+    """Return a pure function of pytrees that, called outside of any program, compiles once for the same shapes.
+
+    Loops over closures of its own would be compiled at every call. Within a program it is the function itself, and so
+    it is for leaves that are no arrays, of which it says more than `jax.jit` does.
+    """
+    program = jax.jit(function)
+
+    @functools.wraps(function)
+    def call(*arguments, **named):
+        leaves = jax.tree.leaves((arguments, named))
+        alone = all(isinstance(leaf, jax.Array | np.ndarray) and not isinstance(leaf, Tracer) for leaf in leaves)
+        return (program if alone else function)(*arguments, **named)
+
+    return call
 
 
 def bare(tree: Any) -> Any:

@@ -27,7 +27,7 @@ import optax
 from jax import lax
 
 from gdjax import batching, gradients, problem
-from gdjax._trees import wide
+from gdjax._trees import compiled_alone, wide
 from gdjax.problem import Batch, Loss, Params
 
 
@@ -70,6 +70,7 @@ def hvp(loss: Loss, *, microbatch_size: int | None = None) -> Callable[[Params, 
     """
     grad = _gradient(loss, microbatch_size)
 
+    @compiled_alone
     def product(params: Params, batch: Batch, vector: Params) -> Params:
         train, frozen = problem.trainable(jax.tree.map(jnp.asarray, params))
         vector, _ = problem.trainable(jax.tree.map(jnp.asarray, vector))
@@ -113,6 +114,7 @@ def top_eigenpairs(
         raise ValueError(f"num_iterations={num_iterations} must be at least 2: the first only measures the start")
     product = hvp(loss, microbatch_size=microbatch_size)
 
+    @compiled_alone
     def eigenpairs(params: Params, batch: Batch, start: Params) -> Eigenpairs:
         train, _ = problem.trainable(jax.tree.map(jnp.asarray, params))
         start, _ = problem.trainable(jax.tree.map(jnp.asarray, start))
@@ -140,6 +142,7 @@ def batch_sharpness(loss: Loss, *, microbatch_size: int | None = None) -> Callab
     """
     grad, product = _gradient(loss, microbatch_size), hvp(loss, microbatch_size=microbatch_size)
 
+    @compiled_alone
     def sharpness(params: Params, data: Batch, batches: jax.Array) -> Mean:
         def along_gradient(indices):
             batch = batching.take(data, indices)
@@ -169,6 +172,7 @@ def trace(
         raise ValueError(f"num_samples={num_samples} must be at least 2, so that there is a standard error")
     product = hvp(loss, microbatch_size=microbatch_size)
 
+    @compiled_alone
     def estimate(params: Params, batch: Batch, key: jax.Array) -> Mean:
         train, _ = problem.trainable(jax.tree.map(jnp.asarray, params))
 

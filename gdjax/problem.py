@@ -17,6 +17,7 @@ instance with .mean()
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
+from gdjax._trees import kept, scaled, traced, wide
 from gdjax._trees import merge as merge
 from gdjax._trees import trainable as trainable
 
@@ -138,20 +140,40 @@ class Problem:
             parts = "'train'" if self.test is None else "'train' or 'test'"
             raise ValueError(f"on={on!r} must be {parts}, or examples, every leaf [K, ...]")
         examples = jax.tree.map(jnp.asarray, examples)
+        num_examples(examples, "on")
 
-        def one(example):
-            return {name: functions[name](params, example) for name in names}
+        def make():
+            return partial(_evaluate, {name: functions[name] for name in names}, self.weight)
 
-        values = lax.map(one, examples, batch_size=min(EVALUATED_AT_ONCE, num_examples(examples, "on")))
-        if self.weight is not None:
-            shares = weights(self.weight, examples)
-            shares /= shares.sum()
-            values = {
-                name: jnp.where(shares > 0, value, 0) * (shares * len(shares)).astype(value.dtype)
-                for name, value in values.items()
-            }
-        finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(trainable(params)[0])]).all()
-        return {name: jnp.where(finite, value.mean(), jnp.nan) for name, value in values.items()}
+        if traced(params, examples):
+            return make()(params, examples)
+        return kept(self, ("evaluate", names), lambda: jax.jit(make()))(params, examples)
+
+
+def _evaluate(
+    functions: Mapping[str, Callable], weight: Weight | None, params: Params, examples: Batch
+) -> dict[str, jax.Array]:
+    """Return the means of functions of (params, example) over examples, NaN where a parameter is not finite."""
+    count = num_examples(examples)
+    values = lax.map(
+        lambda example: {name: jnp.asarray(function(params, example)) for name, function in functions.items()},
+        examples,
+        batch_size=min(EVALUATED_AT_ONCE, count),
+    )
+    finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(trainable(params)[0])]).all()
+    shares = None if weight is None else weights(weight, examples)
+    return {name: jnp.where(finite, _mean(value, shares), jnp.nan) for name, value in values.items()}
+
+
+def _mean(values: jax.Array, shares: jax.Array | None) -> jax.Array:
+    """Return the mean of values [N], weighted by shares [N] in any unit; a value of share 0 may be NaN."""
+    if shares is None:
+        return values.mean()
+    dtype = values.dtype if jnp.issubdtype(values.dtype, jnp.floating) else jnp.result_type(float)  # not of a bool
+    values = wide(values.astype(dtype))
+    shares = scaled(shares).astype(values.dtype)
+    total = jnp.sum(jnp.where(shares > 0, values, 0) * shares)
+    return (total / shares.sum()).astype(dtype)
 
 
 def num_examples(data: Batch, name: str = "data") -> int:

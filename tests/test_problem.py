@@ -123,6 +123,23 @@ def test_a_problem_is_evaluated_in_chunks_as_in_one_piece():
     np.testing.assert_allclose(problem.evaluate(5.0, on=data[3:5])["loss"], (4**2 + 11**2) / 2, rtol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [bool, int, jnp.float16, float])
+@pytest.mark.parametrize("unit", [1.0, 1e38, 1e-37])
+def test_means_are_weighted_whatever_a_metric_returns_and_weights_are_measured_in(dtype, unit):
+    """Labels 1 and 0 weigh one and three: a quarter of the weight is on ones."""
+    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
+        ones = jnp.asarray([1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0])
+        weighed = Problem(
+            init=lambda key: jnp.zeros(()),
+            loss=lambda w, e: (w - e) ** 2,
+            train=ones,
+            metrics={"one": lambda w, e: (e == 1).astype(dtype)},
+            weight=lambda e: jnp.where(e == 1, 1.0, 3.0) * unit,
+        )
+        found = weighed.evaluate(jnp.zeros(()))
+    np.testing.assert_allclose([found["one"], found["loss"]], [0.25, 0.25], rtol=1e-6)
+
+
 @pytest.mark.usefixtures("nans")
 def test_parameters_that_are_not_finite_have_no_metric():
     problem = Problem(

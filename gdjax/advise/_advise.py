@@ -180,7 +180,7 @@ def _noise_scales(
     sample = min(problem.num_examples, NUM_MEASURED)
 
     def make():
-        return jax.jit(partial(noise.measure, problem.loss, num_examples=sample))
+        return jax.jit(partial(noise.measure, problem.loss, num_examples=sample, weight=problem.weight))
 
     measure = kept(problem, ("noise scale", sample), make)
     trainer = tuning.training(problem, optimizer, asked.goal, num_runs=NUM_RUNS, gradient=gradient)

@@ -257,12 +257,14 @@ def _noise_scale(
     sides = [min(x.size // x.shape[-1], x.shape[-1]) for x in jax.tree.leaves(state.params) if x.ndim > 1]
     wanted = max(NUM_MEASURED, 2 * max(sides, default=1)) if geometry == "spectral" else NUM_MEASURED
     sample = min(problem.num_examples, wanted)
-    if geometry == "spectral" and sample <= max(sides, default=1):
+    few = geometry == "spectral" and sample <= max(sides, default=1)
+    if few or (problem.weight is not None and geometry in ("sign", "spectral")):  # there are no weights in these
         geometry = "euclidean"
 
     def measure(params, opt_state, data, key):
         norm = geometry if geometry in ("euclidean", "sign", "spectral") else opt_state
-        return noise.measure(problem.loss, params, data, key, num_examples=sample, geometry=norm)
+        options: dict[str, Any] = {"num_examples": sample, "weight": problem.weight, "geometry": norm}
+        return noise.measure(problem.loss, params, data, key, **options)
 
     program = kept(problem, ("noise scale in a geometry", geometry, recipe, sample), lambda: jax.jit(measure))
     return program(state.params, state.opt_state, problem.train, measure_key), geometry

@@ -12,10 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from gdjax import batching, gradients, timing, tuning
-from gdjax._trees import kept
+from gdjax import batching, curvature, gradients, timing, tuning
+from gdjax._trees import kept, wide
 from gdjax.compare._plan import Plan, plan
 from gdjax.gradients import Gradient
 from gdjax.problem import Problem
@@ -177,13 +176,16 @@ def gradient_noise(problem: Problem, gradient: Gradient, batch_size: int, exampl
     stream = batching.reshuffled(stream_key, count, num_epochs=1)
     whole = gradients.microbatched(problem.loss, weight=problem.weight, microbatch_size=min(count, NUM_AT_ONCE))
     full = whole(params, examples).grad
+    size = curvature.magnitude(full)  # in any unit of the loss, no square overflows or vanishes
+    full = jax.tree.map(lambda leaf: wide(leaf) / size.astype(wide(leaf).dtype), full)
 
     def squared_error(indices):
         estimate = gradient(params, batching.take(examples, indices))
-        return optax.tree.norm(optax.tree.sub(estimate.grad, full), squared=True)
+        error = jax.tree.map(lambda g, f: wide(g) / size.astype(f.dtype) - f, estimate.grad, full)
+        return curvature.inner(error, error)
 
     errors = jax.lax.map(squared_error, batching.batches(stream, batch_size, drop_remainder=True))
-    return errors.mean() / optax.tree.norm(full, squared=True)
+    return errors.mean() / curvature.inner(full, full)
 
 
 def _row(problem: Problem, what: Plan, speed: tuning.Speed, seed: int, progress: Progress) -> Row:

@@ -1,7 +1,7 @@
 """Every example's gradient clipped: private training, and robustness to single examples.
 
 An example contributes the gradient of w l, w its weight, times a factor that leaves it a norm of at most C. How the
-contributions are added up, and why the bound holds to 1e-6 in every dtype, is said in `gradients_contributions`.
+contributions are added up, and why the bound holds to 1e-6 in every dtype, is said in `_contributions`.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,6 +15,7 @@ import optax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
+from gdjax._trees import compiled_alone
 from gdjax.gradients._contributions import by_forming, by_weighting, is_linear
 from gdjax.gradients._weights import (
     Estimate,
@@ -104,6 +105,7 @@ def clipped(
                 "denominator: the sum of the weights of a batch tells who is in it"
             )
 
+    @compiled_alone
     def gradient(params: Params, batch: Batch) -> Estimate:
         of_train, train = split(loss, params, trainable)
         examples, weights = weigh(weight, batch)

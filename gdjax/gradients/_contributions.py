@@ -63,7 +63,7 @@ def by_weighting(loss, train, names, bounds, factor, drop, batch, weights):
         weights = _kept(weights, losses, norms)
         batch = filled(batch, weights)
     [(coefficients, unit)] = _coefficients(bounds, factor, norms, weights).values()
-    (_, grad), _ = sums(loss, train, batch, coefficients)
+    (_, grad, _), _ = sums(loss, train, batch, coefficients)
     grad = jax.tree.map(lambda g: g * unit.astype(g.dtype), grad)
     return _unless_empty(grad, weights), (losses, norms, weights)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from gdjax import ghost, problem
-from gdjax._trees import wide
+from gdjax._trees import compiled_alone, wide
 from gdjax.gradients._weights import (
     Estimate,
     Gradient,
@@ -37,7 +37,8 @@ class SquaredNorms(NamedTuple):
 
     Attributes:
         losses: [B].
-        sq_norms: a pytree like the gradient, each leaf [B].
+        sq_norms: a pytree like the gradient, each leaf [B]; NaN for an example whose weight is less than 1e-19 of the
+            largest, or vanishes beside it in the dtype of the losses: its gradient is measured times that.
         weights: [B], or None where there is no `weight`.
     """
 
@@ -51,6 +52,7 @@ def mean(loss: Loss, *, weight: Weight | None = None, trainable: Trainable = Non
     if weight is not None:
         return microbatched(loss, microbatch_size=None, weight=weight, trainable=trainable)
 
+    @compiled_alone
     def gradient(params: Params, batch: Batch) -> Estimate:
         of_train, train = split(loss, params, trainable)
         problem.num_examples(batch, "batch")
@@ -84,13 +86,14 @@ def microbatched(
     if microbatch_size is not None and microbatch_size < 1:
         raise ValueError(f"microbatch_size={microbatch_size} must be at least 1")
 
+    @compiled_alone
     def gradient(params: Params, batch: Batch) -> Estimate:
         of_train, train = split(loss, params, trainable)
         batch, weights = weigh(weight, batch)
         held = min(microbatch_size or len(weights), len(weights))
         weights = scaled(weights, num_examples=held)
-        (value, grad), losses = over_pieces(partial(sums, of_train, train), batch, weights, size=held)
-        value, grad = jax.tree.map(lambda x: over(x, weights.sum()), (value, grad))
+        (value, grad, total), losses = over_pieces(partial(sums, of_train, train), batch, weights, size=held)
+        value, grad = jax.tree.map(lambda x: over(x, total), (value, grad))
         return Estimate(value.astype(losses.dtype), like(grad, train))
 
     return gradient
@@ -102,6 +105,7 @@ def per_example(loss: Loss, *, weight: Weight | None = None, trainable: Trainabl
     Every gradient of the batch is held in memory: B times the parameters.
     """
 
+    @compiled_alone
     def gradient(params: Params, batch: Batch) -> Estimate:
         of_train, train = split(loss, params, trainable)
         batch, weights = weigh(weight, batch)
@@ -124,6 +128,7 @@ def per_example(loss: Loss, *, weight: Weight | None = None, trainable: Trainabl
 def with_sq_norms(loss: Loss, *, weight: Weight | None = None, trainable: Trainable = None) -> Gradient:
     """Return `(params, batch) -> Estimate` whose `aux` is `SquaredNorms`, for the price of a gradient (see `ghost`)."""
 
+    @compiled_alone
     def gradient(params: Params, batch: Batch) -> Estimate:
         of_train, train = split(loss, params, trainable)
         if weight is None:
@@ -139,7 +144,8 @@ def with_sq_norms(loss: Loss, *, weight: Weight | None = None, trainable: Traina
         # The weights as the dtype of the losses rounds them: those that the backward pass has seen.
         scale = wide(scale.astype(losses.dtype))
         grad = jax.tree.map(lambda g: over(wide(g) * len(losses), scale.sum()), grad)
-        sq_norms = jax.tree.map(lambda x: over(x, (scale**2).astype(x.dtype)), sq_norms)
+        lost = (weights > 0) & (scale**2 < jnp.finfo(scale.dtype).tiny)
+        sq_norms = jax.tree.map(lambda x: jnp.where(lost, jnp.nan, over(x, (scale**2).astype(x.dtype))), sq_norms)
         aux = SquaredNorms(jnp.where(weights > 0, losses, 0), sq_norms, weights)
         return Estimate(mean_loss(losses, weights), like(grad, train), aux)
 

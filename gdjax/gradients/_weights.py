@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from gdjax import problem
-from gdjax._trees import wide
+from gdjax._trees import filled, scaled, wide
 from gdjax.problem import Batch, Loss, Params, Weight
 
 
@@ -55,29 +55,6 @@ def weigh(weight: Weight | None, batch: Batch) -> tuple[Batch, jax.Array]:
     return filled(batch, weights), weights
 
 
-def filled(batch: Batch, weights: jax.Array) -> Batch:
-    """Return the batch with its example of largest weight in place of those of weight zero.
-
-    One example is read for it, so that a batch that is sharded over devices moves no more than that.
-    """
-    chosen = jnp.argmax(weights)
-
-    def choose(x):
-        keep = jnp.expand_dims(weights > 0, range(1, x.ndim))
-        return jnp.where(keep, x, x[chosen][None])
-
-    return jax.tree.map(choose, batch)
-
-
-def scaled(weights: jax.Array, *, num_examples: int = 1) -> jax.Array:
-    """Return the weights times a power of two, exactly, so that a sum over `num_examples` of them is below 1.
-
-    Sums of gradients then are no larger than their mean, which in float16 keeps them from infinity.
-    """
-    _, exponent = jnp.frexp(weights.max())
-    return jnp.ldexp(weights, -exponent - (num_examples - 1).bit_length())
-
-
 def over(total: jax.Array, weight: jax.Array) -> jax.Array:
     """Return total / weight, and zero where the weight is."""
     positive = weight > 0
@@ -91,19 +68,21 @@ def mean_loss(losses: jax.Array, weights: jax.Array) -> jax.Array:
     return over(jnp.sum(jnp.where(weights > 0, values, 0) * weights), weights.sum()).astype(losses.dtype)
 
 
-def sums(loss: Loss, train: Params, batch: Batch, weights: jax.Array) -> tuple[tuple[jax.Array, Params], jax.Array]:
-    """Return ((sum w l, sum w g), losses [B]) of a filled batch by one backward pass, the sums in float32 at least.
+def sums(
+    loss: Loss, train: Params, batch: Batch, weights: jax.Array
+) -> tuple[tuple[jax.Array, Params, jax.Array], jax.Array]:
+    """Return ((sum w l, sum w g, sum w), losses [B]) of a filled batch by one backward pass, in float32 at least.
 
-    The weights enter as cotangents in the dtype of the losses: 0 and powers of two are not rounded there.
+    The weights enter as cotangents in the dtype of the losses: all sums are of the weights as they are rounded there.
     """
 
     def total(train):
         losses = jax.vmap(loss, (None, 0))(train, batch)
-        values = wide(losses)
-        return jnp.sum(values * weights.astype(values.dtype)), losses
+        rounded, values = wide(weights.astype(losses.dtype)), wide(losses)
+        return jnp.sum(values * rounded.astype(values.dtype)), (losses, rounded)
 
-    (value, losses), grad = jax.value_and_grad(total, has_aux=True)(train)
-    return (value, jax.tree.map(wide, grad)), losses
+    (value, (losses, rounded)), grad = jax.value_and_grad(total, has_aux=True)(train)
+    return (value, jax.tree.map(wide, grad), rounded.sum()), losses
 
 
 def over_pieces(function: Callable, batch: Batch, weights: jax.Array, *, size: int | None) -> tuple[Any, Any]:

@@ -21,6 +21,7 @@ what a trace would lump together stays resolved where the gradient and the noise
 ['2.2723', '1.9864', '1.7485']
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -30,8 +31,8 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from gdjax import batching
-from gdjax._trees import wide
-from gdjax.problem import Params, Problem, merge, trainable
+from gdjax._trees import filled, kept, scaled, traced, wide
+from gdjax.problem import Batch, Params, Problem, merge, num_examples, trainable
 from gdjax.theory import schedules
 from gdjax.theory.schedules import Quadratic
 
@@ -64,8 +65,8 @@ class Twin(NamedTuple):
             losses: that the run had after each update [T]; NaN where it was not evaluated.
             tolerance: of predicted / measured - 1.
         """
-        predicted = np.asarray(self.losses(learning_rates, batch_sizes))
-        wrong = np.abs(predicted / np.asarray(losses) - 1) > tolerance
+        predicted, measured = np.asarray(self.losses(learning_rates, batch_sizes)), np.asarray(losses)
+        wrong = ~(np.abs(predicted / measured - 1) <= tolerance) & ~np.isnan(measured)
         return int(np.argmax(wrong)) if wrong.any() else len(wrong)
 
 
@@ -93,16 +94,29 @@ def twin(
         num_draws: of noise.
         max_examples: that loss, gradient and Hessian are the means of: all, or so many drawn once and for all.
     """
-    count = problem.num_examples
     examples = problem.train
-    if count > max_examples:
-        order = batching.reshuffled(jax.random.key(0), count, length=max_examples)
-        examples, count = batching.take(examples, order), max_examples
-    train, frozen = trainable(jax.tree.map(jnp.asarray, params))
+    if problem.num_examples > max_examples:
+        order = batching.reshuffled(jax.random.key(0), problem.num_examples, length=max_examples)
+        examples = batching.take(examples, order)
+    make = partial(_twin, problem.loss, problem.weight, num_steps, num_draws)
+    arguments = jax.tree.map(jnp.asarray, (params, precondition)), examples, key
+    if traced(arguments):
+        return make(*arguments)
+    return kept(problem, ("twin", num_steps, num_draws), lambda: jax.jit(make))(*arguments)
+
+
+def _twin(loss, weight, num_steps: int, num_draws: int, given, examples: Batch, key: jax.Array) -> Twin:
+    """Return the twin about given = (params, precondition) on these examples."""
+    params, precondition = given
+    count = num_examples(examples)
+    train, frozen = trainable(params)
     flat, unravel = ravel_pytree(train)
     start = wide(flat)  # directions of bfloat16 are not orthogonal
     root = 1.0 if precondition is None else jnp.sqrt(ravel_pytree(trainable(precondition)[0])[0])
-    weights = jnp.ones(count) if problem.weight is None else jax.vmap(problem.weight)(examples).astype(float)
+    weights = jnp.ones(count)
+    if weight is not None:
+        weights = scaled(jax.vmap(weight)(examples).astype(float))
+        examples = filled(examples, weights)
     weights = weights / jnp.sum(weights)
 
     def value_and_gradient(theta, weights):
@@ -110,12 +124,12 @@ def twin(
 
         def total(theta, chunk, weights):
             params = merge(unravel(theta.astype(flat.dtype)), frozen)
-            return weights @ jax.vmap(problem.loss, (None, 0))(params, chunk).astype(float)
+            return weights @ jax.vmap(loss, (None, 0))(params, chunk).astype(float)
 
         size = min(CHUNK, count)
-        filled = jnp.arange(-(-count // size) * size) % count  # with examples of weight 0
-        weights = jnp.where(jnp.arange(len(filled)) < count, weights[filled], 0)
-        pieces = batching.take(examples, filled), weights
+        places = jnp.arange(-(-count // size) * size) % count  # the last ones with weight 0
+        weights = jnp.where(jnp.arange(len(places)) < count, weights[places], 0)
+        pieces = batching.take(examples, places), weights
         pieces = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), pieces)
 
         def add(carry, piece):
@@ -131,7 +145,7 @@ def twin(
         kicked = value_and_gradient(start, signs * weights)[1] - jnp.sum(signs * weights) * gradient
         return jnp.sqrt(1.0 * count) * root * kicked  # of covariance E z z', where weights are equal
 
-    loss, gradient = value_and_gradient(start, weights)
+    level, gradient = value_and_gradient(start, weights)
     curvatures, parts = _quadrature(hessian, root * gradient, num_steps)
     of_noise, noises = lax.map(
         lambda key: _quadrature(hessian, noise(key), num_steps), jax.random.split(key, num_draws)
@@ -142,7 +156,7 @@ def twin(
     second = jnp.concatenate([parts, none]) / nodes**2
     variance = jnp.concatenate([jnp.zeros_like(parts), noises.reshape(-1) / num_draws])
     quadratic = schedules.noisy_quadratic(nodes, variance, start=second)
-    return Twin(quadratic, loss - nodes @ second / 2)
+    return Twin(quadratic, level - nodes @ second / 2)
 
 
 def _quadrature(hessian, vector: jax.Array, num_steps: int) -> tuple[jax.Array, jax.Array]:

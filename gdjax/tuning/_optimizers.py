@@ -27,6 +27,7 @@ Optimizer = Callable[..., optax.GradientTransformation]
 """learning_rate -> optax transformation, or (learning_rate, num_updates) -> one; the rate is traced."""
 
 STABLE = 0.8  # share of 'wsd' after which the rate falls to zero
+ADDED_UP = 64  # the most batches whose gradients an optimiser is expected to add up for one update
 LATE = 2**20, 2**30  # updates, far beyond any schedule of fixed length that was meant for one run
 
 
@@ -223,22 +224,28 @@ def _check_factory(optimizer: Optimizer) -> None:
 
 
 def _dead_after(optimizer: optax.GradientTransformation) -> int:
-    """Return the power of two of updates after which all updates are zero, or 0 where they go on or cannot be told."""
+    """Return the power of two of updates after which all are zero, or 0 where they go on or cannot be told."""
     params = {"weight": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+    update = optax.with_extra_args_support(optimizer).update
 
-    def size_after(count: int) -> float:
+    @jax.jit
+    def size_after(count):
+        """Return the norms of the next ADDED_UP updates, added up."""
         state = jax.tree.map(
             lambda x: jnp.full_like(x, count) if jnp.issubdtype(jnp.result_type(x), jnp.integer) else x,
             optimizer.init(params),
         )
-        updates, _ = optax.with_extra_args_support(optimizer).update(
-            params, state, params, value=jnp.ones(()), grad=params
-        )
-        return float(optax.tree.norm(updates))
+
+        def one(state, _):
+            updates, state = update(params, state, params, value=jnp.ones(()), grad=params)
+            return state, optax.tree.norm(updates)
+
+        return jax.lax.scan(one, state, length=ADDED_UP)[1].sum()
 
     try:
-        if size_after(LATE[0]) > 0 or size_after(LATE[1]) > 0:
+        least = 2 * float(jnp.finfo(jnp.float32).eps) * size_after(0)  # a rate of zero may be the difference of two others
+        if any(size_after(count) > least for count in LATE):
             return 0
-        return next((2**k for k in range(20) if not size_after(2**k) and size_after(2**k // 2)), 0)
+        return next((2**k for k in range(20) if size_after(2**k) <= least < size_after(2**k // 2)), 0)
     except Exception:  # it trains parameters of one form only; that is seen to where it does
         return 0

@@ -140,6 +140,23 @@ def test_gradient_noise_is_the_variance_of_the_update_over_its_squared_mean(prob
     np.testing.assert_allclose(sampled.mean(), expected / 5 * 43 / 47, atol=4 * error)
 
 
+@pytest.mark.parametrize(("dtype", "unit"), [("float32", 1e-20), ("float32", 1e18), ("float16", 10.0)])
+def test_gradient_noise_is_the_same_in_any_unit_and_dtype(dtype, unit):
+    """One batch a time of 4 examples, against numpy in float64."""
+    x = np.asarray(jax.random.normal(jax.random.key(0), (8, 3), jnp.float32))
+    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
+        loss = lambda w, x: 100 * unit * 0.5 * jnp.sum((w.astype(jnp.float32) - x) ** 2)  # noqa: E731
+        problem = Problem(lambda key: jnp.full(3, 0.5, dtype), loss, jnp.asarray(x))
+        key = jax.random.key(1)
+        found = compare.gradient_noise(problem, gradients.mean(loss), 4, problem.train, key, key)
+        order = np.asarray(batching.reshuffled(key, 8, num_epochs=1)).reshape(2, 4)
+    grads = 0.5 - x.astype(float)
+    errors = ((grads[order].mean(1) - grads.mean(0)) ** 2).sum(1)
+    np.testing.assert_allclose(
+        found, errors.mean() / (grads.mean(0) ** 2).sum(), rtol=1e-2 if dtype == "float16" else 1e-4
+    )
+
+
 def test_a_given_rate_is_not_tuned(problem):
     [row] = compare.batch_sizes(problem, (48,), learning_rate=0.5, num_epochs=1, num_seeds=1)
     assert (row.learning_rates, row.num_runs, row.at_edge) == ([0.5], 1, False)

@@ -307,3 +307,23 @@ def test_a_problem_with_weights_can_be_made_under_vmap():
         return jnp.asarray(Problem(lambda key: jnp.zeros(()), lambda w, x: w * x, x, weight=lambda x: x).num_examples)
 
     np.testing.assert_array_equal(jax.vmap(make)(jnp.ones((3, 5))), [5, 5, 5])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "small", "expected"), [("float32", 1e-18, 25), ("float32", 1e-22, np.nan), ("float16", 1e-8, np.nan)]
+)
+@pytest.mark.usefixtures("nans")
+def test_a_norm_that_its_weight_has_lost_is_none(dtype, small, expected):
+    """Not zero, which would say that the example has no gradient."""
+    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
+        batch = jnp.asarray([[3.0, 4.0], [3.0, 4.0], [3.0, 4.0]]), jnp.asarray([1.0, small, 0.0])
+        estimator = gradients.with_sq_norms(lambda w, e: (e[0] @ w).astype(dtype), weight=lambda e: e[1])
+        np.testing.assert_allclose(estimator(jnp.ones(2), batch).aux.sq_norms, [25, expected, 0], rtol=1e-5)
+
+
+def test_a_loss_in_bfloat16_is_weighed_by_what_the_weights_are_there():
+    """A mean of one and the same gradient is that gradient, however the weights are rounded."""
+    weights = jnp.asarray([0.3, 1.1, 0.6, 0.2], jnp.float32)
+    batch = jnp.ones((4, 3), jnp.float32), weights
+    estimator = gradients.mean(lambda w, e: (e[0] @ w).astype(jnp.bfloat16), weight=lambda e: e[1])
+    np.testing.assert_allclose(estimator(jnp.ones(3, jnp.float32), batch).grad, np.ones(3), rtol=1e-6)

@@ -80,6 +80,35 @@ def test_a_twin_is_right_to_second_order_and_says_how_far_it_holds():
     assert off[holds] > 0.2
 
 
+@pytest.mark.usefixtures("nans")
+def test_an_example_of_weight_zero_may_have_no_loss():
+    """The mean over the entries that are there, times their number: of example 3 there are none."""
+    mask = jnp.ones((40, 6)).at[3].set(0)
+
+    def masked(rows):
+        return Problem(
+            lambda key: jnp.zeros(6),
+            lambda w, e: jnp.sum(e[1] * (w - e[0]) ** 2) / jnp.sum(e[1]),
+            jax.tree.map(lambda x: x[rows], (X, mask)),
+            weight=lambda e: jnp.sum(e[1]),
+        )
+
+    every = np.arange(40)
+    found, expected = (
+        theory.twin(masked(rows), jnp.ones(6), key=jax.random.key(0), num_draws=1).losses(
+            jnp.full(3, 0.1), jnp.full(3, jnp.inf)
+        )
+        for rows in (every, every[every != 3])
+    )
+    precision.assert_close(found, expected, rtol=1e-9)
+
+
+@pytest.mark.usefixtures("nans")
+def test_a_twin_that_predicts_no_number_holds_for_no_update():
+    twin = theory.twin(squares(), jnp.full(6, 1e200), key=jax.random.key(0), num_steps=2, num_draws=1)
+    assert twin.horizon(jnp.full(3, 0.1), jnp.full(3, 8.0), jnp.asarray([3.0, 2.0, 1.0])) == 0
+
+
 def test_the_twin_of_parameters_in_bfloat16_is_nearly_that_of_float32():
     x = jax.random.normal(jax.random.key(0), (64, 4), jnp.float32)
     y = x @ jnp.arange(4.0, dtype=jnp.float32)

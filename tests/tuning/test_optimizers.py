@@ -112,6 +112,16 @@ def test_factories_that_cannot_be_used_are_refused_with_what_to_write():
         assert tuning.named(factory) == (factory, 0.03)
 
 
+@pytest.mark.parametrize("num_batches", [2, 3, 7, 64])
+def test_factories_that_add_up_gradients_before_an_update_may_be_used(num_batches):
+    for factory in (
+        lambda rate: optax.MultiSteps(optax.adam(rate), num_batches).gradient_transformation(),
+        lambda rate: optax.chain(optax.sgd(rate), optax.apply_every(num_batches)),
+    ):
+        with jax.numpy_dtype_promotion("standard"):  # optax promotes
+            assert tuning.named(factory)[0] is factory
+
+
 def quadratic():
     """Return a problem whose every run is known: theta' = (1 - eta) theta."""
     return Problem(lambda key: jnp.ones(()), lambda theta, x: 0.5 * theta**2 + 0 * x, jnp.zeros(64))
