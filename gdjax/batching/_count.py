@@ -7,6 +7,7 @@
 (True, True, (Count(429496729), Array(4, dtype=uint32)))
 """
 
+import operator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,6 +18,14 @@ import numpy as np
 from jax.core import Tracer
 
 MAX_DIVISOR = 2**31  # of a count
+
+
+def whole(name: str, number: Any) -> int:
+    """Return a number as Python's int, or raise a `ValueError` that names it."""
+    try:
+        return operator.index(number)
+    except TypeError as error:
+        raise ValueError(f"{name}={number!r} must be a whole number") from error
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("high", "low"), meta_fields=())
@@ -40,6 +49,8 @@ class Count:
         if isinstance(number, Count):
             return number
         if isinstance(number, int):
+            if not 0 <= number < 2**64:
+                raise ValueError(f"number={number} must be at least 0 and below 2^64")
             return cls(jnp.uint32(number >> 32 & 0xFFFFFFFF), jnp.uint32(number & 0xFFFFFFFF))
         number = jnp.asarray(number)
         if not jnp.issubdtype(number.dtype, jnp.integer):

@@ -38,7 +38,7 @@ class Phases(NamedTuple):
         try:
             pairs: Any = [(1, schedule)] if hasattr(schedule, "__index__") else list(schedule)  # pyright: ignore
             parts = tuple((operator.index(num_updates), operator.index(size)) for num_updates, size in pairs)
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"schedule={schedule!r} must be [(num_updates, batch_size), ...], integers") from error
         if not parts or min(min(part) for part in parts) < 1:
             raise ValueError(f"schedule={schedule!r} must have at least one phase, numbers from 1 on")

@@ -1,13 +1,14 @@
 """Poisson batches: every example is in every batch with the same probability, independently."""
 
 import math
-import operator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
+
+from gdjax.batching._count import whole
 
 OVERFLOW = 1e-15
 """The probability that a batch is larger than the largest size that is provided for it by default."""
@@ -54,7 +55,7 @@ def poisson(
         ValueError: for numbers out of range; and where a batch has overflowed: with another key, or a larger M, it does
             not. Under `jit` it cannot be raised and is said by `Padded.overflowed` alone.
     """
-    num_examples = operator.index(num_examples)
+    num_examples, num_updates = whole("num_examples", num_examples), whole("num_updates", num_updates)
     if not 1 <= num_examples <= MAX_EXAMPLES:
         raise ValueError(f"num_examples={num_examples} must be at least 1 and at most 2^30")
     if not 0 < batch_size <= num_examples:
@@ -62,9 +63,14 @@ def poisson(
     if num_updates < 1:
         raise ValueError(f"num_updates={num_updates} must be at least 1")
     rate = batch_size / num_examples
-    size = _provided(num_examples, rate) if max_batch_size is None else min(max_batch_size, num_examples)
+    provided = _provided(num_examples, rate) if max_batch_size is None else whole("max_batch_size", max_batch_size)
+    size = min(provided, num_examples)
     if size < 1:
         raise ValueError(f"max_batch_size={max_batch_size} must be at least 1")
+    if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(start)):
+        start = whole("start", start)
+    if isinstance(start, int) and not 0 <= start <= 2**31 - num_updates:
+        raise ValueError(f"start={start} must be at least 0, and start + num_updates={num_updates} at most 2^31")
     scale = math.log1p(-rate) if rate < 1 else -math.inf
 
     def batch(number):

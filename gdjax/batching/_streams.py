@@ -24,7 +24,6 @@ So can one of a thousand million examples, after 2^62 others:
 Array([208008785, 150279059, 192168110], dtype=int32)
 """
 
-import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -33,7 +32,7 @@ from jax import lax
 from jax.core import Tracer
 
 from gdjax.batching import _cipher, _count
-from gdjax.batching._count import Count
+from gdjax.batching._count import Count, whole
 
 MAX_SORTED = 2**13  # examples; beyond, an order is looked up. Sorting them takes 2.5 ms on a CPU
 MAX_EXAMPLES = 2**31  # indices are int32
@@ -120,7 +119,7 @@ def batches(stream: jax.Array, batch_size: int, *, drop_remainder: bool = False)
     if getattr(stream, "ndim", None) != 1:
         raise ValueError(f"stream must be an array [S] of indices, but has shape {jnp.shape(stream)}")
     [length] = stream.shape
-    batch_size = operator.index(batch_size)
+    batch_size = whole("batch_size", batch_size)
     if not 1 <= batch_size <= length:
         raise ValueError(f"batch_size={batch_size} must be between 1 and the {length} entries of the stream")
     num_updates, remainder = divmod(length, batch_size)
@@ -156,18 +155,19 @@ class _Window(NamedTuple):
 
 def _window(num_examples: int, num_epochs: int | None, start: Any, length: int | None) -> _Window:
     """Check the arguments of a stream and find the window."""
-    num_examples = operator.index(num_examples)
+    num_examples = whole("num_examples", num_examples)
     if not 1 <= num_examples <= MAX_EXAMPLES:
         raise ValueError(f"num_examples={num_examples} must be at least 1 and at most 2^31")
     if (num_epochs is None) == (length is None):
         raise ValueError(f"give num_epochs={num_epochs} or length={length}, one of the two")
     traced = any(isinstance(x, Tracer) for x in jax.tree.leaves(start))
-    position = None if traced else operator.index(start)  # None: known only when the program runs
+    position = None if traced else whole("start", start)  # None: known only when the program runs
     if num_epochs is not None and position != 0:
         raise ValueError(f"start={start} comes with length, not with num_epochs={num_epochs}")
     if num_epochs is not None:
-        length = num_epochs * num_examples
-    if length is None or not 1 <= length <= MAX_EXAMPLES:
+        length = whole("num_epochs", num_epochs) * num_examples
+    length = whole("length", length)
+    if not 1 <= length <= MAX_EXAMPLES:
         raise ValueError(
             f"the stream must be 1 to 2^31 entries long, and a longer one taken in windows: num_epochs={num_epochs}, "
             f"length={length}"

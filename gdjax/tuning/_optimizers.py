@@ -202,9 +202,15 @@ def made(optimizer: Optimizer, learning_rate: Any, num_updates: Any) -> optax.Gr
 
 def _check_factory(optimizer: Optimizer) -> None:
     """Raise ValueError where a factory cannot take a traced rate, or has a schedule that ends before long runs do."""
+    if not callable(optimizer):
+        raise ValueError(
+            f"optimizer={optimizer!r} must be a name, or a function of the rate: lambda rate: optax.sgd(rate)"
+        )
 
     def check(learning_rate: jax.Array) -> jax.Array:
-        made(optimizer, learning_rate, 100)
+        found = made(optimizer, learning_rate, 100)
+        if not (hasattr(found, "init") and hasattr(found, "update")):
+            raise ValueError(f"optimizer returns a {type(found).__name__}, not an optax.GradientTransformation")
         return learning_rate
 
     try:
@@ -243,7 +249,9 @@ def _dead_after(optimizer: optax.GradientTransformation) -> int:
         return jax.lax.scan(one, state, length=ADDED_UP)[1].sum()
 
     try:
-        least = 2 * float(jnp.finfo(jnp.float32).eps) * size_after(0)  # a rate of zero may be the difference of two others
+        least = (
+            2 * float(jnp.finfo(jnp.float32).eps) * size_after(0)
+        )  # a rate of zero may be the difference of two others
         if any(size_after(count) > least for count in LATE):
             return 0
         return next((2**k for k in range(20) if size_after(2**k) <= least < size_after(2**k // 2)), 0)

@@ -63,27 +63,43 @@ def tune(
         ValueError: for both or neither of `num_epochs` and `target`, a batch size outside 1 ... N, rates that are not
             positive and ascending, and a target that cannot be read or is met at the start.
     """
-    if (num_epochs is None) == (target is None):
-        raise ValueError(f"give num_epochs={num_epochs} or target={target!r}, one of the two")
-    if (batch_size is None) == (schedule is None):
-        raise ValueError(f"give batch_size={batch_size} or schedule={schedule!r}, one of the two")
-    for size in [batch_size] if batch_size is not None else batching.Phases.of(schedule or ()).sizes:
-        if not 1 <= size <= problem.num_examples:
-            raise ValueError(f"batch_size={size} must be between 1 and N={problem.num_examples}")
-    cut = batch_size if schedule is None else batching.Phases.of(schedule)
+    goal = _goal(problem, num_epochs, target)
+    cut = _cut(problem, batch_size, schedule)
     if num_seeds < 1:
         raise ValueError(f"num_seeds={num_seeds} must be at least 1")
     make, usual = named(optimizer)
     rates = np.asarray(grid(usual) if learning_rates is None else learning_rates, float)
     if len(rates) < 2 or not (rates > 0).all() or not np.isfinite(rates).all() or not (np.diff(rates) > 0).all():
         raise ValueError(f"learning_rates={rates.tolist()} must be at least two, positive, finite and ascending")
-    if num_epochs is not None:
-        goal: Goal = Budget(round(num_epochs * problem.num_examples))
-    else:
-        goal = _goals.parse_target(target, problem) if isinstance(target, str) else target or Budget(0)
     run = searching(problem, make, goal, num_runs=num_seeds * len(rates))
     limits: dict[str, Any] = {"max_examples": round(max_epochs * problem.num_examples), "deadline": deadline}
     return _search.search_grid(run, rates, batch_size=cut, num_seeds=num_seeds, key=key, **limits)
+
+
+def _goal(problem: Problem, num_epochs: float | None, target: str | Goal | None) -> Goal:
+    if (num_epochs is None) == (target is None):
+        raise ValueError(f"give num_epochs={num_epochs} or target={target!r}, one of the two")
+    if isinstance(target, str):
+        return _goals.parse_target(target, problem)
+    if isinstance(target, Target | Budget):
+        return target
+    if num_epochs is None:
+        raise ValueError(f"target={target!r} must be as 'loss<=0.05', a Target, or a Budget")
+    if not 0 < num_epochs < math.inf:
+        raise ValueError(f"num_epochs={num_epochs} must be positive and finite")
+    return Budget(round(num_epochs * problem.num_examples))
+
+
+def _cut(problem: Problem, batch_size: int | None, schedule: Sequence[tuple[int, int]] | None) -> int | batching.Phases:
+    if (batch_size is None) == (schedule is None):
+        raise ValueError(f"give batch_size={batch_size} or schedule={schedule!r}, one of the two")
+    if batch_size is not None and not hasattr(batch_size, "__index__"):
+        raise ValueError(f"batch_size={batch_size!r} must be a whole number of examples")
+    cut = batching.Phases.of(schedule or ()) if batch_size is None else batch_size
+    for size in [cut] if isinstance(cut, int) else batching.Phases.of(cut).sizes:
+        if not 1 <= size <= problem.num_examples:
+            raise ValueError(f"batch_size={size} must be between 1 and N={problem.num_examples}")
+    return cut
 
 
 def grid(usual: float) -> np.ndarray:

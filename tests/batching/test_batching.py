@@ -1,3 +1,4 @@
+import functools
 import itertools
 import math
 
@@ -336,3 +337,30 @@ def test_phases_count_examples_as_a_loop_does():
     assert [part.shape for part in cut] == [(3, 2), (1, 7), (2, 4)]
     with pytest.raises(ValueError, match=r"stream must have the 21 entries that the phases take, but has shape"):
         phases.batches(jnp.arange(20))
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda key: batching.reshuffled(key, 4, length=4.0), "length=4.0 must be a whole number"),
+        (lambda key: batching.cyclic(key, 4, num_epochs=1.5), "num_epochs=1.5 must be a whole number"),
+        (lambda key: batching.with_replacement(key, 4.5, length=4), "num_examples=4.5 must be a whole number"),
+        (lambda key: batching.Count.of(2**70), r"number=1180591620717411303424 must be at least 0 and below 2\^64"),
+        (lambda key: batching.Phases.of([(1, 2, 3)]), r"schedule=\[\(1, 2, 3\)\] must be"),
+        (lambda key: batching.poisson(key, 9, batch_size=2, num_updates=3, start=2**31), "start=2147483648 must be"),
+        (lambda key: batching.poisson(key, 9, batch_size=2, num_updates=3, start=-1), "start=-1 must be at least 0"),
+        (lambda key: batching.poisson(key, 9, batch_size=2, num_updates=3.5), "num_updates=3.5 must be a whole"),
+        (
+            lambda key: batching.poisson(key, 9, batch_size=2, num_updates=3, max_batch_size=2.5),
+            "max_batch_size=2.5 must be a whole",
+        ),
+    ],
+)
+def test_numbers_that_are_not_whole_or_out_of_range_are_named(call, said):
+    with pytest.raises(ValueError, match=said):
+        call(jax.random.key(0))
+
+
+def test_poisson_batches_may_start_at_a_count():
+    draw = functools.partial(batching.poisson, jax.random.key(0), 9, batch_size=2, num_updates=3)
+    np.testing.assert_array_equal(draw(start=batching.Count.of(5)).indices, draw(start=5).indices)

@@ -164,3 +164,20 @@ def test_the_average_is_evaluated_beside_the_last_parameters_and_judged_in_their
     thetas = 0.9 ** np.arange(1, 17)
     weights = 2.0 ** (-4 * np.arange(15, -1, -1) / half_life)
     precision.assert_close(found.costs[0, 0], 0.5 * (weights @ thetas / weights.sum()) ** 2, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"optimizer": optax.sgd(0.1)}, "optimizer is a GradientTransformation.*not a name or a function of the rate"),
+        ({"optimizer": lambda rate: None}, "optimizer returns a NoneType"),
+        ({"num_epochs": 0}, "num_epochs=0 must be positive and finite"),
+        ({"num_epochs": float("nan")}, "num_epochs=nan must be positive and finite"),
+        ({"num_epochs": None, "target": 3}, "target=3 must be as 'loss<=0.05'"),
+        ({"batch_size": 32.0}, "batch_size=32.0 must be a whole number"),
+    ],
+)
+def test_arguments_of_tune_that_cannot_be_used_are_named(changed, said):
+    options = {"optimizer": "sgd", "batch_size": 32, "num_epochs": 1, "key": jax.random.key(0)} | changed
+    with pytest.raises(ValueError, match=said):
+        tuning.tune(quadratic(), **options)
