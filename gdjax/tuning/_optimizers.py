@@ -203,8 +203,9 @@ def made(optimizer: Optimizer, learning_rate: Any, num_updates: Any) -> optax.Gr
 def _check_factory(optimizer: Optimizer) -> None:
     """Raise ValueError where a factory cannot take a traced rate, or has a schedule that ends before long runs do."""
     if not callable(optimizer):
+        kind = type(optimizer).__name__
         raise ValueError(
-            f"optimizer={optimizer!r} must be a name, or a function of the rate: lambda rate: optax.sgd(rate)"
+            f"optimizer is a {kind}, not a name or a function of the rate, as lambda rate: optax.sgd(rate)"
         )
 
     def check(learning_rate: jax.Array) -> jax.Array:
