@@ -9,15 +9,17 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import scipy.stats
 
-from gdjax import advise, batching, commands, descent, gradients, tuning
+from gdjax import advise, batching, commands, descent, gradients, noise, tuning
 from gdjax.advise import _candidates, _race, _tunings
 from gdjax.advise import _choices as choices
 from gdjax.advise._goals import NUM_SEEDS, Reaching, Spending
+from gdjax.problem import Problem
 from gdjax.theory import scaling
 from gdjax.tuning import Budget, Speed, Target, Tuning
 
@@ -599,3 +601,26 @@ def test_a_rate_that_loses_a_further_seed_is_given_up():
     assert np.isfinite(won.costs).all()
     won, _ = raced({8: 300, 16: 100, 32: 300, 64: 300}.get, failing=0.1 * 2.0 ** (np.arange(-12, 12) / 2))
     assert [line[:29] for line in won.unknown] == ["a learning rate that every se"]
+
+
+@pytest.mark.slow
+def test_the_noise_scale_is_that_of_the_weighted_examples():
+    """Half the examples have gradients a hundred times as large, and weigh next to nothing."""
+    large = jnp.arange(128) % 2
+    x = jax.random.normal(jax.random.key(0), (128, 4)) * jnp.where(large == 1, 10.0, 0.1)[:, None] + 1
+    problem = Problem(
+        lambda key: jnp.zeros(4),
+        lambda w, e: 0.5 * jnp.sum((w - e[0]) ** 2),
+        (x, large),
+        weight=lambda e: jnp.where(e[1] == 1, 1e-3, 1.0),
+    )
+    expected = noise.measure(
+        problem.loss, jnp.zeros(4), problem.train, jax.random.key(1), num_examples=128, weight=problem.weight
+    )
+    [(updates, found), *_] = advise.batch_size(problem, "loss<=0.3", seconds=20).noise_scales
+    assert updates == 0
+    np.testing.assert_allclose(found.b_simple, expected.b_simple, rtol=1e-9)
+    unweighted = noise.measure(problem.loss, jnp.zeros(4), problem.train, jax.random.key(1), num_examples=128)
+    assert unweighted.b_simple > 10 * expected.b_simple
+    ruled = advise.rules(problem, "sgd", base=4, batch_size=16, learning_rate=0.05, num_examples=256, num_seeds=2)
+    assert ruled.scale.b_simple < unweighted.b_simple / 10
