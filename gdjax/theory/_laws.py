@@ -109,9 +109,10 @@ def batch_size_at_overhead(critical_batch_size: Number, overhead: Number = 0.2) 
 def finite_population(batch_size: Number, num_examples: Number) -> jax.Array:
     """Return (N - B) / (N - 1): the variance of a mean of B of N distinct examples over that of B independent ones.
 
-    Cochran, Sampling Techniques, 1977, theorem 2.2; the variance of the N examples is (1/N) sum (x - mean)^2.
+    Cochran, Sampling Techniques, 1977, theorem 2.2; the variance of the N examples is (1/N) sum (x - mean)^2. It is 0
+    for N = B, a single example too.
     """
-    return (jnp.asarray(num_examples) - batch_size) / (jnp.asarray(num_examples) - 1)
+    return (jnp.asarray(num_examples) - batch_size) / jnp.maximum(jnp.asarray(num_examples) - 1, 1)
 
 
 def linear_rule(learning_rate: Number, factor: Number) -> jax.Array:

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gdjax.theory._laws import Number
+from gdjax.theory._laws import Number, finite_population
 
 
 def gaussian_step(
@@ -168,17 +168,25 @@ def finite_gradient(
     """Return A and E g g' [D + 1, D + 1] of a batch's gradient g, E g = A E z. Arguments as `finite_step`."""
     x, residuals = data
     num_examples = len(x)
-    if not replace and batch_size > num_examples:
-        raise ValueError(f"batch_size={batch_size} must be at most the {num_examples} examples, or replace=True")
+    share = noise_share(batch_size, num_examples, replace=replace)
     # A_i = u_i v_i', u_i = [x_i; 0], v_i = [x_i; -r_i].
     u = jnp.concatenate([x, jnp.zeros_like(residuals)[:, None]], 1)
     v = jnp.concatenate([x, -residuals[:, None]], 1)
     mean_map = u.T @ v / num_examples
     of_one = (u * jnp.sum(v @ second_moment * v, 1, keepdims=True)).T @ u / num_examples
-    of_two = mean_map @ second_moment @ mean_map.T
-    if not replace:
-        of_two = (num_examples * of_two - of_one) / max(num_examples - 1, 1)
-    return mean_map, of_one / batch_size + (1 - 1 / batch_size) * of_two
+    of_all = mean_map @ second_moment @ mean_map.T
+    return mean_map, of_all + share * (of_one - of_all)
+
+
+def noise_share(batch_size: int, num_examples: int, *, replace: bool) -> Number:
+    """Return the variance of the mean of a batch over that of one example: 1 / B, or (N - B) / (B (N - 1)).
+
+    Raises:
+        ValueError: where a batch has more distinct examples than there are.
+    """
+    if not replace and batch_size > num_examples:
+        raise ValueError(f"batch_size={batch_size} must be at most the {num_examples} examples, or replace=True")
+    return (1.0 if replace else finite_population(batch_size, num_examples)) / batch_size
 
 
 def interpolation_batch_size(max_sq_norm: Number, *, largest: Number, smallest: Number) -> jax.Array:

@@ -114,47 +114,44 @@ def finite_step(
 def finite_max_learning_rate(x: jax.Array, *, batch_size: int, replace: bool, momentum: Number = 0.0) -> jax.Array:
     """Return the rate below which `finite_step` is stable, whatever the labels, by bisection.
 
-    Stable means that no direction of the 3 D^2 moments grows, which is read from high powers of their map: for a few
-    features, D <= 10. Directions that no example has are let be.
+    Where E delta delta' = S, the gradient of a batch has the covariance C(S) = c (mean x x'S x x' - H S H), c as in
+    `least_squares.noise_share`. Noise of that covariance in every update would keep E delta_i delta_j at g_ij C_ij,
+
+        g_ij = (1 - beta^2) / ((1 - beta)^2 ((1 + beta) (h_i + h_j) / eta - h_i h_j) + beta (h_i - h_j)^2),
+
+    along the eigenvectors of H. Stable means eta h < 2 (1 + beta) and all eigenvalues of S -> g C(S), a map of D^2
+    numbers, below 1: as `least_squares.kappa`, for D <= 30 or so. Directions that no example has are let be.
 
     Args:
-        x: features [N, D].
+        x: features [N, D], in any unit.
         batch_size, replace: as `finite_step`.
         momentum: beta.
 
     Raises:
         ValueError: where a batch has more distinct examples than there are.
     """
-    num_examples, dimension = x.shape
-    data = x, jnp.zeros(num_examples, x.dtype)
-    tolerance = 1e4 * jnp.finfo(x.dtype).eps
+    num_examples = len(x)
+    share = least_squares.noise_share(batch_size, num_examples, replace=replace)
+    scale = jnp.max(jnp.abs(x))
+    scale = jnp.where(scale == 0, 1, scale)
+    x = x / scale  # the fourth power of a feature must not overflow
+    x = x @ jnp.linalg.eigh(x.T @ x)[1]
+    h = jnp.mean(x**2, 0)
+    pairs = (x[:, :, None] * x[:, None]).reshape(num_examples, -1)
+    sums, products, gaps = (op.outer(h, h).reshape(-1) for op in (jnp.add, jnp.multiply, jnp.subtract))
+    covariance = share * (pairs.T @ pairs / num_examples - jnp.diag(products))
 
-    def update(flat, rate):
-        params, cross, velocity = flat.reshape(3, dimension, dimension)
-        blocks = ((params + params.T) / 2, cross, (velocity + velocity.T) / 2)
-        padded = Moments(*(jnp.pad(block, ((0, 1), (0, 1))) for block in blocks))
-        options = {"learning_rate": rate, "batch_size": batch_size, "replace": replace, "momentum": momentum}
-        return jnp.stack([block[:-1, :-1] for block in finite_step(padded, data, **options)]).reshape(-1)
-
-    def log_growth(rate):
-        """Return the log of the spectral radius of the map, from its 2^50th power."""
-
-        def double(k, carry):
-            power, log = carry
-            norm = jnp.linalg.norm(power)
-            power = power / norm
-            return power @ power, log + jnp.log(norm) / 2.0**k
-
-        power = jax.jacfwd(update)(jnp.zeros(3 * dimension**2, x.dtype), rate)
-        return lax.fori_loop(0, 50, double, (power, jnp.zeros((), x.dtype)))[1]
+    def stable(rate):
+        left = (1 - momentum) ** 2 * ((1 + momentum) * sums / rate - products) + momentum * gaps**2
+        root = jnp.sqrt(jnp.where(left > 0, (1 - momentum**2) / left, 0))
+        return jnp.linalg.eigvalsh(root[:, None] * covariance * root[None])[-1] < 1
 
     def halve(_, bracket):
         low, high = bracket
         middle = (low + high) / 2
-        stable = log_growth(middle) < tolerance
-        return jnp.where(stable, middle, low), jnp.where(stable, high, middle)
+        below = stable(middle)
+        return jnp.where(below, middle, low), jnp.where(below, high, middle)
 
-    largest = jnp.linalg.eigvalsh(x.T @ x / num_examples)[-1]
-    highest = 2 * (1 + jnp.asarray(momentum)) / largest
-    low, high = lax.fori_loop(0, 60, halve, (jnp.zeros_like(highest), highest * (1 + tolerance)))
-    return (low + high) / 2
+    highest = 2 * (1 + momentum) / jnp.max(h)
+    low, high = lax.fori_loop(0, 60, halve, (jnp.zeros_like(highest), highest))
+    return (low + high) / 2 / scale / scale

@@ -174,3 +174,36 @@ def test_directions_that_no_example_has_are_let_be():
     precision.assert_close(padded, 0.770682, rtol=1e-6)
     with pytest.raises(ValueError, match="batch_size=5 must be at most the 4 examples"):
         momentum.finite_max_learning_rate(jnp.asarray(x), batch_size=5, replace=False)
+
+
+def growth(x, rate, *, batch_size, replace, beta):
+    """Return the spectral radius of the mean over all batches of R x R, R being the map of (delta, v)."""
+    batches = itertools.product(x, repeat=batch_size) if replace else itertools.combinations(x, batch_size)
+    eye, maps = np.eye(x.shape[1]), []
+    for batch in map(np.asarray, batches):
+        pull = rate * batch.T @ batch / batch_size
+        step = np.block([[eye - pull, beta * eye], [-pull, beta * eye]])
+        maps.append(np.kron(step, step))
+    return np.abs(np.linalg.eigvals(np.mean(maps, 0))).max()
+
+
+@pytest.mark.parametrize("replace", [True, False])
+@pytest.mark.parametrize("unit", [1e-10, 1e10])
+def test_the_largest_stable_rates_in_float32(unit, replace):
+    """However small a change of the growth the momentum makes of a change of the rate, and in any unit."""
+    for beta, size in ((0.9, 2), (0.999, 1)):
+        options = {"batch_size": size, "replace": replace}
+        with jax.enable_x64(False):
+            x = jnp.asarray(unit * INTERPOLATING, jnp.float32)
+            found = momentum.finite_max_learning_rate(x, momentum=beta, **options)
+        below, above = (growth(INTERPOLATING, f * float(found) * unit**2, beta=beta, **options) for f in (0.999, 1.001))
+        assert below < 1 < above
+
+
+def test_all_examples_at_once_have_the_rate_of_no_noise_in_float32():
+    largest = np.linalg.eigvalsh(INTERPOLATING.T @ INTERPOLATING / 4)[-1]
+    for beta in (0.9, 0.99, 0.999):
+        with jax.enable_x64(False):
+            x = jnp.asarray(INTERPOLATING, jnp.float32)
+            found = momentum.finite_max_learning_rate(x, batch_size=4, replace=False, momentum=beta)
+        np.testing.assert_allclose(found, 2 * (1 + beta) / largest, rtol=1e-5)

@@ -91,6 +91,10 @@ def test_the_best_rate_lowers_the_loss_most_and_linear_scaling_ends_at_the_noise
     precision.assert_close(costly, 1.2, rtol=1e-12)
 
 
+def test_a_batch_of_the_only_example_has_no_noise():
+    assert theory.finite_population(1, 1) == 0
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 4])
 def test_the_covariance_of_updates_on_distinct_examples(batch_size):
     of_all = updates(list(itertools.combinations(range(4), batch_size)), 0.3)
