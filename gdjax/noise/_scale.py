@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from gdjax import theory
+from gdjax import gradients, theory
 from gdjax._trees import wide
 
 TOO_WIDE = 4.0
@@ -131,6 +131,28 @@ def check_confidence(confidence: float) -> None:
     """Raise ValueError unless `confidence` is a share."""
     if not 0 < confidence < 1:
         raise ValueError(f"confidence={confidence} must be between 0 and 1, for instance 0.9")
+
+
+def check_population(num_examples: int | None) -> None:
+    """Raise ValueError for an N of which no two examples could differ."""
+    if num_examples is not None and num_examples < 2:
+        raise ValueError(
+            f"num_examples={num_examples} must be at least 2, the examples of the data: one shows no variance. None is "
+            "for data without end"
+        )
+
+
+def check_unweighted(measured: gradients.SquaredNorms, name: str) -> None:
+    """Raise ValueError for norms of weighted examples.
+
+    Of sum |w (g - G)|^2 = sum w^2 |g|^2 - 2 G' sum w^2 g + |G|^2 sum w^2, neither the norms nor the mean gradient know
+    the middle.
+    """
+    if measured.weights is not None:
+        raise ValueError(
+            f"{name} comes from gradients.with_sq_norms(weight=): norms of gradients and their weighted mean do not "
+            "determine the noise of that mean. Measure apart, with noise.measure(weight=), or leave out weight"
+        )
 
 
 def verdict(low, high, reasons=None, *, first=None) -> Any:

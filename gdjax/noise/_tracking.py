@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from gdjax import batching, descent, gradients, problem
 from gdjax.descent import Info, Method
 from gdjax.noise._running import Reading, Running, push, reading, start
-from gdjax.noise._scale import solve, sq_norm, variance_factor
+from gdjax.noise._scale import check_population, check_unweighted, solve, sq_norm, variance_factor
 from gdjax.problem import Batch, Params
 
 
@@ -58,15 +58,16 @@ def track(
     that of the data, and the running scale too small. `batching.with_replacement` has no such memory.
 
     Args:
-        method: made with `gradients.with_sq_norms`.
+        method: made with `gradients.with_sq_norms`, without `weight`.
         half_life: in examples.
         num_examples: N of the data; None where there is no end of them, so that all are independent.
         stream: where the batches come from, a function of `batching`.
 
     Raises:
-        ValueError: where the method does not measure norms, for batches of one example, and for a stream that is not
-            known.
+        ValueError: where the method does not measure norms or weighs examples, for batches of one example, for N < 2,
+            and for a stream that is not known.
     """
+    check_population(num_examples)
     blank = start(half_life=half_life)
     spans = _spans(stream) if num_examples is not None else _independent
 
@@ -77,6 +78,7 @@ def track(
         after, info = method.step(descent.State(*state[:3]), batch)
         if not isinstance(info.aux, gradients.SquaredNorms):
             raise ValueError(f"method must be made with gradients.with_sq_norms, but its aux is {type(info.aux)}")
+        check_unweighted(info.aux, "method")
         batch_size = problem.num_examples(batch, "batch")
         if batch_size < 2:
             raise ValueError(f"batch_size={batch_size} shows no noise: it must be at least 2")

@@ -28,7 +28,7 @@ from jax import lax
 from gdjax import ghost, gradients, problem
 from gdjax._trees import varying, wide
 from gdjax.noise._running import Running, push, start
-from gdjax.noise._scale import solve, sq_norm, variance_factor
+from gdjax.noise._scale import check_population, check_unweighted, solve, sq_norm, variance_factor
 from gdjax.problem import Batch, Loss, Params
 
 ULPS = 64  # of the dtype: nearer numbers are the same, but for the order of a sum
@@ -62,15 +62,16 @@ def parts(*, batch_size: int, sq_norms: Any = None, grads: Params | None = None,
         batch_size: B, examples behind the gradient that the optimiser is given.
         sq_norms: [M], squared norms of the mean gradients of M equal parts of the batch, as an array or a pytree of
             arrays that are added up. M = B: of single examples, as from `ghost.sq_norms`; `gradients.SquaredNorms` can
-            be passed as it is. A scalar is one part.
+            be passed as it is. A scalar is one part. Not of an estimator with `weight`.
         grads: the mean gradients themselves, every leaf [M, ...], of microbatches or examples. Their mean is then held
             against the updates.
         part_size: b, examples of a part; default B / M. Say it where only some parts are known: in
             `optax.MultiSteps(optimizer, k)` the last microbatch, of B / k examples.
 
     Raises:
-        ValueError: for both or neither of the two, for what `gradients.clipped` measured, for parts that do not divide
-            the batch, and for a single part that is the whole batch: one gradient shows no noise.
+        ValueError: for both or neither of the two, for what `gradients.clipped` or an estimator with weights measured,
+            for parts that do not divide the batch, and for a single part that is the whole batch: one gradient shows no
+            noise.
     """
     if (sq_norms is None) == (grads is None):
         raise ValueError("give either sq_norms, the squared norms of the parts' gradients, or grads, these gradients")
@@ -79,6 +80,8 @@ def parts(*, batch_size: int, sq_norms: Any = None, grads: Params | None = None,
             "sq_norms is what gradients.clipped measured: the update is clipped, and says nothing of the noise of raw "
             "gradients. Measure apart, with probe or noise.measure"
         )
+    if isinstance(sq_norms, gradients.SquaredNorms):
+        check_unweighted(sq_norms, "sq_norms")
     sq_norms = getattr(sq_norms, "sq_norms", sq_norms)
     if grads is not None:
         num_known = problem.num_examples(grads, "grads")
@@ -132,7 +135,7 @@ def watch(
     'not raw': the mean of `grads` is not as long as the updates; the updates are longer than the mean length of the
     parts (a sum, or a scaled loss); the parts do not differ (averaged over devices before); or most of them are exactly
     as long as the longest (clipped one by one). What cannot be told from norms: updates that were clipped before where
-    only `sq_norms` are passed, single examples of which at most half were clipped, and a wrong `batch_size`.
+    only `sq_norms` are passed, weights, single examples of which at most half were clipped, and a wrong `batch_size`.
 
     Args:
         half_life: in examples.
@@ -142,9 +145,11 @@ def watch(
         batch_size: B, examples of all devices together; with `axis_name` only.
 
     Raises:
-        ValueError: for a half-life that is not positive; when traced, without `noise`, and with `axis_name` for
-            gradients that do not vary over it: they were averaged, or summed by the transpose of a replicated argument.
+        ValueError: for a half-life that is not positive and for N < 2; when traced, for B > N, without `noise`, and
+            with `axis_name` for gradients that do not vary over it: they were averaged, or summed by the transpose of a
+            replicated argument.
     """
+    check_population(num_examples)
     if (axis_name is None) != (batch_size is None):
         raise ValueError(f"axis_name={axis_name} and batch_size={batch_size}, of all devices, go together")
     blank = start(half_life=half_life)
@@ -195,6 +200,7 @@ def probe(
     for name, value in (("every", every), ("sample_size", sample_size)):
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
+    check_population(num_examples)
     blank = start(half_life=half_life)
     measured = ghost.sq_norms(loss)
 
@@ -226,6 +232,12 @@ def probe(
 
 def _pushed(running: Running, known: Parts, large, num_examples: int | None, *, updates: int = 1) -> Running:
     """Return the sums after an update whose gradient has the squared norm `large`."""
+    # Of parts that were made outside of a compiled step the size is not known here.
+    if num_examples is not None and isinstance(known.batch_size, int) and known.batch_size > num_examples:
+        raise ValueError(
+            f"num_examples={num_examples} of the data must be at least batch_size={known.batch_size}, whose examples "
+            "are distinct; None where they are drawn independently"
+        )
     dtype = jnp.result_type(known.small, large)
     close = ULPS * jnp.finfo(dtype).eps
     raw = ~known.equal & (large <= known.bound * (1 + close))

@@ -1,0 +1,77 @@
+"""Noise scales where something is missing or none: weights, noise, a gradient, what float32 holds, a second batch."""
+
+import chex
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from gdjax import descent, gradients, noise
+
+EXACT = {"rtol": 1e-9}
+
+
+def square(mean, x):
+    return 0.5 * (mean - x) ** 2
+
+
+def is_scale(x):
+    return isinstance(x, noise.NoiseScale | noise.Bracket)
+
+
+def as_numbers(scale):
+    return [np.asarray(getattr(scale, field)) for field in ("b_simple", "low", "high")]
+
+
+# Weights.
+def weighted_square(mean, example):
+    return square(mean, example[0])
+
+
+def weight_of(example):
+    return example[1]
+
+
+@pytest.mark.parametrize("weights", [[1.0, 3.0, 1.0, 1.0], [0.0, 1.0, 0.0, 0.0]])
+def test_norms_and_a_weighted_mean_are_refused_for_what_is_missing(weights):
+    """Of sum |w (g - G)|^2 = sum w^2 |g|^2 - 2 G' sum w^2 g + |G|^2 sum w^2 the middle is in neither of them."""
+    data = jnp.asarray([0.3, -1.0, 2.0, 0.1]), jnp.asarray(weights)
+    estimator = gradients.with_sq_norms(weighted_square, weight=weight_of)
+    method = noise.track(descent.method(estimator, optax.sgd(0.0)), half_life=10.0, num_examples=4)
+    refused = pytest.raises(ValueError, match=r"weight.*noise\.measure\(weight=\)")
+    with refused:
+        method.step(method.init(0.5), data)
+    with refused:
+        noise.parts(sq_norms=estimator(0.5, data).aux, batch_size=4)
+
+
+def padded_sum(w, example):
+    """The mean over the positions that are there: 0/0 where none is."""
+    x, mask = example
+    return jnp.sum(mask * (w - x) ** 2) / jnp.sum(mask)
+
+
+# The number of examples.
+@pytest.mark.parametrize("num_examples", [0, -3, 1])
+def test_a_number_of_examples_that_shows_no_noise_is_refused(num_examples):
+    refused = pytest.raises(ValueError, match=f"num_examples={num_examples} must be at least 2")
+    plain = descent.method(gradients.with_sq_norms(square), optax.sgd(0.1))
+    with refused:
+        noise.watch(half_life=1.0, num_examples=num_examples)
+    with refused:
+        noise.probe(square, every=1, sample_size=1, half_life=1.0, num_examples=num_examples)
+    with refused:
+        noise.track(plain, half_life=1.0, num_examples=num_examples)
+
+
+def test_more_distinct_examples_than_there_are_are_refused():
+    refused = pytest.raises(ValueError, match=r"num_examples=3 .*batch_size=4")
+    parts = noise.parts(sq_norms=jnp.ones(4), batch_size=4)
+    watch = noise.watch(half_life=1.0, num_examples=3)
+    with refused:
+        watch.update(jnp.ones(2), watch.init(None), noise=parts)
+    probe = noise.probe(square, every=1, sample_size=2, half_life=1.0, num_examples=3)
+    with refused:
+        probe.update(jnp.asarray(1.0), probe.init(None), jnp.asarray(1.0), batch=jnp.arange(4.0))
+    whole = noise.watch(half_life=1.0, num_examples=4)
+    chex.assert_tree_all_finite(whole.update(jnp.ones(2) / 2, whole.init(None), noise=parts)[1])
