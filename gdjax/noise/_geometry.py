@@ -148,7 +148,7 @@ def bracket(
     def add(total, group):
         return jax.tree.map(jnp.add, total, sums(group)), None
 
-    inputs = groups.indices, groups.present
+    inputs = groups.inputs
     shapes = jax.eval_shape(sums, jax.tree.map(lambda x: x[0], inputs))
     total, _ = lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), inputs)
 

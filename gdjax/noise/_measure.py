@@ -9,7 +9,6 @@ B_simple = 3.83 (90 % interval 3.83 to 3.83): ok
 B_simple = 12.5 (90 % interval 8.69 to 22.7): ok, outliers rarer than 3/500 not excluded
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +20,7 @@ from gdjax._trees import wide
 from gdjax.noise import _geometry as noise_geometry
 from gdjax.noise import _intervals as intervals
 from gdjax.noise._scale import NoiseScale, check_confidence, variance_factor
-from gdjax.problem import Batch, Example, Loss, Params
+from gdjax.problem import Batch, Loss, Params, Weight
 
 NUM_GROUPS = 16  # of a small sample, at least; Student's t for 15 degrees of freedom is 7 % wider than the normal's
 FEW, SHARE = 100, 5  # a tail is heavy where so few examples, or one in five of a small sample, make up the noise
@@ -35,7 +34,7 @@ def measure(
     key: jax.Array,
     *,
     num_examples: int,
-    weight: Callable[[Example], jax.Array] | None = None,
+    weight: Weight | None = None,
     geometry: Any = "euclidean",
     replace: bool = False,
     microbatch_size: int | None = None,
@@ -55,8 +54,9 @@ def measure(
         key: draws the sample.
         num_examples: n, examples in the sample. All N of them, without replacement, give the exact value.
         weight: example -> w >= 0, for a batch whose loss is sum w l / sum w; a sequence whose loss is the mean over its
-            tokens weighs as many as it has. G = E wg / E w, and S is the covariance of w (g - G) / E w. |G|^2 and tr(S)
-            are then consistent and no longer unbiased. B_simple is in examples: times E w it is in tokens.
+            tokens weighs as many as it has; of weight 0, it may be NaN. G = E wg / E w, and S is the covariance of
+            w (g - G) / E w. |G|^2 and tr(S) are then consistent and no longer unbiased. B_simple is in examples: times
+            E w it is in tokens.
         geometry: the norm that the optimiser measures gradients by.
             - 'euclidean', for SGD.
             - The state of `optax.adam`, `adamw`, `amsgrad` or `rmsprop`, or of anything that holds one: the diagonal P
@@ -86,7 +86,7 @@ def measure(
     draw = batching.with_replacement if replace else batching.reshuffled
     indices, present = split(draw(key, population, length=num_examples), microbatch_size)
     drawn_from = None if replace else population
-    groups = Groups(data, indices, present, weight)
+    groups = weighed(weight, Groups(data, indices, present))
     if isinstance(geometry, str) and geometry in noise_geometry.BRACKETED:
         if weight is not None:
             raise ValueError(f"geometry={geometry!r} has no weights: leave out weight")
@@ -119,25 +119,41 @@ def measure(
 
 
 class Groups(NamedTuple):
-    """A sample in groups: the data, indices [K, M], which of them count [K, M] (0 or 1), and the weight or None."""
+    """A sample in groups: the data, indices [K, M], which of them count [K, M] (0 or 1), and weights [K, M] or None."""
 
     data: Batch
     indices: jax.Array
     present: jax.Array
-    weight: Callable[[Example], jax.Array] | None
+    weights: jax.Array | None = None
 
     @property
     def sizes(self) -> jax.Array:
         """Examples in each group, [K]."""
         return self.present.sum(1)
 
+    @property
+    def inputs(self) -> tuple[jax.Array, jax.Array]:
+        """What `examples` takes, a group after the other: indices [K, M], and how much each counts [K, M]."""
+        return self.indices, self.present if self.weights is None else self.weights
+
     def examples(self, group) -> tuple[Batch, jax.Array]:
-        """Return the examples of a group (indices [M], present [M]) and their weights [M]."""
-        indices, weights = group
-        batch = batching.take(self.data, indices)
-        if self.weight is not None:
-            weights = weights * jax.vmap(self.weight)(batch).astype(weights.dtype)
-        return batch, weights
+        """Return the examples of a group (indices [M], how much each counts [M]), and the latter."""
+        indices, counts = group
+        return batching.take(self.data, indices), counts
+
+
+def weighed(weight: Weight | None, groups: Groups) -> Groups:
+    """Return the groups with their weights, times a power of two: only ratios count, and squares must be held.
+
+    Zero times a gradient that is NaN is NaN: the example of largest weight stands in for those of weight zero.
+    """
+    if weight is None:
+        return groups
+    weights = lax.map(lambda indices: problem.weights(weight, batching.take(groups.data, indices)), groups.indices)
+    weights = weights.astype(groups.present.dtype) * groups.present
+    _, exponent = jnp.frexp(weights.max())
+    indices = jnp.where(weights == 0, groups.indices.reshape(-1)[jnp.argmax(weights)], groups.indices)
+    return groups._replace(indices=indices, weights=jnp.ldexp(weights, -exponent))
 
 
 class Sums(NamedTuple):
@@ -184,31 +200,31 @@ def group_sums(loss: Loss, params: Params, groups: Groups) -> Sums:
     def of_group(batch, weights, grad=None):
         """Return the group's s and v."""
         s = share(gradient(params, (batch, weights)).grad if grad is None else grad)
-        return s, s if groups.weight is None else share(gradient(params, (batch, weights**2)).grad)
+        return s, s if groups.weights is None else share(gradient(params, (batch, weights**2)).grad)
 
     def first_pass(sums, group):
         batch, weights = groups.examples(group)
         _, grad, norms = measured(params, (batch, weights))
         norms = jnp.stack([jnp.asarray(leaf, float) for leaf in jax.tree.leaves(norms)], axis=1)
-        return jax.tree.map(jnp.add, sums, of_group(batch, weights, grad)), (norms, weights)
+        return jax.tree.map(jnp.add, sums, of_group(batch, weights, grad)), norms
 
     blank = [jnp.zeros_like(wide(leaf)) for leaf in jax.tree.leaves(train)]
-    (t, r), (norms, weights) = lax.scan(first_pass, (blank, blank), (groups.indices, groups.present))
+    (t, r), norms = lax.scan(first_pass, (blank, blank), groups.inputs)
 
     def second_pass(group):
         s, v = of_group(*groups.examples(group))
         pairs = ((s, t), (s, s), (s, r), (v, t), (s, v))
-        if groups.weight is None:
+        if groups.weights is None:
             pairs = pairs[:2]
         return [jnp.stack([jnp.sum(a * b).astype(float) for a, b in zip(*pair, strict=True)]) for pair in pairs]
 
-    products = lax.map(second_pass, (groups.indices, groups.present))
-    if groups.weight is None:
+    products = lax.map(second_pass, groups.inputs)
+    if groups.weights is None:
         st, ss = products
         products = st, ss, st, st, ss
     products = [jnp.append(x, x.sum(1, keepdims=True), axis=1) for x in products]
     norms = jnp.append(norms, norms.sum(2, keepdims=True), axis=2)
-    return Sums(norms, weights, groups.sizes, *products)
+    return Sums(norms, groups.inputs[1], groups.sizes, *products)
 
 
 def _estimates(sums: Sums, drawn_from: int | None):

@@ -114,7 +114,7 @@ def components(
 
     size = min(microbatch_size, max(1, num_examples // NUM_GROUPS))
     indices, present = split(batching.reshuffled(key, population, length=num_examples), size)
-    groups = Groups(data, indices, present, None)
+    groups = Groups(data, indices, present)
     sums = group_sums(lambda params, example: losses(params, example).mean(), params, groups)
     of_parts = lax.map(partial(_norms_of_parts, losses, params, data, sizes, microbatch_size), indices.reshape(-1))
     of_parts = of_parts.reshape(*indices.shape, len(sizes)) * present[:, :, None]

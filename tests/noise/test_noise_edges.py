@@ -1,10 +1,13 @@
 """Noise scales where something is missing or none: weights, noise, a gradient, what float32 holds, a second batch."""
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import precision
 import pytest
+from test_noise import moments
 
 from gdjax import descent, gradients, noise
 
@@ -49,6 +52,45 @@ def padded_sum(w, example):
     """The mean over the positions that are there: 0/0 where none is."""
     x, mask = example
     return jnp.sum(mask * (w - x) ** 2) / jnp.sum(mask)
+
+
+@pytest.mark.parametrize(("num_examples", "microbatch_size"), [(40, 7), (33, 1)])
+def test_an_example_of_weight_zero_may_be_nan(key, num_examples, microbatch_size):
+    """Against the same sample with a finite example there; with groups of one, all of a group may be such."""
+    x, mask = jax.random.normal(key, (40, 6)), jnp.ones((40, 6)).at[jnp.asarray([3, 17])].set(0)
+    weights = mask.sum(1)
+
+    def measured(mask):
+        def loss(w, example):
+            return padded_sum(w, example[0])
+
+        options = {"num_examples": num_examples, "microbatch_size": microbatch_size}
+        return noise.measure(loss, jnp.full(6, 0.5), ((x, mask), weights), key, weight=weight_of, **options)
+
+    found, expected = measured(mask), measured(jnp.ones((40, 6)))
+    assert np.isfinite(expected.b_simple)
+    precision.assert_close([found.grad_sq_norm, found.trace_cov], [expected.grad_sq_norm, expected.trace_cov], **EXACT)
+    precision.assert_close(as_numbers(found), as_numbers(expected), **EXACT)
+    if num_examples == 40:
+        grads = np.delete(2 * (0.5 - np.asarray(x)) / 6, [3, 17], 0)
+        signal, variance = moments(grads)
+        # An example that is none has no noise either, and of all 40 examples 38 have the weight.
+        precision.assert_close([found.grad_sq_norm, found.trace_cov], [signal, variance * 40 / 38], **EXACT)
+
+
+@pytest.mark.parametrize("unit", [1e-20, 1e20])
+def test_weights_count_by_their_ratios(key, unit):
+    with jax.enable_x64(False):
+        data = jax.random.normal(key, (60,), jnp.float32), 1.0 + jnp.arange(60, dtype=jnp.float32) % 3
+
+        def measured(unit):
+            weight = lambda example: example[1] * jnp.float32(unit)  # noqa: E731
+            return noise.measure(weighted_square, jnp.float32(0.5), data, key, num_examples=40, weight=weight)
+
+        plain, found = measured(1.0), measured(unit)
+        assert np.isfinite(as_numbers(plain)).all()
+        np.testing.assert_allclose(as_numbers(found), as_numbers(plain), rtol=1e-4)
+        assert found.verdict == plain.verdict
 
 
 # The number of examples.
