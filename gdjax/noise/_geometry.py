@@ -29,7 +29,7 @@ from gdjax import ghost, gradients, problem
 from gdjax._trees import bare, wide
 from gdjax.curvature import unit
 from gdjax.noise import _intervals as intervals
-from gdjax.noise._scale import variance_factor, verdict
+from gdjax.noise._scale import ULPS, not_finite, variance_factor, verdict
 from gdjax.problem import Loss, Params
 
 BRACKETED = ("sign", "spectral")
@@ -42,7 +42,7 @@ class Bracket(NamedTuple):
     Attributes:
         grad_norm: ||g_n||, of the mean gradient of the sample.
         noise: noise(1), what one example adds.
-        b_simple: (noise / grad_norm)^2 in examples, the lower end of the bracket.
+        b_simple: (noise / grad_norm)^2 in examples, the lower end of the bracket; infinite where `grad_norm` is zero.
         most: its upper end, infinite where the sample cannot tell G from zero.
         low, high: the bracket widened by the jackknife's error of log b_simple; `high` may be infinite.
         confidence: nominal, of that widening.
@@ -62,8 +62,8 @@ class Bracket(NamedTuple):
 
     @property
     def verdict(self) -> Any:
-        """'not identified' (`high` is infinite), 'too noisy' (`high` > 4 `low`) or 'ok'; an array for arrays."""
-        return verdict(self.low, self.high)
+        """'not finite', 'not identified', 'too noisy' or 'ok', as of a `NoiseScale`; an array for arrays."""
+        return verdict(self.low, self.high, first=not_finite(self.grad_norm, self.noise))
 
     def __str__(self) -> str:
         if jnp.ndim(self.low) or isinstance(self.low, Tracer):
@@ -131,7 +131,8 @@ def bracket(
     params = jax.tree.map(jnp.asarray, params)
     train, _ = problem.trainable(params)
     rank = max(
-        min(leaf.size // leaf.shape[-1], leaf.shape[-1]) if leaf.ndim > 1 else 1 for leaf in jax.tree.leaves(train)
+        min(leaf.size // leaf.shape[-1], leaf.shape[-1]) if leaf.ndim > 1 and leaf.size else 1
+        for leaf in jax.tree.leaves(train)
     )
     if norm == "spectral" and num_examples <= rank:
         raise ValueError(
@@ -165,7 +166,8 @@ def bracket(
     whole = norms(total, sizes.sum())
     log = _logarithm(whole)
     deviations = intervals.delete_a_group(log, lax.map(without, inputs), sizes)
-    error = jnp.sqrt(jnp.sum(deviations**2, 0))
+    # Without noise no part of the sample has any.
+    error = jnp.where(jnp.isneginf(log), 0, jnp.sqrt(jnp.sum(deviations**2, 0)))
     f = variance_factor(num_examples, drawn_from)
     if drawn_from is not None:
         error = error * jnp.sqrt(1 - num_examples / drawn_from) if num_examples < drawn_from else jnp.zeros_like(error)
@@ -189,7 +191,7 @@ def widest(least, f):
 
 def _logarithm(norms):
     norm, noise = norms
-    return 2 * (jnp.log(noise) - jnp.log(norm))
+    return jnp.where(norm > 0, 2 * (jnp.log(noise) - jnp.log(jnp.where(norm > 0, norm, 1))), jnp.inf)
 
 
 def _squares(loss, params, batch, present):
@@ -204,7 +206,7 @@ def _squares(loss, params, batch, present):
 
 
 def _l1(mean, square, share):
-    variance = jnp.maximum(square - mean**2, 0) / jnp.asarray(share, mean.dtype)
+    variance = _beyond_rounding(square - mean**2, square) / jnp.asarray(share, mean.dtype)
     return jnp.stack([jnp.abs(mean).sum(), jnp.sqrt(variance).sum()]).astype(float)
 
 
@@ -212,7 +214,7 @@ def _products(loss, params, batch, present):
     """Return the sums over the examples that count of g and of gg', matrices with the smaller side first."""
     gathered = [], []
     for leaf in jax.tree.leaves(gradients.per_example(loss)(params, batch).aux.grads):
-        rows = wide(leaf).reshape(len(leaf), -1, leaf.shape[-1] if leaf.ndim > 2 else 1)
+        rows = wide(leaf).reshape(len(leaf), -1, leaf.shape[-1] if leaf.ndim > 2 and leaf.size else 1)
         rows = rows if rows.shape[1] <= rows.shape[2] else rows.mT
         rows = rows * present.astype(rows.dtype)[:, None, None]
         gathered[0].append(rows.sum(0))
@@ -221,11 +223,17 @@ def _products(loss, params, batch, present):
 
 
 def _nuclear(mean, square, share):
-    covariance = (square - mean @ mean.T) / jnp.asarray(share, mean.dtype)
-    size = unit(jnp.abs(covariance).reshape(-1))
-    eigenvalues = jnp.linalg.eigvalsh(covariance / size)
-    of_noise = jnp.sqrt(jnp.maximum(eigenvalues, 0)).sum() * jnp.sqrt(size)
+    if not mean.size:
+        return jnp.zeros(2)
+    size = unit(jnp.abs(square).reshape(-1))
+    eigenvalues = _beyond_rounding(jnp.linalg.eigvalsh((square - mean @ mean.T) / size), 1.0)
+    of_noise = jnp.sqrt(eigenvalues / jnp.asarray(share, mean.dtype)).sum() * jnp.sqrt(size)
     return jnp.stack([jnp.linalg.norm(mean, "nuc"), of_noise]).astype(float)
+
+
+def _beyond_rounding(difference, minuend):
+    """Return the difference, zero where it may be what rounding has left of the minuend."""
+    return jnp.where(difference <= ULPS * jnp.finfo(difference.dtype).eps * minuend, 0, difference)
 
 
 def _has_moment(x: Any) -> bool:

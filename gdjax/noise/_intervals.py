@@ -77,7 +77,7 @@ def fieller(numerator, denominator, cov, *, quantile):
     bounded_below = (c > 0) & (numerator > 0) & ((denominator > 0) | (a <= 0))
     low = jnp.where(bounded_below, c / jnp.where(bounded_below, b + root, 1), 0)
     high = jnp.where(identified, jnp.maximum(b + root, 0) / jnp.where(identified, a, 1), jnp.inf)
-    return ratio(numerator, denominator), low, high
+    return ratio(numerator, denominator), low, jnp.maximum(low, high)  # without a covariance they differ by rounding
 
 
 def ratio(numerator, denominator):

@@ -19,7 +19,7 @@ from gdjax import batching, curvature, ghost, gradients, problem
 from gdjax._trees import wide
 from gdjax.noise import _geometry as noise_geometry
 from gdjax.noise import _intervals as intervals
-from gdjax.noise._scale import NoiseScale, check_confidence, variance_factor
+from gdjax.noise._scale import ULPS, NoiseScale, check_confidence, variance_factor
 from gdjax.problem import Batch, Loss, Params, Weight
 
 NUM_GROUPS = 16  # of a small sample, at least; Student's t for 15 degrees of freedom is 7 % wider than the normal's
@@ -104,10 +104,12 @@ def measure(
     sums = group_sums(loss, params, groups)
     f = variance_factor(num_examples, drawn_from)
     whole, deviations = _estimates(sums, drawn_from)
-    deviations = deviations * jnp.sqrt(1.0 if replace else 1 - num_examples / population)
+    exhaustive = not replace and num_examples == population
+    # Where two examples are all there are, what is left without one of them shows nothing: 0/0.
+    share = 1.0 if replace else 1 - num_examples / population
+    deviations = jnp.zeros_like(deviations) if exhaustive else deviations * jnp.sqrt(share)
     quantile = intervals.student(len(indices) - 1, confidence=confidence)
     ratio, low, high = intervals.ratio_interval(whole[1], whole[0], deviations, quantile=quantile)
-    exhaustive = not replace and num_examples == population
     heavy = heavy_tail(sums) & jnp.asarray(not exhaustive) & (f > 0)
     drawn = 0 if exhaustive else num_examples
     scales = [
@@ -280,4 +282,5 @@ def heavy_tail(sums: Sums) -> jax.Array:
     of_e, cross = (e**2).sum((0, 1)), 4 * (crossed**2).sum(0)
     corrected = jnp.where(cross < of_e / CROSS_TERM, of_e - 4 * (of_groups * crossed).sum(0) + cross, 0)
     squares = jnp.maximum((bound**2).sum((0, 1)), corrected)
-    return y_sum**2 < jnp.minimum(num_examples / SHARE, FEW) * squares
+    is_noise = y_sum > ULPS * jnp.finfo(norms.dtype).eps * norms.sum((0, 1))  # and not rounding
+    return is_noise & (y_sum**2 < jnp.minimum(num_examples / SHARE, FEW) * squares)

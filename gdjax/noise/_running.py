@@ -23,6 +23,7 @@ from gdjax.noise import _intervals as intervals
 from gdjax.noise._scale import sentence, verdict
 
 REBASE = 2.0**16  # the sums change their unit when they are so much larger or smaller
+STANDSTILL = 2.0**-10  # a smaller share by which a scale has left its interval is no movement
 NUM_EQUAL = 2.0  # a tail is heavy where fewer than n_eff / 2 updates make up tr(S)
 
 
@@ -222,7 +223,7 @@ def reading(state: Any, *, confidence: float = 0.9) -> Reading:
         confidence=confidence,
         b_now=b_now,
         heavy_tail=known & (mean[1] ** 2 * (1 + scatter) < running.square / weight),
-        lagging=known & ((b_now < low) | (b_now > high)),
+        lagging=known & ((b_now < low * (1 - STANDSTILL)) | (b_now > high * (1 + STANDSTILL))),
         not_raw=running.refused > running.weight,
         half_life=running.half_life,
         num_examples=running.num_examples,

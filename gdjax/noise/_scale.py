@@ -21,6 +21,11 @@ from gdjax._trees import wide
 TOO_WIDE = 4.0
 """An interval whose ends differ by more than this factor, two doublings of the batch size, is 'too noisy'."""
 
+NEGLIGIBLE = 1e-3
+"""In examples. An interval below it is not 'too noisy': one example shows the gradient to 3 %, whatever it is."""
+
+ULPS = 64  # of the dtype: nearer numbers are the same, but for the order of a sum
+
 
 class NoiseScale(NamedTuple):
     """A measured noise scale; all fields are scalars, or carry the axes that the measurement was mapped over.
@@ -52,9 +57,12 @@ class NoiseScale(NamedTuple):
     def verdict(self) -> Any:
         """The first that holds, an array for arrays.
 
-        'not identified' (`high` is infinite), 'heavy tail' (`heavy_tail`), 'too noisy' (`high` > 4 `low`) or 'ok'.
+        'not finite' (a gradient of the sample is not), 'not identified' (`high` is infinite), 'heavy tail'
+        (`heavy_tail`), 'too noisy' (`high` > 4 `low`) or 'ok'.
         """
-        return verdict(self.low, self.high, {"heavy tail": self.heavy_tail})
+        return verdict(
+            self.low, self.high, {"heavy tail": self.heavy_tail}, first=not_finite(self.grad_sq_norm, self.trace_cov)
+        )
 
     def __str__(self) -> str:
         return sentence("B_simple", self.b_simple, self)
@@ -81,7 +89,7 @@ class HessianNoiseScale(NamedTuple):
     @property
     def verdict(self) -> Any:
         """As `NoiseScale.verdict`; also 'not identified' where the curvature along the gradient is not positive."""
-        return verdict(self.low, self.high)
+        return verdict(self.low, self.high, first=not_finite(self.grad_curvature, self.trace_hess_cov))
 
     def __str__(self) -> str:
         return sentence("B_noise", self.b_noise, self)
@@ -155,9 +163,14 @@ def check_unweighted(measured: gradients.SquaredNorms, name: str) -> None:
         )
 
 
+def not_finite(*estimates) -> dict[str, Any]:
+    """Return {'not finite': bool} of estimates that are NaN where a gradient was NaN or infinite."""
+    return {"not finite": np.any([np.isnan(estimate) for estimate in estimates], axis=0)}
+
+
 def verdict(low, high, reasons=None, *, first=None) -> Any:
     """Return the first of `first`, 'not identified', `reasons` {word: bool} and 'too noisy' that holds, or 'ok'."""
-    unknown, wide = {"not identified": ~np.isfinite(high)}, {"too noisy": np.asarray(high > TOO_WIDE * low)}
+    unknown, wide = {"not identified": ~np.isfinite(high)}, {"too noisy": (high > TOO_WIDE * low) & (high > NEGLIGIBLE)}
     reasons = (first or {}) | unknown | (reasons or {}) | wide
     conditions = np.broadcast_arrays(*(np.asarray(condition) for condition in reasons.values()))
     return np.select(conditions, list(reasons), "ok")[()]

@@ -28,10 +28,8 @@ from jax import lax
 from gdjax import ghost, gradients, problem
 from gdjax._trees import varying, wide
 from gdjax.noise._running import Running, push, start
-from gdjax.noise._scale import check_population, check_unweighted, solve, sq_norm, variance_factor
+from gdjax.noise._scale import ULPS, check_population, check_unweighted, solve, sq_norm, variance_factor
 from gdjax.problem import Batch, Loss, Params
-
-ULPS = 64  # of the dtype: nearer numbers are the same, but for the order of a sum
 
 
 class Parts(NamedTuple):

@@ -226,7 +226,7 @@ def constant_loss(params, example):
     ("loss", "data", "verdict"),
     [
         (constant_loss, jnp.arange(8.0), "not identified"),  # every gradient is zero
-        (lambda mean, x: jnp.log(mean * x), jnp.arange(8.0) - 4, "not identified"),  # not finite
+        (lambda mean, x: jnp.log(mean * x), jnp.arange(8.0) - 4, "not finite"),
         (lambda mean, x: 0.5 * (mean - x) ** 2, jnp.asarray([-1.0, 1.0] * 4), "not identified"),  # no gradient
         (lambda mean, x: mean * (1 + 0 * x), jnp.arange(8.0), "ok"),  # no noise
         (lambda mean, x: mean * x, jnp.arange(40.0) - 12, "too noisy"),

@@ -9,7 +9,8 @@ import precision
 import pytest
 from test_noise import moments
 
-from gdjax import descent, gradients, noise
+from gdjax import batching, descent, gradients, noise
+from gdjax.noise import _running as running
 
 EXACT = {"rtol": 1e-9}
 
@@ -91,6 +92,86 @@ def test_weights_count_by_their_ratios(key, unit):
         assert np.isfinite(as_numbers(plain)).all()
         np.testing.assert_allclose(as_numbers(found), as_numbers(plain), rtol=1e-4)
         assert found.verdict == plain.verdict
+
+
+# What is not finite.
+@pytest.mark.usefixtures("nans")
+@pytest.mark.parametrize("geometry", ["euclidean", "sign", "spectral"])
+def test_a_gradient_that_is_not_finite_is_said(key, geometry):
+    data = jax.random.normal(key, (40,)).at[7].set(jnp.nan)
+    scale = noise.measure(square, jnp.asarray(0.5), data, key, num_examples=40, geometry=geometry)
+    assert scale.verdict == "not finite"
+    assert str(scale).endswith(": not finite")
+
+
+# All the examples there are.
+def test_of_two_examples_all_is_known(key):
+    """G = (.5 - 0 + .5 - 3) / 2 = -1 and the deviations are +-1.5."""
+    scale = noise.measure(square, jnp.asarray(0.5), jnp.asarray([0.0, 3.0]), key, num_examples=2)
+    precision.assert_close(as_numbers(scale), 2.25)
+    assert scale.verdict == "ok"
+
+
+@pytest.mark.parametrize("batch_size", [100, 200])
+@pytest.mark.parametrize("single", [True, False])
+def test_batches_of_all_examples_are_exact_and_do_not_lag(key, batch_size, single):
+    with jax.enable_x64(not single):
+        data = jax.random.normal(key, (100,), float)
+        method = descent.method(gradients.with_sq_norms(square), optax.sgd(0.0))
+        method = noise.track(method, half_life=1e4, num_examples=100)
+        batches = batching.batches(batching.reshuffled(key, 100, num_epochs=400), batch_size)
+        state, _ = jax.jit(lambda: descent.run(method, method.init(0.5), data, batches))()
+        found = noise.reading(state)
+    signal, variance = moments(0.5 - np.asarray(data, float)[:, None])
+    np.testing.assert_allclose(as_numbers(found), variance / signal, rtol=1e-4)
+    assert found.low <= found.high
+    assert found.verdict == "ok"
+
+
+def test_watching_batches_of_all_examples_does_not_lag_either():
+    sums = running.start(half_life=1e4)
+    for _ in range(50):
+        sums = running.push(sums, 3.0, 4.0, batch_size=100)
+    for ulps in (-1, 1):
+        now = running.push(sums, 3.0 * (1 + ulps * 2.0**-50), 4.0, batch_size=100)
+        found = noise.reading(now)
+        assert found.verdict == "ok"
+        assert found.low <= found.high
+
+
+# No noise, no gradient, no parameter.
+@pytest.mark.parametrize("replace", [True, False])
+@pytest.mark.parametrize("geometry", ["euclidean", "sign", "spectral"])
+@pytest.mark.parametrize("at", [0.5, 0.1, 0.7])  # the others are rounded
+def test_without_noise_the_scale_is_zero(key, geometry, at, replace):
+    data, at = jnp.full(64, 1.1), jnp.asarray(at)
+    scale = noise.measure(square, at, data, key, num_examples=30, geometry=geometry, replace=replace)
+    assert np.abs(as_numbers(scale)).max() < 1e-12
+    assert scale.verdict == "ok"
+
+
+@pytest.mark.parametrize("geometry", ["sign", "spectral"])
+@pytest.mark.parametrize("num_examples", [20, 30])
+def test_without_a_gradient_there_is_no_scale(key, geometry, num_examples):
+    data = jnp.ones(30)
+    scale = noise.measure(square, jnp.asarray(1.0), data, key, num_examples=num_examples, geometry=geometry)
+    assert scale.verdict == "not identified"
+    assert not np.isnan(as_numbers(scale)).any()
+    assert str(scale).startswith("noise scale between inf and inf ")
+
+
+@pytest.mark.parametrize("geometry", ["euclidean", "sign", "spectral"])
+@pytest.mark.parametrize("shape", [(0,), (3, 0)])
+def test_a_leaf_without_entries_changes_nothing(key, geometry, shape):
+    data = jax.random.normal(key, (30,)) + 2
+
+    def measured(params):
+        loss = lambda params, x: square(params["mean"], x) + sum(leaf.sum() for leaf in params.values())  # noqa: E731
+        return noise.measure(loss, params, data, key, num_examples=20, geometry=geometry)
+
+    params = {"mean": jnp.asarray(0.5)}
+    found, plain = measured(params | {"none": jnp.zeros(shape)}), measured(params)
+    precision.assert_close(as_numbers(found), as_numbers(plain), **EXACT)
 
 
 # The number of examples.
