@@ -136,11 +136,13 @@ class _Planner:
             leaves = frozenset()
         custom = any(top.custom for top in tops if top.leaves) or any(custom_rules(jaxpr, [equation]))
         views, scales, move = moved(equation, ins, function, tops, self.constant)
+        strides = next((top.strides for top in tops if top.leaves), ())
         outs: list[Top] = []
         for v, view in zip(equation.outvars, views, strict=True):
             of = leaves if differentiable(v.aval) else frozenset()
             isometric = bool(of) and move is not None and is_real(v.aval)
-            outs.append(self.top(leaves=of, loops=loops, isometric=isometric, view=view, scales=scales, custom=custom))
+            where = {"isometric": isometric, "view": view, "strides": strides, "scales": scales}
+            outs.append(self.top(leaves=of, loops=loops, custom=custom, **where))
         self.steps.append(Step(leaves, function, tuple(t.slot for t in tops), tuple(out.slot for out in outs), move))
         return outs
 
@@ -227,11 +229,13 @@ class _Planner:
 
 
 def _entered(kind: Kind, length: int, is_sliced: bool) -> Kind:
-    """Return what a loop's body sees of a value; of slices, the view is that of the first."""
+    """Return what a loop's body sees of a value."""
     if isinstance(kind, int):
         return kind
-    view = kind.view[0] if is_sliced and length and kind.view is not None else kind.view
-    return kind._replace(loops=(*kind.loops, (length, is_sliced)), view=view)
+    view, strides = kind.view, kind.strides
+    if is_sliced and view is not None:
+        view, strides = (view[0], (*strides, view.strides[0])) if length else (None, ())
+    return kind._replace(loops=(*kind.loops, (length, is_sliced)), view=view, strides=strides)
 
 
 def _rule(equation, position: int, ins) -> tuple[Any, str]:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 
 from gdjax.ghost import _cost as ghost_cost
 from gdjax.ghost._cost import Sizes
@@ -127,16 +128,25 @@ def _aligned(plan: Plan, uses: list[Use], batch_size: int) -> list[Group] | None
             for axes in use.rule.axes
         ]
         sides = frozenset(tuple(sorted(side)) for side in labels[1:])
-        sliced = tuple(length for length, is_sliced in use.top.loops if is_sliced)
-        key = split.__array_interface__["data"][0], labels[0], sides, sliced
+        key = split.__array_interface__["data"][0], labels[0], sides, _lengths(use.top), use.top.strides
         found.setdefault(key, []).append((use, labels[1], labels[2]))
     keys = list(found)
     for i, key in enumerate(keys):
         for other in keys[:i]:
-            if key[3] != other[3] or _overlap(found[key][0][0].top.view, found[other][0][0].top.view):
+            if _overlap(_whole(found[key][0][0].top), _whole(found[other][0][0].top)):
                 return None
     groups = [group for members in found.values() if (group := _group(plan, members, batch_size))]
     return groups if len(groups) == len(found) else None
+
+
+def _lengths(top: Top) -> tuple[int, ...]:
+    return tuple(length for length, is_sliced in top.loops if is_sliced)
+
+
+def _whole(top: Top) -> np.ndarray:
+    """Return the view of what all iterations of the loops around see together."""
+    view: Any = top.view
+    return as_strided(view, (*_lengths(top), *view.shape), (*top.strides, *view.strides))
 
 
 def _overlap(a: np.ndarray, b: np.ndarray) -> bool:

@@ -17,7 +17,9 @@ class Top(NamedTuple):
         leaves: the parameter leaves it depends on, differentiably.
         loops: (length, whether each iteration sees a slice of its own) of every loop around, outermost first.
         isometric: whether it is some entries of one leaf, each once, in any order, times a scalar.
-        view: which entries, as a view of an array like that leaf; None where no view can say so.
+        view: which entries, as a view of an array like that leaf; None where no view can say so. Of slices that loops
+            take, those of the first iteration,
+        strides: and for every such loop, how many bytes further those of the next are.
         scales: (primitive, slot) of the scalars that it was multiplied with or divided by.
         custom: whether a custom derivative rule is on the way, which need not be linear.
     """
@@ -27,6 +29,7 @@ class Top(NamedTuple):
     loops: tuple[tuple[int, bool], ...] = ()
     isometric: bool = False
     view: np.ndarray | None = None
+    strides: tuple[int, ...] = ()
     scales: tuple[tuple[str, int], ...] = ()
     custom: bool = False
 

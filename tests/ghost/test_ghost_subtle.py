@@ -1,0 +1,102 @@
+"""Programs whose gradients are easily measured wrong: all statistics and `clipped` against `vmap(grad)`, in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from gdjax import ghost, gradients
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape, float)
+
+
+def square(x):
+    return jnp.sum(x**2)
+
+
+def check(loss, params, batch):
+    """Compare norms, moments, Gram matrices and a clipped gradient with what the gradients of all examples give."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        grads = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(params, batch)
+        flat = np.concatenate([np.reshape(leaf, (len(leaf), -1)) for leaf in jax.tree.leaves(grads)], 1)
+        norms = np.linalg.norm(flat, axis=1)
+        bound = np.median(norms)
+        measures = ghost.sq_norms(loss), ghost.second_moments(loss), ghost.gram(loss), gradients.clipped(loss, bound)
+        found = jax.jit(lambda p, b: [measure(p, b) for measure in measures])(params, batch)
+    means = flat.mean(0)
+    clipped = (flat * np.minimum(1, bound / np.maximum(norms, 1e-300))[:, None]).mean(0)
+    for result, mean in zip(found, (means, means, means, clipped), strict=True):
+        grad = result.grad if hasattr(result, "grad") else result[1]
+        np.testing.assert_allclose(np.concatenate([g.ravel() for g in jax.tree.leaves(grad)]), mean, **near(mean))
+    for measured, wanted in (
+        (found[0].total, norms**2),
+        (np.concatenate([m.ravel() for m in jax.tree.leaves(found[1][2])]), (flat**2).mean(0)),
+        (sum(jax.tree.leaves(found[2][2])), flat @ flat.T),
+    ):
+        np.testing.assert_allclose(measured, wanted, **near(wanted))
+
+
+def near(wanted):
+    return {"rtol": 1e-8, "atol": 1e-8 * np.abs(wanted).max()}
+
+
+def layer(h, w):
+    return jnp.tanh(h @ w), None
+
+
+def layers(x, stack, **options):
+    return lax.scan(layer, x, stack, **options)[0]
+
+
+X = 4, 3, 4
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda w, x: square(layers(layers(x, w), w[::-1])),
+        lambda w, x: square(layers(layers(x, w[1:]), w[:-1])),
+        lambda w, x: square(layers(layers(x, w[:2]), w[::2])),
+        lambda w, x: square(lax.scan(lambda h, u: layer(layer(h, u[0])[0], u[1]), x, (w[:-1], w[1:]))[0]),
+        lambda w, x: square(lax.map(lambda v: x @ v, w) * lax.map(lambda v: jnp.sin(x @ v), w[::-1])),
+        lambda w, x: square(layers(x, w.swapaxes(0, 1)) * layers(x, w[0][None])),
+    ],
+    ids=["reversed", "shifted", "strided", "zipped", "mapped", "across"],
+)
+def test_two_loops_over_one_stack_whose_slices_meet_at_other_iterations(loss):
+    check(loss, normal(0, 4, 4, 4), normal(1, *X))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda w, x: square(layers(layers(x, w[::2]), w[1::2])),
+        lambda w, x: square(layers(layers(x, w), w, reverse=True)),
+        lambda w, x: square(layers(x, w[1:]) @ w[0]),
+    ],
+    ids=["even and odd", "backwards", "first and rest"],
+)
+def test_loops_over_one_stack_are_measured_from_factors_where_slices_are_apart_or_met_in_step(loss):
+    check(loss, normal(0, 4, 4, 4), normal(1, *X))
+    [(_, _, method, _)] = ghost.coverage(loss, normal(0, 4, 4, 4), normal(1, *X[1:])).rows
+    assert method == "dot_general"
+
+
+@pytest.mark.parametrize(
+    ("read", "places"),
+    [
+        (lambda w, i: jnp.take(w, i, axis=0), np.uint8([3, 250])),
+        (lambda w, i: jnp.take(w, i, axis=0), np.int8([3, 127])),
+        (lambda w, i: w.at[i].get(mode="fill", fill_value=0), np.uint8([3, 250])),
+        (lambda w, i: w.at[i].get(mode="clip"), np.uint8([3, 250])),
+        (lambda w, i: w.at[i].get(mode="clip"), np.uint32([3, 2**32 - 1])),
+        (lambda w, i: lax.dynamic_slice_in_dim(w, i[0], 1, 0), np.uint8([250, 3])),
+    ],
+    ids=["take", "take signed", "fill", "clip", "beyond", "slice"],
+)
+def test_places_in_a_table_of_more_rows_than_their_dtype_counts(read, places):
+    batch = jnp.asarray(np.stack([places, places[::-1], places[[0, 0]]]))
+    check(lambda w, i: square(jnp.tanh(read(w, i))), normal(0, 300, 2), batch)
