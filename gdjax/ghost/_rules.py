@@ -112,7 +112,7 @@ def gather(equation: Equation, position: int) -> Rule | None:
         starts = dict(zip(numbers.start_index_map, index.T, strict=True))
         limits = {axis: table[axis] - sizes[axis] for axis in starts}
         if mode != lax.GatherScatterMode.CLIP:
-            inside = [(starts[axis] >= 0) & (starts[axis] <= limit) for axis, limit in limits.items()]
+            inside = [starts[axis] == _clipped(starts[axis], limit) for axis, limit in limits.items()]
             rows = jnp.where(jnp.all(jnp.stack(inside), 0)[:, None], rows, 0)  # outside, what it reads is a constant
         return _row_numbers(starts, table, axes[0])[None], rows[None]
 
@@ -141,9 +141,13 @@ def _row_axes(table, sizes) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
 
 
 def _row_numbers(starts, table, axes) -> jax.Array:
-    index = [jnp.clip(starts[axis].astype(jnp.int32), 0, table[axis] - 1) for axis in axes]
+    index = [_clipped(starts[axis], table[axis] - 1).astype(jnp.int32) for axis in axes]
     places = jnp.ravel_multi_index(index, [table[axis] for axis in axes], mode="clip") if axes else None
     return jnp.zeros_like(next(iter(starts.values())), jnp.int32) if places is None else places
+
+
+def _clipped(start: jax.Array, limit: int) -> jax.Array:
+    return jnp.clip(start, 0, min(limit, jnp.iinfo(start.dtype).max))  # 300 in uint8 would be 44
 
 
 def add(equation: Equation, position: int) -> Rule | None:
