@@ -101,6 +101,12 @@ def custom_rules(jaxpr: Jaxpr, equations: Sequence[Any] | None = None) -> Iterat
                 yield from custom_rules(inner)
 
 
+def asks_for_zeros(jaxpr: Jaxpr) -> bool:
+    """Return whether a derivative rule in a jaxpr is told which of its inputs depend on what is differentiated."""
+    inner = (sub for equation in jaxpr.eqns for sub in core.jaxprs_in_params(equation.params))
+    return any(equation.params.get("symbolic_zeros") for equation in jaxpr.eqns) or any(map(asks_for_zeros, inner))
+
+
 def nonlinear_rules(jaxpr: Jaxpr, equations: Sequence[Any] | None = None) -> list[str]:
     """Return the names of the functions whose custom backward pass is seen not to be linear in the cotangent."""
     found = []

@@ -15,7 +15,7 @@ from gdjax.ghost import _cost as ghost_cost
 from gdjax.ghost import _factors as ghost_factors
 from gdjax.ghost._evaluate import Env, run_steps
 from gdjax.ghost._factors import NORMS, Measure, Measured
-from gdjax.ghost._jaxpr import differentiable
+from gdjax.ghost._jaxpr import asks_for_zeros, differentiable
 from gdjax.ghost._leaves import Group, LeafPlan, Use, factor_sizes, formed_numbers
 from gdjax.ghost._plan import Plan, Step, Top
 from gdjax.ghost._rules import Entries, Factors
@@ -118,16 +118,19 @@ class Run:
 
     def pull(self, leaves: Sequence[int], slots: Sequence[int]) -> Callable[[list], list]:
         """Return the function from cotangents of slots to cotangents of leaves."""
-        steps = self.before(slots, leaves)
+        steps, num_leaves = self.before(slots, leaves), len(leaves)
         if not steps:
             return lambda bars: bars
+        if asks_for_zeros(self.plan.jaxpr):
+            every = frozenset().union(*(step.leaves for step in steps))
+            steps, leaves = self.before(slots, sorted(every)), [*leaves, *sorted(every.difference(leaves))]
 
         def values(arrays):
             env = run_steps(steps, self.env | dict(zip(leaves, arrays, strict=True)))
             return [env[slot] for slot in slots]
 
         pulled = jax.vjp(values, [self.env[leaf] for leaf in leaves])[1]
-        return lambda bars: pulled(bars)[0]
+        return lambda bars: pulled(bars)[0][:num_leaves]
 
     def factors(self, group: Group) -> Callable:
         """Return ({site: operands}, {site: cotangents}) of one example -> (A, G) of a group."""
@@ -147,15 +150,14 @@ class Run:
         def one(weight, x, others, g):
             if isinstance(use.rule, Entries):
                 return use.rule.of(x[0] if len(x) == 1 else x, g[0]).astype(weight.dtype)
-            rest, values = iter(x), dict(zip(weights, others, strict=True))
+            rest = iter(x)
 
-            def outs(weight):
-                known = {use.place: weight} | values
+            def outs(known):
                 operands = [known[i] if i in known else next(rest) for i in range(len(site.operands))]
                 return [out for out in site.function(*operands) if differentiable(out)]
 
-            [gradient] = jax.vjp(outs, weight)[1](g)
-            return gradient
+            known = {use.place: weight} | dict(zip(weights, others, strict=True))
+            return jax.vjp(outs, known)[1](g)[0][use.place]
 
         function = one
         for depth in reversed(range(len(use.top.loops))):

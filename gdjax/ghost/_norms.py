@@ -245,7 +245,9 @@ def _measured(loss: Loss, measure: Measure):
 
 def _backward(plan, hows, env, batch, size, axes):
     """Return (losses [B], sums of gradients by leaf, squared norms by tapped site, what else the sites left)."""
-    ones = {leaf: env[leaf] for leaf, how in enumerate(hows) if not how.is_given}
+    # A rule that asks whether a weight is differentiated is to be told so, even if what comes of it is not looked at.
+    is_asked = ghost_jaxpr.asks_for_zeros(plan.jaxpr)
+    ones = {leaf: env[leaf] for leaf, how in enumerate(hows) if is_asked or not how.is_given}
     tapped = {how.tap: leaf for leaf, how in enumerate(hows) if how.tap is not None}
     measures = {site: ghost_measure.tap(plan, hows[leaf]) for site, leaf in tapped.items()}
 

@@ -1,5 +1,8 @@
 """Programs whose gradients are easily measured wrong: all statistics and `clipped` against `vmap(grad)`, in float64."""
 
+from functools import partial
+
+import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -100,3 +103,70 @@ def test_loops_over_one_stack_are_measured_from_factors_where_slices_are_apart_o
 def test_places_in_a_table_of_more_rows_than_their_dtype_counts(read, places):
     batch = jnp.asarray(np.stack([places, places[::-1], places[[0, 0]]]))
     check(lambda w, i: square(jnp.tanh(read(w, i))), normal(0, 300, 2), batch)
+
+
+def knowing(is_vjp):
+    """Return (y, w) -> y, whose derivative rule gives nothing to y where w is no parameter: what equinox's loops do."""
+    zero = jax.custom_derivatives.SymbolicZero
+
+    def jvp(primals, tangents):
+        (y, _), (dy, dw) = primals, tangents
+        return y, jnp.zeros_like(y) if type(dw) is zero or type(dy) is zero else dy
+
+    def forward(y, w):
+        return y.value, (w.perturbed, w.value)
+
+    def backward(kept, g):
+        return jnp.where(kept[0], g, 0), jnp.zeros_like(kept[1])
+
+    function = (jax.custom_vjp if is_vjp else jax.custom_jvp)(lambda y, w: y)
+    if is_vjp:
+        function.defvjp(forward, backward, symbolic_zeros=True)
+    else:
+        function.defjvp(jvp, symbolic_zeros=True)
+    return function
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda w, x: square(knowing(False)(jnp.tanh(x @ w), w)),
+        lambda w, x: square(layers(x, jnp.stack([w, w])) + knowing(False)(jnp.tanh(x @ w), 2 * w)),
+        lambda w, x: square(lax.fori_loop(0, 2, lambda _, h: knowing(False)(jnp.tanh(h @ w), w), x)),
+        lambda w, x: square(knowing(True)(jnp.tanh(x @ w), w)),
+        lambda w, x: square(jax.checkpoint(lambda w, h: knowing(True)(jnp.tanh(h @ w), w))(w, x)),
+        lambda w, x: square(
+            eqxi.while_loop(
+                lambda s: s[0] < 5,
+                lambda s: (s[0] + 1, jnp.tanh(s[1] @ w)),
+                (0, x),
+                max_steps=8,
+                kind="checkpointed",
+            )[1]
+        ),
+    ],
+    ids=["once", "computed", "loop", "backward pass", "checkpoint", "equinox"],
+)
+def test_a_derivative_rule_that_asks_whether_the_weight_is_a_parameter(loss):
+    check(loss, normal(0, 4, 4) / 2, normal(1, *X))
+
+
+def test_such_a_rule_between_two_parameters_of_which_one_is_measured_apart():
+    def loss(p, x):
+        return square(jnp.sin(x @ p["b"])) + square(x @ knowing(False)(jnp.tanh(p["a"]), p["b"]))
+
+    check(loss, {"a": normal(0, 4, 4), "b": normal(2, 4, 4)}, normal(1, *X))
+
+
+def test_such_a_rule_of_two_parameters_and_an_example():
+    @jax.custom_jvp
+    def product(x, a, b):
+        return x @ a @ b
+
+    @partial(product.defjvp, symbolic_zeros=True)
+    def _(primals, tangents):
+        (x, a, b), (_, da, db) = primals, tangents
+        zero = jax.custom_derivatives.SymbolicZero
+        return x @ a @ b, jnp.zeros_like(x @ a @ b) if zero in (type(da), type(db)) else x @ da @ b + x @ a @ db
+
+    check(lambda p, x: square(product(x, *p)), [normal(0, 4, 4), normal(2, 4, 4)], normal(1, *X))
