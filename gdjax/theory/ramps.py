@@ -67,14 +67,17 @@ def batch_ramp(
         num_examples: E; give this or `target`.
         target: the loss to be reached.
         min_batch_size: the smallest batch size, for all updates.
-        num_phases: how many different batch sizes to use; 1 for a constant, default one for every update.
+        num_phases: how many different batch sizes to use; 1 for a constant, at most and by default T.
 
     Raises:
         ValueError: where not exactly one of num_examples and target is given, for fewer examples than the smallest
-            batches need, and for a target that these rates do not reach without noise. Traced numbers are not checked.
+            batches need, for a target that these rates do not reach without noise, and for num_phases below 1. Traced
+            numbers are not checked.
     """
     if (num_examples is None) == (target is None):
         raise ValueError("give either num_examples or target, not both or neither")
+    if num_phases is not None and num_phases < 1:
+        raise ValueError(f"num_phases={num_phases} must be at least 1, or None for one batch size in every update")
     active = jnp.ones(learning_rates.shape, bool)
     goal, reach = (num_examples, False) if num_examples is not None else (target, True)
     assert goal is not None
@@ -91,8 +94,12 @@ def batch_ramp(
 
 
 def shortcut_ramp(learning_rates: jax.Array, *, num_examples: Number) -> jax.Array:
-    """Return B_t [T] ~ eta_t / sqrt(sum_{u >= t} eta_u), close to the best ramp on h = 1 / i (arXiv 2607.01287)."""
-    shape = learning_rates / jnp.sqrt(jnp.cumsum(learning_rates[::-1])[::-1])
+    """Return B_t [T] ~ eta_t / sqrt(sum_{u >= t} eta_u), close to the best ramp on h = 1 / i (arXiv 2607.01287).
+
+    An update of rate 0 has no examples.
+    """
+    left = jnp.cumsum(learning_rates[::-1])[::-1]
+    shape = learning_rates / jnp.sqrt(jnp.where(left == 0, 1, left))
     return num_examples * shape / jnp.sum(shape)
 
 
@@ -124,6 +131,8 @@ def solve(
     def allocate(phase, bias, costs):
         """Return max(b, m sqrt(mean k of the phase)) for all updates, and m, by bisection of log m."""
         mean = _means(costs, active, phase)
+        # At E examples and without noise all batch sizes are as good.
+        mean = mean if reach else jnp.where(jnp.any(mean > 0), mean, 1)
 
         def enough(m):
             sizes = jnp.maximum(min_batch_size, m * jnp.sqrt(mean))
@@ -196,7 +205,7 @@ def _partition(costs: jax.Array, active: jax.Array, m: jax.Array, least: Number,
     price = jnp.where(np.tri(len(places), k=-1), jnp.inf, length * size + m**2 * cost / size)
     price = jnp.where(np.eye(len(places), dtype=bool), 0, price)  # fewer phases are phases of no length
     best, origins = price[0], []
-    for _ in range(num_phases - 1):
+    for _ in range(min(num_phases, num_updates) - 1):
         ways = best[:, None] + price
         best, origin = ways.min(0), ways.argmin(0)
         origins.append(origin)

@@ -279,6 +279,28 @@ def test_what_a_shortcut_and_no_ramp_cost(name):
     np.testing.assert_allclose(more, [shortcut, constant], atol=0.06 if constant < 2 else 0.4)
 
 
+def test_no_more_phases_than_updates():
+    found, most = (ramps.batch_ramp(SMALL, HALVES[:4], target=0.4, num_phases=n) for n in (6, None))
+    precision.assert_close(found.batch_sizes, most.batch_sizes, rtol=1e-7)
+    precision.assert_close([found.loss, found.num_examples], [0.4, most.num_examples], rtol=1e-8)
+    with pytest.raises(ValueError, match="num_phases=0 must be at least 1"):
+        ramps.batch_ramp(SMALL, HALVES, target=0.4, num_phases=0)
+
+
+@pytest.mark.parametrize("num_phases", [None, 2])
+def test_without_noise_the_examples_of_a_ramp_are_spread_evenly(num_phases):
+    silent = SMALL._replace(noise=jnp.zeros(10))
+    ramp = ramps.batch_ramp(silent, HALVES, num_examples=400.0, num_phases=num_phases)
+    bias = (H10 * (1 - 0.5 * H10) ** 40).sum() / 2
+    precision.assert_close([ramp.loss, *ramp.batch_sizes], [bias, *np.full(20, 20.0)], rtol=1e-10)
+
+
+def test_an_update_of_rate_0_has_no_examples_by_the_shortcut():
+    shape = np.array([0.5 / 0.7**0.5, 0.2 / 0.2**0.5, 0, 0])
+    found = ramps.shortcut_ramp(jnp.asarray([0.5, 0.2, 0.0, 0.0]), num_examples=100.0)
+    precision.assert_close(found, 100 * shape / shape.sum(), rtol=1e-12)
+
+
 @pytest.mark.slow
 def test_bad_input():
     with pytest.raises(ValueError, match="give either num_examples or target"):
