@@ -87,22 +87,24 @@ def frozen(grad: jax.Array, covariance: jax.Array, *, batch_size: Number) -> Dir
     gradients. Arguments as `sign`.
     """
     moments = grad[:, None] * grad[None] + covariance / batch_size
-    scale = 1 / jnp.sqrt(jnp.diagonal(moments))
+    std = jnp.sqrt(jnp.diagonal(moments))
+    scale = jnp.where(std == 0, 0, 1 / std)  # a coordinate that is always 0 stays, as by `sign`
     return Direction(grad * scale, moments * scale[:, None] * scale[None])
 
 
 def normalized(grad: jax.Array, variance: Number, *, batch_size: Number) -> Direction:
     """Return the moments of g / |g| where Sigma = `variance` I: also Muon on a matrix of one column.
 
-    E u = E cos(g, G) G / |G|; E uu' is E cos^2 along G and the rest in equal parts across. Arguments as `sign`.
+    E u = E cos(g, G) G / |G|; E uu' is E cos^2 along G and the rest in equal parts across. Arguments as `sign`; where
+    G = 0 all directions are alike, and without noise u = 0.
     """
     dimension = len(grad)
-    norm = jnp.linalg.norm(grad)
-    cosine, sine_squared = _alignment(norm * jnp.sqrt(batch_size / jnp.asarray(variance)), dimension)
-    along = grad / norm
+    norm, std = jnp.linalg.norm(grad), jnp.sqrt(jnp.asarray(variance) / batch_size)
+    cosine, sine_squared = _alignment(jnp.where(norm == 0, 0, norm / std), dimension)
+    along = jnp.where(norm == 0, jnp.eye(1, dimension, dtype=grad.dtype)[0], grad / norm)
     across = sine_squared / max(dimension - 1, 1)
     second = across * jnp.eye(dimension, dtype=grad.dtype) + (1 - sine_squared - across) * along[:, None] * along[None]
-    return Direction(cosine * along, second)
+    return Direction(cosine * along, jnp.where((norm == 0) & (std == 0), 0, second))
 
 
 def alignment(signal: Number, dimension: int) -> jax.Array:
@@ -152,8 +154,8 @@ def surge_batch_size(grad: jax.Array, covariance: jax.Array, hessian: jax.Array)
     Li et al. 2024 (arXiv 2405.14578). Infinite for a diagonal H, which has no surge. Arguments as `sign`.
     """
     signal = grad / jnp.sqrt(jnp.diagonal(covariance))
-    coupled = signal @ hessian @ signal - jnp.diagonal(hessian) @ signal**2
-    return jnp.pi * jnp.trace(hessian) / (2 * coupled)
+    coupled = signal @ jnp.fill_diagonal(hessian, 0, inplace=False) @ signal
+    return jnp.where(coupled == 0, jnp.inf, jnp.pi * jnp.trace(hessian) / (2 * coupled))
 
 
 def surge_learning_rate(batch_size: Number, surge: Number, *, peak: Number) -> jax.Array:
@@ -219,11 +221,13 @@ def _alignment(signal: jax.Array, dimension: int) -> tuple[jax.Array, jax.Array]
     E cos = k sqrt(2 / pi) int_0^(pi/2) cos^D t exp(-k^2 sin^2 t / 2) dt, and E sin^2 = (D - 1) int cos^(D-1) t sin t
     exp(-k^2 sin^2 t / 2) dt.
     """
+    signal = jnp.minimum(signal, jnp.finfo(signal.dtype).max ** 0.5)  # which is as good as no noise
     # Beyond this angle both integrands are below e^-39, as sin t >= 2 t / pi.
-    end = jnp.minimum(jnp.pi / 2, 14 / jnp.sqrt(dimension + signal**2))
+    end = jnp.minimum(jnp.pi / 2, 14 / jnp.hypot(signal, dimension**0.5))
     nodes, weights = (jnp.asarray(array, end.dtype) for array in (NODES, WEIGHTS))
     angles = jnp.multiply.outer(end, (1 + nodes) / 2)
     density = jnp.multiply.outer(end, weights / 2) * jnp.exp(-((signal[..., None] * jnp.sin(angles)) ** 2) / 2)
-    density = density * jnp.cos(angles) ** (dimension - 1)
+    # cos^(D-1), of which a power would multiply the rounding of a cosine near 1
+    density = density * jnp.exp((1 - dimension) / 2 * jnp.log1p(jnp.tan(angles) ** 2))
     cosine = signal * jnp.sqrt(2 / jnp.pi) * jnp.sum(density * jnp.cos(angles), -1)
     return cosine, (dimension - 1) * jnp.sum(density * jnp.sin(angles), -1)

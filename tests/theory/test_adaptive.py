@@ -195,6 +195,43 @@ def test_the_cosine_of_a_noisy_gradient():
         np.testing.assert_allclose(adaptive.alignment(signal * np.sqrt(many), many), limit, rtol=1e-5)
 
 
+@pytest.mark.usefixtures("nans")
+def test_directions_where_a_gradient_or_its_noise_is_0():
+    frozen, normalized = jax.jit(adaptive.frozen), jax.jit(adaptive.normalized)
+    silent, noisy, tilted = jnp.zeros(2), jnp.asarray([2.0, 0.0]), jnp.asarray([0.3, -0.4])
+    along = np.outer([0.6, -0.8], [0.6, -0.8])
+    for variance, size in ((0.64, np.inf), (0.0, 3)):
+        direction = normalized(tilted, variance, batch_size=size)
+        precision.assert_close(direction.mean, [0.6, -0.8], rtol=1e-12)
+        precision.assert_close(direction.second_moment, along, rtol=1e-12, atol=1e-15)
+        assert not np.any(np.concatenate([d.ravel() for d in normalized(silent, variance, batch_size=size)]))
+    for dimension in (1, 2):
+        direction = normalized(silent[:dimension], 0.64, batch_size=3)
+        precision.assert_close(direction.mean, np.zeros(dimension))
+        precision.assert_close(direction.second_moment, np.eye(dimension) / dimension, atol=1e-14)
+    for covariance, size in ((jnp.diag(noisy), 3), (jnp.eye(2), np.inf)):
+        direction = frozen(noisy, covariance, batch_size=size)
+        precision.assert_close(direction.mean, [2 / np.sqrt(4 + 2 / size), 0], rtol=1e-12)
+        precision.assert_close(direction.second_moment, [[1, 0], [0, 0]], rtol=1e-12)
+
+
+@pytest.mark.parametrize("dimension", [1, 2, 7, 10**6])
+def test_the_cosine_in_float32(dimension):
+    for signal in (1e-3, 0.5, 30.0, 1e4):
+        expected = adaptive.alignment(jnp.float64(signal), dimension)
+        with jax.enable_x64(False):
+            found = adaptive.alignment(signal, dimension)
+        np.testing.assert_allclose(found, expected, rtol=2e-6)
+    with jax.enable_x64(False):
+        np.testing.assert_allclose([adaptive.alignment(k, dimension) for k in (1e20, np.inf)], 1, rtol=1e-6)
+
+
+def test_no_surge_of_a_diagonal_hessian_in_float32():
+    signal, noise, curved = np.random.default_rng(1).uniform(0.1, 3, (3, 50))
+    with jax.enable_x64(False):
+        assert adaptive.surge_batch_size(jnp.asarray(signal), jnp.diag(noise), jnp.diag(curved)) == np.inf
+
+
 def test_muon_on_one_column_moves_along_the_gradient():
     muon = optax.contrib.muon(0.1, beta=0.0, nesterov=False, weight_decay=0.0)
     grads = jax.random.normal(jax.random.key(0), (20, 5, 1))
