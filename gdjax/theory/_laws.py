@@ -115,6 +115,12 @@ def finite_population(batch_size: Number, num_examples: Number) -> jax.Array:
     return (jnp.asarray(num_examples) - batch_size) / jnp.maximum(jnp.asarray(num_examples) - 1, 1)
 
 
+def power_minus_one(x: jax.Array, exponent: jax.Array) -> jax.Array:
+    """Return (1 - x)^n - 1, which keeps its digits where x is small."""
+    small = jnp.minimum(x, 0.5)
+    return jnp.where(x < 0.5, jnp.expm1(exponent * jnp.log1p(-small)), (1 - x) ** exponent - 1)
+
+
 def linear_rule(learning_rate: Number, factor: Number) -> jax.Array:
     """Return the rate kappa eta of SGD after B grew to kappa B (Goyal et al. 2017, arXiv 1706.02677).
 

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gdjax.theory._laws import Number
+from gdjax.theory._laws import Number, power_minus_one
 
 
 class Moments(NamedTuple):
@@ -121,10 +121,11 @@ def best_weight_decay(
     h, eta = jnp.asarray(eigenvalue), jnp.asarray(learning_rate)
     pull, kick = 2 * h * jnp.square(optimum), eta * noise / batch_size
 
-    def slope(stiffness):
-        """Return the sign of d loss / d lambda at h + lambda = `stiffness`, which rises up to 1 / eta."""
+    def slope(decay):
+        """Return the sign of d loss / d lambda at lambda = `decay`, which rises up to 1 / eta - h."""
+        stiffness = h + decay
         gap = 2 - eta * stiffness
-        return pull * (stiffness - h) * gap**2 - 2 * kick * (1 - eta * stiffness) * stiffness
+        return pull * decay * gap**2 - 2 * kick * (1 - eta * stiffness) * stiffness
 
     def halve(_, bracket):
         low, high = bracket
@@ -133,10 +134,9 @@ def best_weight_decay(
         return jnp.where(falling, middle, low), jnp.where(falling, high, middle)
 
     shape = jnp.broadcast_shapes(jnp.shape(pull * eta), jnp.shape(kick))
-    low = jnp.broadcast_to(h, shape)
-    high = jnp.broadcast_to(jnp.maximum(h, 1 / eta), shape)
-    low, high = lax.fori_loop(0, 100, halve, (low, high))
-    return jnp.where(eta * h < 1, (low + high) / 2 - h, 0)
+    high = jnp.broadcast_to(jnp.maximum(1 / eta - h, 0), shape)
+    low, high = lax.fori_loop(0, 100, halve, (jnp.zeros_like(high), high))
+    return jnp.where(eta * h < 1, (low + high) / 2, 0)
 
 
 class Timescale(NamedTuple):
@@ -196,5 +196,5 @@ def _after(scale: jax.Array, coordinates: tuple[jax.Array, ...], settings: tuple
     x = rate * stiffness
     fixed = scale * h * optimum / stiffness
     floor = (rate * scale) ** 2 * noise / (batch_size * x * (2 - x))
-    left = (1 - x) ** jnp.asarray(num_updates, x.dtype)
-    return Moments(fixed + left * (start - fixed), floor * (1 - left**2))
+    gone = -power_minus_one(x, jnp.asarray(num_updates, x.dtype))
+    return Moments(start + gone * (fixed - start), floor * gone * (2 - gone))

@@ -22,7 +22,7 @@ In D dimensions these hold for every eigenvalue a with the variance of the targe
 import jax
 import jax.numpy as jnp
 
-from gdjax.theory._laws import Number
+from gdjax.theory._laws import Number, power_minus_one
 
 
 def with_replacement(
@@ -60,8 +60,8 @@ def reshuffled(
     Raises:
         ValueError: where batch_size does not divide num_examples.
     """
-    x, weights = _weights(learning_rate, eigenvalue, num_examples, batch_size)
-    spread = _spread(weights, num_examples, batch_size)
+    x, weights, lost = _weights(learning_rate, eigenvalue, num_examples, batch_size)
+    spread = _spread(lost, num_examples, batch_size)
     return x * target_variance * spread / ((2 - x) * jnp.sum(weights**2))  # 1 - q^(2n) = x (2 - x) sum w^2
 
 
@@ -80,8 +80,8 @@ def shuffled_once(
     Raises:
         ValueError: where batch_size does not divide num_examples.
     """
-    _, weights = _weights(learning_rate, eigenvalue, num_examples, batch_size)
-    return target_variance * _spread(weights, num_examples, batch_size) / jnp.sum(weights) ** 2  # 1 - q^n = x sum w
+    _, weights, lost = _weights(learning_rate, eigenvalue, num_examples, batch_size)
+    return target_variance * _spread(lost, num_examples, batch_size) / jnp.sum(weights) ** 2  # 1 - q^n = x sum w
 
 
 def cyclic(learning_rate: Number, eigenvalue: Number, *, targets: jax.Array, batch_size: int = 1) -> jax.Array:
@@ -94,21 +94,22 @@ def cyclic(learning_rate: Number, eigenvalue: Number, *, targets: jax.Array, bat
     Raises:
         ValueError: where batch_size does not divide N.
     """
-    _, weights = _weights(learning_rate, eigenvalue, len(targets), batch_size)
+    _, weights, _ = _weights(learning_rate, eigenvalue, len(targets), batch_size)
     return weights @ targets.reshape(-1, batch_size).mean(1) / jnp.sum(weights)
 
 
 def _weights(
     learning_rate: Number, eigenvalue: Number, num_examples: int, batch_size: int
-) -> tuple[jax.Array, jax.Array]:
-    """Return x = eta a and w [n], what the targets of each update of an epoch weigh at its end."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return x = eta a, w [n], what the targets of each update of an epoch weigh at its end, and w - 1 [n]."""
     num_updates, remainder = divmod(num_examples, batch_size)
     if remainder or num_examples < 2:
         raise ValueError(f"batch_size={batch_size} must divide num_examples={num_examples}, which must be at least 2")
     x = jnp.asarray(learning_rate) * eigenvalue
-    return x, (1 - x) ** jnp.arange(num_updates, dtype=x.dtype)[::-1]
+    lost = power_minus_one(x, jnp.arange(num_updates, dtype=x.dtype)[::-1])
+    return x, 1 + lost, lost
 
 
-def _spread(weights: jax.Array, num_examples: int, batch_size: int) -> jax.Array:
-    """Return V."""
-    return num_examples / (num_examples - 1) * jnp.sum((weights - weights.mean()) ** 2) / batch_size
+def _spread(lost: jax.Array, num_examples: int, batch_size: int) -> jax.Array:
+    """Return V from w - 1, whose differences are not lost where w is near 1."""
+    return num_examples / (num_examples - 1) * jnp.sum((lost - lost.mean()) ** 2) / batch_size

@@ -106,6 +106,20 @@ def test_the_best_decay_falls_with_the_batch_size():
     assert decay.best_weight_decay(1.3, 2.0, optimum=1.0, learning_rate=0.8, batch_size=4) == 0
 
 
+def test_a_slow_run_and_a_small_decay_in_float32():
+    h, rate, num_updates = 1e-4, 1e-5, 10**6
+    gone = -np.expm1(num_updates * np.log1p(-rate * h))
+    variance = rate**2 * 0.5 * gone * (2 - gone) / (1 - (1 - rate * h) ** 2)
+    with jax.enable_x64(False):
+        one = {"optimum": jnp.ones(1), "start": jnp.zeros(1), "weight_decay": 0.0}
+        settings = {"learning_rate": rate, "batch_size": 2, "num_updates": num_updates}
+        moments = decay.sgdw(jnp.asarray([h]), jnp.ones(1), **one, **settings)
+        best = decay.best_weight_decay(0.5, 2.0, optimum=1.0, learning_rate=0.1, batch_size=1e6)
+    np.testing.assert_allclose(np.ravel(moments), [gone, variance], rtol=1e-5)
+    x, ratio = 0.1 * 0.5, 0.1 * 2 / (4 * 1e6 * 0.5)  # the zero of the slope where r is small
+    np.testing.assert_allclose(best, 0.5 * ratio * (1 - x) / (1 - x / 2) ** 2, rtol=1e-5)
+
+
 def test_no_decay_is_best_for_a_run_from_0_whose_rate_is_tuned():
     h = 1 / jnp.arange(1.0, 65.0)
     rates, decays = jnp.geomspace(1e-3, 1.9, 60), jnp.concatenate([jnp.zeros(1), jnp.geomspace(1e-4, 1.0, 20)])

@@ -80,6 +80,18 @@ def test_at_small_rates_reshuffled_is_below_shuffled_once_is_below_with_replacem
     np.testing.assert_allclose(orders, [3, 2, 1], atol=0.01)
 
 
+@pytest.mark.parametrize("rate", [1e-9, 1e-5, 0.3])
+def test_the_floors_of_small_rates_in_float32(rate):
+    x, num_examples = np.longdouble(rate * 0.5), 20
+    weights = (1 - x) ** np.arange(num_examples)
+    spread = num_examples / (num_examples - 1) * ((weights - weights.mean()) ** 2).sum()
+    reshuffled, once = x * spread / (2 - x) / (weights**2).sum(), spread / weights.sum() ** 2
+    with jax.enable_x64(False):
+        options = {"target_variance": 1.0, "num_examples": num_examples}
+        floors = [floor(rate, 0.5, **options) for floor in (stream_order.reshuffled, stream_order.shuffled_once)]
+    np.testing.assert_allclose(floors, np.asarray([reshuffled, once], float), rtol=1e-5)
+
+
 def test_a_batch_that_does_not_divide_an_epoch_is_refused():
     with pytest.raises(ValueError, match="batch_size=3 must divide num_examples=4"):
         stream_order.reshuffled(RATE, CURVATURE, **COMMON, batch_size=3)
