@@ -103,7 +103,7 @@ def largest_branch(factors, losses, *, start: float, tolerance: float) -> float:
 
     Args:
         factors: k [K], of the batch size.
-        losses: [K], at the ends of the branches, smoothed alike.
+        losses: [K], at the ends of the branches, smoothed alike; NaN, as infinity, for one that diverged.
         start: the loss at the checkpoint.
         tolerance: of the loss, at least the error with which it is known.
 
@@ -111,7 +111,7 @@ def largest_branch(factors, losses, *, start: float, tolerance: float) -> float:
         ValueError: where the smallest branch made less progress than the tolerance.
     """
     order = np.argsort(np.asarray(factors, float))
-    sizes, ends = np.asarray(factors, float)[order], np.asarray(losses, float)[order]
+    sizes, ends = np.asarray(factors, float)[order], np.nan_to_num(np.asarray(losses, float), nan=np.inf)[order]
     fraction_of(tolerance, start - float(ends[0]))
     lowest = np.minimum.accumulate(ends)
     return float(sizes[np.flatnonzero(ends <= lowest + tolerance)[-1]])

@@ -199,8 +199,8 @@ def law_factor(optimizer: str, factor: Number, *, batch_size: Number, noise_scal
     """
     if optimizer not in (*PROPORTIONAL, *NORMALIZED):
         raise ValueError(f"optimizer={optimizer!r} is not one of {', '.join((*PROPORTIONAL, *NORMALIZED))}")
-    scale = jnp.asarray(noise_scale)
-    ratio = (1 + scale / batch_size) / (1 + scale / (jnp.asarray(batch_size) * factor))
+    share = batch_size / (batch_size + jnp.asarray(noise_scale))  # B / (B + Bn), 0 for an infinite noise scale
+    ratio = 1 / (share + (1 - share) / factor)
     return ratio if optimizer in PROPORTIONAL else jnp.sqrt(ratio)
 
 

@@ -140,7 +140,7 @@ def fit(batch_sizes: Sequence[int], updates: np.ndarray) -> UpdatesLaw:
         updates: [P, S], finite, of every pilot and seed at the best rate.
 
     Raises:
-        ValueError: for fewer than two batch sizes, and for updates that are not positive and finite.
+        ValueError: for fewer than two batch sizes, and for updates that are not [P, S], positive and finite.
     """
     sizes, logs, seed_error, num_seeds = _checked(batch_sizes, updates, "updates")
     scale, critical = _hyperbola(sizes, logs[None])
@@ -163,7 +163,7 @@ def fit_losses(batch_sizes: Sequence[int], losses: np.ndarray, *, num_examples: 
         num_examples: E.
 
     Raises:
-        ValueError: for fewer than two batch sizes, and for losses that are not positive and finite.
+        ValueError: for fewer than two batch sizes, and for losses that are not [P, S], positive and finite.
     """
     sizes, logs, seed_error, num_seeds = _checked(batch_sizes, losses, "losses")
     powers = LOSS_POWERS if len(sizes) > 2 else (1.0,)
@@ -187,6 +187,8 @@ def _checked(batch_sizes: Sequence[int], values: np.ndarray, name: str):
     sizes, values = np.asarray(batch_sizes, float), np.asarray(values, float)
     if len(set(sizes)) < 2:
         raise ValueError(f"batch_sizes={list(batch_sizes)} must hold two different ones to fit a law with two unknowns")
+    if values.ndim != 2 or len(values) != len(sizes):
+        raise ValueError(f"{name} of shape {values.shape} must be [{len(sizes)}, S]: a row for each batch size")
     if not (np.isfinite(values) & (values > 0)).all():
         raise ValueError(f"{name} must be positive and finite: leave censored and diverged pilots out")
     num_seeds = values.shape[1]
@@ -206,7 +208,13 @@ def _errors(residuals: np.ndarray, seed_error: float, num_seeds: int, *, num_unk
 
 
 def fit_rates(batch_sizes: Sequence[int], rates: Sequence[float]) -> RateLaw:
-    """Fit eta(B) to log rates [P] by least squares, for the power that fits best; p = 1 for fewer than three."""
+    """Fit eta(B) to log rates [P] by least squares, for the power that fits best; p = 1 for fewer than three.
+
+    Raises:
+        ValueError: for rates that are not positive and finite.
+    """
+    if not all(0 < rate < np.inf for rate in rates):
+        raise ValueError(f"rates={list(rates)} must be positive and finite: leave pilots without a best rate out")
     sizes, logs = np.asarray(batch_sizes, float), np.log(np.asarray(rates, float))
     best: tuple[float, RateLaw] | None = None
     for power in POWERS if len(sizes) > 2 else POWERS[:1]:

@@ -69,5 +69,7 @@ def test_the_largest_branch_that_is_no_worse():
     assert critical.largest_branch(factors, losses, start=1.5, tolerance=0.02) == 4
     assert critical.largest_branch(factors, losses, start=1.5, tolerance=0.001) == 2
     assert critical.largest_branch(factors, losses, start=1.5, tolerance=0.05) == 8
+    assert critical.largest_branch([1, 2, 4], [1.0, np.nan, 1.0], start=2.0, tolerance=0.1) == 4
+    assert critical.largest_branch([1, 2, 4], [1.0, 1.0, np.nan], start=2.0, tolerance=0.1) == 2
     with pytest.raises(ValueError, match="make the branches longer"):
         critical.largest_branch(factors, losses, start=1.02, tolerance=0.02)

@@ -92,6 +92,12 @@ def test_the_best_rates_of_the_exact_step_follow_the_law():
         rules.law_factor("newton", 2, batch_size=1, noise_scale=1)
 
 
+def test_the_law_at_both_ends_of_the_noise_scale():
+    for scale, expected in ((np.inf, (16, 4)), (0.0, (1, 1))):
+        found = [rules.law_factor(name, 16.0, batch_size=4, noise_scale=scale) for name in ("sgd", "adam")]
+        precision.assert_close(found, expected, rtol=0)
+
+
 def test_rules_that_do_not_apply_say_why():
     known = rules.RULES
     assert "proportional to the gradient" in (rules.why_not(known["linear"], "adam", ADAM) or "")

@@ -60,6 +60,12 @@ def test_two_rates_are_a_law_of_power_one():
     assert (law.power, float(law(32))) == (1.0, pytest.approx(exact[1], rel=0.02))
 
 
+@pytest.mark.parametrize("rate", [np.nan, 0.0, np.inf])
+def test_rates_that_are_none_are_refused(rate):
+    with pytest.raises(ValueError, match="must be positive and finite"):
+        scaling.fit_rates([1, 2, 4], [0.1, rate, 0.2])
+
+
 @pytest.mark.parametrize("model_error", [0.1, 0.15])
 def test_the_interval_covers_as_often_as_it_says(model_error):
     """Pilots at three batch sizes, each off the law by a normal error, the seeds by another; new runs in between."""
@@ -118,6 +124,8 @@ def test_seed_error_is_the_standard_deviation_of_logs():
         ([8], [[1.0]], "two different"),
         ([8, 9], [[1.0], [np.inf]], "positive and finite"),
         ([8, 9], [[1.0], [0.0]], "positive and finite"),
+        ([8, 9], [1.0, 2.0], r"updates of shape \(2,\) must be \[2, S\]"),
+        ([8, 9], [[1.0, 2.0, 3.0]], r"updates of shape \(1, 3\) must be \[2, S\]"),
     ],
 )
 def test_what_no_law_can_be_fitted_to_is_refused(sizes, updates, message):
