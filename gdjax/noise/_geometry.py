@@ -99,9 +99,12 @@ def diagonal(opt_state: Any) -> Params:
 
 
 def in_coordinates(loss: Loss, params: Params, geometry: Any) -> tuple[Loss, Params]:
-    """Return loss and parameters in whose coordinates the norm is Euclidean: w + P^(1/2) v at v = 0."""
+    """Return loss and parameters in whose coordinates the norm is Euclidean: w + P^(1/2) v at v = 0.
+
+    Those of a norm that has a name are the parameters' own.
+    """
     if isinstance(geometry, str):
-        if geometry == "euclidean":
+        if geometry in ("euclidean", *BRACKETED):
             return loss, params
         names = ", ".join(repr(name) for name in ("euclidean", *BRACKETED))
         raise ValueError(f"geometry={geometry!r} must be {names}, an optimiser's state, or P like the parameters")
@@ -125,9 +128,20 @@ def in_coordinates(loss: Loss, params: Params, geometry: Any) -> tuple[Loss, Par
 
 
 def bracket(
-    loss: Loss, params: Params, groups: Any, *, num_examples: int, drawn_from: int | None, norm: str, confidence: float
+    loss: Loss,
+    params: Params,
+    groups: Any,
+    *,
+    num_examples: int,
+    drawn_from: int | None,
+    norm: str,
+    confidence: float,
+    loss_unit: jax.Array,
 ) -> Bracket:
-    """Return the Bracket of `noise_measure.Groups` of `num_examples`, in one of BRACKETED; N as in `noise.unbiased`."""
+    """Return the Bracket of `noise_measure.Groups` of `num_examples`, in one of BRACKETED; N as in `noise.unbiased`.
+
+    Its `grad_norm` and `noise` come out times `loss_unit`.
+    """
     params = jax.tree.map(jnp.asarray, params)
     train, _ = problem.trainable(params)
     rank = max(
@@ -177,7 +191,7 @@ def bracket(
     ends = widest(least, f), low, widest(least * margin, f)
     drawn = 0 if num_examples == drawn_from else num_examples
     brackets = [
-        Bracket(*(x[i] for x in (*whole, least, *ends)), confidence=confidence, num_examples=drawn)
+        Bracket(*(x[i] for x in (*(whole * loss_unit), least, *ends)), confidence=confidence, num_examples=drawn)
         for i in range(whole.shape[1])
     ]
     return brackets[-1]._replace(per_leaf=jax.tree.unflatten(jax.tree.structure(train), brackets[:-1]))

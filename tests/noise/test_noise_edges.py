@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import precision
 import pytest
-from test_noise import moments
+from test_noise import PARAMS, explicit_gradients, linear_loss, moments, population
 
 from gdjax import batching, descent, gradients, noise
 from gdjax.noise import _running as running
@@ -172,6 +172,28 @@ def test_a_leaf_without_entries_changes_nothing(key, geometry, shape):
     params = {"mean": jnp.asarray(0.5)}
     found, plain = measured(params | {"none": jnp.zeros(shape)}), measured(params)
     precision.assert_close(as_numbers(found), as_numbers(plain), **EXACT)
+
+
+# Units of the loss that float32 holds, and whose squares it does not.
+@pytest.mark.parametrize("geometry", ["euclidean", "sign"])
+@pytest.mark.parametrize("unit", [1e-30, 1e-20, 1e-18, 1e19, 1e30])
+def test_gradients_without_a_square_have_the_same_scale(key, unit, geometry):
+    with jax.enable_x64(False):
+        data, params = jax.tree.map(lambda x: jnp.asarray(np.asarray(x), jnp.float32), (population(64), PARAMS))
+
+        def measured(unit):
+            loss = lambda params, example: linear_loss(params, example) * jnp.float32(unit)  # noqa: E731
+            return noise.measure(loss, params, data, key, num_examples=48, geometry=geometry)
+
+        plain, found = measured(1.0), measured(unit)
+        scales = [jax.tree.leaves(scale.per_leaf, is_leaf=is_scale) for scale in (plain, found)]
+        for one, other in zip([plain, *scales[0]], [found, *scales[1]], strict=True):
+            np.testing.assert_allclose(as_numbers(other), as_numbers(one), rtol=2e-3)
+            assert one.verdict == other.verdict
+        if geometry == "sign":
+            np.testing.assert_allclose(found.grad_norm, plain.grad_norm * jnp.float32(unit), rtol=1e-4)
+        signal, variance = moments(explicit_gradients(population(64)))
+        assert geometry == "sign" or plain.low <= variance / signal <= plain.high
 
 
 # The number of examples.
