@@ -6,6 +6,7 @@ In a loop or rematerialised block, where cotangents had to be stacked, it may be
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,8 +14,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 
+from gdjax._trees import made_varying, varying
 from gdjax.ghost._jaxpr import differentiable
-from gdjax.ghost._plan import Action, Plan, Scan, Step
+from gdjax.ghost._plan import Action, Choice, Plan, Scan, Step
 
 Env = dict[int, jax.Array]
 """Values by slot."""
@@ -128,6 +130,30 @@ def _switch(plan, action, env, hooks, taps):
         env[out] = lax.select_n(which, *(env[i] for i in cases))
 
 
+def _choice(plan, action, env, hooks, taps):
+    """One branch is taken; the sites of the others leave zeros, and get zeros back."""
+    choice: Choice = action.inner
+
+    def case(actions, returned):
+        inner = dict(env)
+        records = run(plan, actions, inner, hooks, taps)
+        return [inner[i] for i in returned], records
+
+    cases = [partial(case, *each) for each in choice.cases]
+    none = {}
+    for each in cases:
+        none |= jax.eval_shape(lambda each=each: each()[1])
+    zeros = jax.tree.map(lambda x: made_varying(jnp.zeros(x.shape, x.dtype), varying(x)), none)
+
+    def full(each):
+        outs, records = each()
+        return outs, zeros | records
+
+    outs, records = lax.switch(env[action.ins[0]], [partial(full, each) for each in cases])
+    env.update(zip(action.outs, outs, strict=True))
+    return records
+
+
 def _scan(plan, action, env, hooks, taps):
     scan: Scan = action.inner
     values = [env[i] for i in action.ins]
@@ -146,4 +172,4 @@ def _scan(plan, action, env, hooks, taps):
     return records
 
 
-ACTIONS = {"plain": _plain, "site": _site, "remat": _remat, "switch": _switch, "scan": _scan}
+ACTIONS = {"plain": _plain, "site": _site, "remat": _remat, "switch": _switch, "choice": _choice, "scan": _scan}

@@ -18,10 +18,12 @@ from gdjax.ghost import _rules as ghost_rules
 from gdjax.ghost._jaxpr import (
     INLINED,
     Jaxpr,
+    concrete,
     custom_rules,
     default_branch,
     differentiable,
     function_of,
+    increment,
     is_literal,
     is_real,
     literal,
@@ -31,8 +33,9 @@ from gdjax.ghost._jaxpr import (
     traced,
 )
 from gdjax.ghost._moves import moved
-from gdjax.ghost._plan import Action, Kind, Plan, Scan, Site, Step, Top
+from gdjax.ghost._plan import Action, Choice, Kind, Plan, Scan, Site, Step, Top
 
+ARITHMETIC = ("add", "sub", "mul", "neg", "max", "min", "lt", "ge", "select_n", "convert_element_type", "iota")
 REMAT = ("remat2", "checkpoint", "remat")
 
 
@@ -54,6 +57,7 @@ class _Planner:
     def __init__(self):
         self.constants, self.steps, self.sites = {}, [], []
         self.functions: dict[Any, Callable] = {}
+        self.arithmetic: dict[int, Step] = {}
         self.slots = itertools.count()
         self.lengths: list[int] = []
         self.sliced: list[set[int]] = []
@@ -110,7 +114,7 @@ class _Planner:
             return self.act(actions, "site", jaxpr, equation, ins) if stays else self.step(jaxpr, equation, ins)
         if not weights:
             return self.act(actions, "plain", jaxpr, equation, ins)
-        if name not in (*INLINED, *REMAT, "scan") and not (name == "cond" and isinstance(ins[0], int)):
+        if name not in (*INLINED, *REMAT, "scan", "cond"):
             return self.act(actions, "site", jaxpr, equation, ins)
         literals = zip(equation.invars, ins, strict=True)
         kinds = [self.constant(literal(v)) if kind is None else kind for v, kind in literals]
@@ -118,25 +122,23 @@ class _Planner:
             inner, outs = self.flow(parameters["jaxpr"].jaxpr, parameters["jaxpr"].consts, kinds)
             actions += inner
             return outs
-        self.inside += name != "cond"
-        outs = {"scan": self.scan, "cond": self.switch}.get(name, self.remat)(equation, kinds, actions)
-        self.inside -= name != "cond"
-        return outs
+        if name == "cond" and isinstance(kinds[0], int):
+            return self.switch(equation, kinds, actions)
+        self.inside += 1
+        outs = {"scan": self.scan, "cond": self.choice}.get(name, self.remat)(equation, kinds, actions)
+        self.inside -= 1
+        return self.act(actions, "site", jaxpr, equation, ins) if outs is None else outs
 
     def step(self, jaxpr, equation, ins) -> Sequence[Kind]:
         """Take an equation between Top values out of all loops, for all their iterations at once."""
         places, function = function_of(jaxpr, equation, self.functions)
         tops = [ins[i] for i in places]
-        loops = tuple((length, any(top.loops[depth][1] for top in tops)) for depth, length in enumerate(self.lengths))
-        for depth in reversed(range(len(loops))):
-            if loops[depth][1]:
-                function = jax.vmap(function, [0 if top.loops[depth][1] else None for top in tops])
+        loops, function = self.over_loops(function, tops)
         leaves = frozenset().union(*(top.leaves for top in tops))
         if equation.primitive.name == "stop_gradient":
             leaves = frozenset()
         custom = any(top.custom for top in tops if top.leaves) or any(custom_rules(jaxpr, [equation]))
-        views, scales, move = moved(equation, ins, function, tops, self.constant)
-        strides = next((top.strides for top in tops if top.leaves), ())
+        views, strides, scales, move = moved(equation, ins, function, tops, self.constant, self.known)
         outs: list[Top] = []
         for v, view in zip(equation.outvars, views, strict=True):
             of = leaves if differentiable(v.aval) else frozenset()
@@ -144,7 +146,47 @@ class _Planner:
             where = {"isometric": isometric, "view": view, "strides": strides, "scales": scales}
             outs.append(self.top(leaves=of, loops=loops, custom=custom, **where))
         self.steps.append(Step(leaves, function, tuple(t.slot for t in tops), tuple(out.slot for out in outs), move))
+        if equation.primitive.name in ARITHMETIC:
+            self.arithmetic[outs[0].slot] = self.steps[-1]
         return outs
+
+    def over_loops(self, function: Callable, tops: Sequence[Top]) -> tuple[tuple[tuple[int, bool], ...], Callable]:
+        """Return (the loops around, of which the result has slices, a function for all iterations at once)."""
+        loops = tuple((length, any(top.loops[depth][1] for top in tops)) for depth, length in enumerate(self.lengths))
+        for depth in reversed(range(len(loops))):
+            if loops[depth][1]:
+                function = jax.vmap(function, [0 if top.loops[depth][1] else None for top in tops])
+        return loops, function
+
+    def renamed(self, top: Top) -> Top:
+        """Return the value in a slot of its own, for a loop that takes slices of it and also reads it as a whole."""
+        other = top._replace(slot=next(self.slots))
+        self.steps.append(Step(top.leaves, _same, (top.slot,), (other.slot,), _same))
+        return other
+
+    def known(self, slot: int) -> np.ndarray | None:
+        """Return the numbers of a Top value that follows from constants by a little arithmetic."""
+        if slot in self.constants:
+            return concrete(self.constants[slot])
+        if slot not in self.arithmetic:
+            return None
+        step = self.arithmetic[slot]
+        values = [self.known(i) for i in step.ins]
+        if any(value is None for value in values):
+            return None
+        with jax.ensure_compile_time_eval(), jax.disable_jit():
+            return np.asarray(step.function(*values)[0])
+
+    def counter(self, start: Kind, by, length: int, is_reversed: bool) -> Top | None:
+        """Return the values of an integer that a loop adds `by` to, as what each iteration takes a slice of."""
+        if by is None or isinstance(start, int):
+            return None
+        times = np.arange(length, dtype=by.dtype)[:: -1 if is_reversed else 1]
+        loops, function = self.over_loops(lambda start: [start + by * times], [start])
+        top = self.top(loops=loops)
+        self.steps.append(Step(frozenset(), function, (start.slot,), (top.slot,), None))
+        self.arithmetic[top.slot] = self.steps[-1]
+        return top
 
     def act(self, actions, name: str, jaxpr, equation, ins) -> Sequence[Kind]:
         """Add an equation as an action; a site also says how its parameters are measured."""
@@ -175,9 +217,9 @@ class _Planner:
                 rule = (ghost_rules.Entries(lambda x, g: g), "")
                 lengths = tuple(self.lengths)
                 self.sites.append(
-                    Site(lambda x: [x], (kind,), (0,), (aval,), (rule,), lengths, "itself", self.inside > 0, (aval,), 0)
+                    Site(_same, (kind,), (0,), (aval,), (rule,), lengths, "itself", self.inside > 0, (aval,), 0)
                 )
-                actions.append(Action("site", lambda x: [x], (self.slot(kind),), (self.local(),), len(self.sites) - 1))
+                actions.append(Action("site", _same, (self.slot(kind),), (self.local(),), len(self.sites) - 1))
                 slots.append(actions[-1].outs[0])
             else:
                 slots.append(self.slot(kind))
@@ -203,6 +245,26 @@ class _Planner:
         actions += [*branches, Action("switch", None, (kinds[0],), tuple(outs), returned)]
         return outs
 
+    def choice(self, equation, kinds, actions) -> Sequence[Kind] | None:
+        """A branch that is the same for all examples; None where a zero from one not taken might become NaN."""
+        num_steps, first_site, sliced = len(self.steps), len(self.sites), [set(slots) for slots in self.sliced]
+        cases = []
+        for closed in equation.params["branches"]:
+            inner, outs = self.flow(closed.jaxpr, closed.consts, kinds[1:])
+            cases.append((inner, self.settled(outs, closed.jaxpr.outvars, inner)))
+        sites = range(first_site, len(self.sites))
+        if not all(
+            rule and (top := site.operands[place]).isometric and not top.scales
+            for site in self.sites[first_site:]
+            for place, (rule, _) in zip(site.weights, site.rules, strict=True)
+        ) or any(step.leaves and step.move is None for step in self.steps[num_steps:]):
+            del self.steps[num_steps:], self.sites[first_site:]
+            self.sliced[:] = sliced
+            return None
+        outs = [self.local() for _ in equation.outvars]
+        actions.append(Action("choice", None, (self.slot(kinds[0]),), tuple(outs), Choice(cases, sites)))
+        return outs
+
     def scan(self, equation, kinds, actions) -> Sequence[Kind]:
         parameters, body = equation.params, equation.params["jaxpr"]
         first, num_carry = scan_sizes(equation)
@@ -211,11 +273,22 @@ class _Planner:
         length, first_site = parameters["length"], len(self.sites)
         scanned = tuple(self.slot(kind) for kind in kinds[last:] if isinstance(kind, int))
         consts = [_entered(kind, length, False) for kind in kinds[:first]]
+        added = [increment(body.jaxpr, first + i, i) for i in range(num_carry)]
+        counters = [
+            self.counter(*each, length, parameters["reverse"]) for each in zip(kinds[first:last], added, strict=True)
+        ]
         self.lengths.append(length)
         self.sliced.append(set())
         carry = [self.local() for _ in initial]
-        xs = [self.local() if isinstance(kind, int) else _entered(kind, length, True) for kind in kinds[last:]]
-        inner, outs = self.flow(body.jaxpr, body.consts, [*consts, *carry, *xs])
+        whole = {kind.slot for kind in kinds[:first] if isinstance(kind, Top)}
+        xs = [
+            _entered(self.renamed(kind) if kind.slot in whole else kind, length, True)
+            if isinstance(kind, Top)
+            else self.local()
+            for kind in kinds[last:]
+        ]
+        known = [_entered(top, length, True) if top else slot for top, slot in zip(counters, carry, strict=True)]
+        inner, outs = self.flow(body.jaxpr, body.consts, [*consts, *known, *xs])
         returned = self.settled(outs, body.jaxpr.outvars, inner)
         self.lengths.pop()
         sliced = sorted(self.sliced.pop())
@@ -236,6 +309,10 @@ def _entered(kind: Kind, length: int, is_sliced: bool) -> Kind:
     if is_sliced and view is not None:
         view, strides = (view[0], (*strides, view.strides[0])) if length else (None, ())
     return kind._replace(loops=(*kind.loops, (length, is_sliced)), view=view, strides=strides)
+
+
+def _same(x):
+    return [x]
 
 
 def _rule(equation, position: int, ins) -> tuple[Any, str]:

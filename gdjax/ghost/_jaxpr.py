@@ -48,6 +48,22 @@ def default_branch(equation) -> Any:
     return equation.params["branches"][platforms.index(None)] if None in platforms else None
 
 
+def increment(body: Jaxpr, place: int, carry: int) -> Any:
+    """Return what a loop's body adds to the integer that is its operand `place` and its result `carry`, or None."""
+    counter, out = body.invars[place], body.outvars[carry]
+    for equation in body.eqns:
+        if equation.outvars == [out] and equation.primitive.name == "add" and not counter.aval.shape:
+            others = [v for v in equation.invars if v is not counter]
+            if len(others) == 1 and is_literal(others[0]) and jnp.issubdtype(counter.aval.dtype, jnp.integer):
+                return literal(others[0])
+    return None
+
+
+def concrete(value) -> np.ndarray | None:
+    """Return an array that is known while a program is traced."""
+    return None if isinstance(value, jax.core.Tracer) else np.asarray(value)
+
+
 def differentiable(aval) -> bool:
     """Whether a value has gradients: floating-point or complex."""
     return jnp.issubdtype(aval.dtype, jnp.inexact)

@@ -86,6 +86,13 @@ class Site(NamedTuple):
     num_read: int
 
 
+class Choice(NamedTuple):
+    """The inner part of a branch that is the same for all examples: for each case, its actions and what it returns."""
+
+    cases: list[tuple[list[Action], list[int]]]
+    sites: range
+
+
 class Scan(NamedTuple):
     """The inner part of a scan: actions, slots of its carry and of its scanned inputs, what it returns, its options."""
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import AxisType, PartitionSpec
 
 from gdjax import ghost, gradients
 
@@ -18,6 +19,10 @@ def normal(seed, *shape):
 
 def square(x):
     return jnp.sum(x**2)
+
+
+def slow(*cases):
+    return [pytest.param(case, marks=pytest.mark.slow) for case in cases]
 
 
 def check(loss, params, batch):
@@ -170,3 +175,152 @@ def test_such_a_rule_of_two_parameters_and_an_example():
         return x @ a @ b, jnp.zeros_like(x @ a @ b) if zero in (type(da), type(db)) else x @ da @ b + x @ a @ db
 
     check(lambda p, x: square(product(x, *p)), [normal(0, 4, 4), normal(2, 4, 4)], normal(1, *X))
+
+
+def steps(n, body, x, start=0):
+    return lax.fori_loop(start, start + n, body, x)
+
+
+def branching(taken, other):
+    """Return the loss of a loop whose first iteration takes the branch `other`."""
+    return lambda w, x: square(
+        steps(3, lambda i, h: lax.cond(i > 0, lambda: taken(w, i, h), lambda: other(w, i, h)), x)
+    )
+
+
+def countdown(w, x):
+    def step(c, v):
+        i, h = c
+        return (i + 1, lax.cond(i > 0, lambda: h @ v / jnp.sqrt(i), lambda: h @ v)), None
+
+    return square(lax.scan(step, (0, x), w, reverse=True)[0][1])
+
+
+def in_two_loops(w, x):
+    def step(i, j, h):
+        return lax.cond(j > i, lambda: h / (j - i), lambda: h @ w[j])
+
+    return square(steps(2, lambda i, h: steps(2, partial(step, i), h), x))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        branching(lambda w, i, h: jnp.tanh(h @ w[0]) / jnp.sqrt(i), lambda w, i, h: h @ w[0]),
+        *slow(
+            branching(lambda w, i, h: h @ (w[0] / jnp.sqrt(i)), lambda w, i, h: h @ w[1]),
+            branching(lambda w, i, h: h @ jnp.sqrt(i * w[0] ** 2), lambda w, i, h: h @ w[0]),
+            branching(lambda w, i, h: w[0][:3] / jnp.where(i > 0, h, 0), lambda w, i, h: h @ w[0]),
+            branching(jax.checkpoint(lambda w, i, h: h @ w[i] / jnp.sqrt(i)), lambda w, i, h: h @ w[i]),
+            lambda w, x: square(
+                steps(4, lambda i, h: lax.switch(i, [lambda h, v=v: jnp.tanh(h @ v) for v in w], h), x)
+            ),
+            countdown,
+            in_two_loops,
+        ),
+    ],
+    ids=["result", "scaled", "computed", "no rule", "checkpoint", "switch", "backwards", "two loops"],
+)
+def test_a_branch_that_the_iteration_does_not_take_is_not_computed(loss):
+    """In its place, it would be infinite."""
+    check(loss, normal(0, 4, 4, 4), normal(1, *X))
+
+
+def test_such_a_branch_in_shard_map():
+    def loss(w, x):
+        return square(lax.cond(flag > 0, lambda: jnp.tanh(x @ w[0]), lambda: x @ w[1]))
+
+    def norms(w, x):
+        return ghost.sq_norms(loss)(lax.pcast(w, "data", to="varying"), x).sq_norms
+
+    flag, w, batch = jnp.asarray(1), normal(0, 2, 4, 4), normal(1, *X)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    specs = PartitionSpec(), PartitionSpec("data")
+    found = jax.jit(jax.shard_map(norms, mesh=mesh, in_specs=specs, out_specs=PartitionSpec("data")))(w, batch)
+    np.testing.assert_allclose(found, ghost.sq_norms(loss)(w, batch).sq_norms, rtol=1e-8)
+
+
+@pytest.mark.parametrize("flag", [0, 1])
+def test_a_branch_that_a_constant_does_not_take_is_not_computed(flag):
+    flag = jnp.asarray(flag)
+    scale = jnp.asarray([0.0, 1.0])
+
+    def loss(p, x):
+        return square(
+            lax.cond(
+                flag > 0, lambda: jnp.tanh(x @ p[0] / scale[flag]) + p[1], lambda: p[1] * x + p[2][jnp.argmax(x, 1)]
+            )
+        )
+
+    check(loss, [normal(0, 4, 4), normal(1, 4), normal(2, 4, 4)], normal(3, *X))
+    with jax.numpy_rank_promotion("allow"):
+        rows = ghost.coverage(loss, [jnp.ones((4, 4)), jnp.ones(4), jnp.ones((4, 4))], jnp.ones(X[1:])).rows
+    assert [rows[0][2], rows[2][2]] == ["dot_general", "gather"]
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda w, x: square(steps(4, lambda i, h: jnp.tanh(h @ w[3 - i]), x)),
+        *slow(
+            lambda w, x: square(steps(4, lambda i, h: jnp.tanh(h @ w[i]), x)),
+            lambda w, x: square(steps(2, lambda i, h: jnp.tanh(h @ w[2 * i] @ w[2 * i + 1]), x)),
+            lambda w, x: square(steps(3, lambda i, h: jnp.tanh(h @ w[:, i]), x)),
+            lambda w, x: square(lax.scan(lambda h, i: layer(h, w[i]), x, jnp.arange(4))[0]),
+            lambda w, x: square(steps(2, lambda i, h: steps(2, lambda j, h: jnp.tanh(h @ w[2 * i + j]), h), x)),
+            lambda w, x: square(steps(3, lambda i, h: jnp.tanh(h @ w[i]), x, start=1)),
+            lambda w, x: square(layers(steps(4, lambda i, h: jnp.tanh(h @ w[i]), x), w)),
+        ),
+    ],
+    ids=["backwards", "forwards", "two", "columns", "scan", "nested", "later", "and scanned"],
+)
+def test_slices_that_a_loop_takes_by_its_counter_are_measured_from_factors(loss):
+    check(loss, normal(0, 4, 4, 4), normal(1, *X))
+    [(_, _, method, _)] = ghost.coverage(loss, normal(0, 4, 4, 4), normal(1, *X[1:])).rows
+    assert method == "dot_general"
+
+
+def scanned(step, initial, xs):
+    return square(lax.scan(lambda h, v: (step(h, v), None), initial, xs)[0])
+
+
+def powers(w, x):
+    return square(lax.scan(lambda c, r: ((c[0] * 2, jnp.tanh(c[1] @ w[c[0]] + r)), None), (1, x), x)[0][1])
+
+
+def wrapping(w, x):
+    start = jnp.asarray(250, jnp.uint8), x
+    return square(lax.scan(lambda c, r: ((c[0] + 3, jnp.tanh(c[1] @ w[c[0]] + r)), c[0] * w[0, 0]), start, x)[1])
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda w, x: scanned(lambda h, v: jnp.tanh(h @ v @ w[0]), layers(x, w), w),
+        lambda w, x: scanned(lambda h, v: steps(2, lambda i, h: jnp.tanh(h @ v @ w[:, i]), h), x, w),
+        *slow(
+            lambda w, x: square(steps(3, lambda i, h: jnp.tanh(h @ w[i + 2]), x)),
+            lambda w, x: square(steps(3, lambda i, h: jnp.tanh(h @ w[i - 1] @ w[i]), x)),
+            lambda w, x: square(steps(4, lambda i, h: jnp.tanh(h @ w[i % 2]), x)),
+            lambda w, x: scanned(lambda h, i: jnp.tanh(h @ w[i]), x, jnp.asarray([2, 0, 3])),
+            lambda w, x: scanned(lambda h, v: steps(2, lambda i, h: h + jnp.tanh(h[i] * v[i]), h), x, w),
+            lambda w, x: square(steps(0, lambda i, h: jnp.tanh(h @ w[i]), x @ w[0])),
+            powers,
+            wrapping,
+        ),
+    ],
+    ids=[
+        "closed over",
+        "of both",
+        "beyond the end",
+        "shifted",
+        "alternating",
+        "listed",
+        "of slices",
+        "none",
+        "powers",
+        "wrapping",
+    ],
+)
+def test_other_slices_that_a_loop_takes(loss):
+    check(loss, normal(0, 4, 4, 4), normal(1, *X))
