@@ -145,9 +145,14 @@ def _row_norms(rows, g):
 
 
 def _balanced(a, g):
-    """Move the size of every example's g to its a, as a power of two, so that no square overflows or vanishes alone."""
+    """Move the size of every example's g to its a."""
+    return balanced(a, g, axes=(1, 2, 3))
+
+
+def balanced(a, g, axes=None):
+    """Move the size of g along these axes to a, as a power of two, so that no square overflows or vanishes alone."""
     kind = jnp.finfo(g.dtype)
-    size = lax.reduce_precision(jnp.max(jnp.abs(g), (1, 2, 3), keepdims=True, initial=0), kind.nexp, 0)
+    size = lax.reduce_precision(jnp.max(jnp.abs(g), axes, keepdims=axes is not None, initial=0), kind.nexp, 0)
     size = jnp.where((size == 0) | ((size >= kind.tiny) & jnp.isfinite(size)), size, 1)
     # Were cotangents constant, XLA would square a and the size apart.
     size = lax.optimization_barrier(size)

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from gdjax._trees import wide
 from gdjax.ghost import _cost as ghost_cost
@@ -186,33 +187,35 @@ class Run:
             first = group.uses[0]
             totals += [self.move_back(leaf, first, added)] if how.is_given else []
             measures.append(self.move_back(leaf, first, found) if measure is ghost_factors.MOMENTS else found)
-        if how.commons:
-            added, found = self.add_common(leaf, how)
-            totals.append(added)
-            measures.append(found)
         dtype = wide(self.env[leaf]).dtype
+        if how.commons:
+            norms = sum((found.astype(dtype) for found in measures), jnp.zeros((), dtype))
+            added, norms = self.add_common(leaf, how, norms)
+            totals, measures = [*totals, added], [norms]
         total, measured = (
             functools.reduce(jnp.add, [part.astype(dtype) for part in parts]) if parts else None
             for parts in (totals if how.is_given else [], measures)
         )
         return total, measured
 
-    def add_common(self, leaf: int, how: LeafPlan) -> Measured:
-        """Return what directions c that all examples share add to the sum, and to |a|^2: 2 k <a, c> + k^2 |c|^2."""
+    def add_common(self, leaf: int, how: LeafPlan, squares: jax.Array) -> Measured:
+        """Return what directions c that all examples share add to the sum, and |a|^2 + 2 k <a, c> + k^2 |c|^2.
+
+        Where that is below 2^10 eps (|a| + |k c|)^2, or NaN, rounding has spoilt it: see `_gram_norms`.
+        """
         dtype = wide(self.env[leaf]).dtype
         coefficients = [
             jax.vmap(partial(self.bar, use))(*self.data([use])).reshape(-1).astype(dtype) for use in how.commons
         ]
         directions = [self.direction(use.top, leaf).astype(dtype) for use in how.commons]
-        norms = sum(
-            k * m * jnp.vdot(c, d)
-            for k, c in zip(coefficients, directions, strict=True)
-            for m, d in zip(coefficients, directions, strict=True)
-        )
+        total = sum(k.sum() * c for k, c in zip(coefficients, directions, strict=True))
+        pairs = [ghost_factors.balanced(k, c) for k, c in zip(coefficients, directions, strict=True)]
+        norms = squares + sum(k * m * jnp.vdot(c, d) for k, c in pairs for m, d in pairs)
+        lengths = jnp.sqrt(squares) + sum(jnp.abs(k) * jnp.linalg.norm(c) for k, c in pairs)
         for group in how.groups or []:
             a, g = jax.vmap(self.factors(group))(*self.data(group.uses))
             a, g = a if group.sizes.is_index else a.astype(dtype), g.astype(dtype)
-            for k, c in zip(coefficients, directions, strict=True):
+            for k, c in pairs:
                 c = _arranged(group.uses[0], self.move(leaf, group.uses[0], c))
                 rows = (
                     jax.vmap(lambda c, a: c[a], (0, 1), 1)(c, a)
@@ -220,9 +223,13 @@ class Run:
                     else jax.vmap(jnp.matmul, (1, 0), 1)(a, c)
                 )
                 norms += 2 * k * jnp.sum(rows * g, (1, 2, 3))
-        return sum(k.sum() * c for k, c in zip(coefficients, directions, strict=True)), norms
+        is_bad = jnp.any(~(norms >= 2**10 * jnp.finfo(dtype).eps * lengths**2))
+        formed = partial(self.measure_formed, [leaf], how._replace(is_given=False), NORMS, "rare")
+        return total, lax.cond(is_bad, lambda: formed()[1][0].astype(dtype), lambda: norms)
 
-    def measure_formed(self, leaves: Sequence[int], how: LeafPlan, measure: Measure) -> tuple[list, list]:
+    def measure_formed(
+        self, leaves: Sequence[int], how: LeafPlan, measure: Measure, device: str = ""
+    ) -> tuple[list, list]:
         """Return (sums of the gradients or None, measures) of leaves with these uses, from their gradients."""
         uses = how.uses
         slots = list(dict.fromkeys(use.top.slot for use in uses))
@@ -235,7 +242,7 @@ class Run:
         data = self.data(uses)
         size = len(jax.tree.leaves(data)[0])
         numbers = formed_numbers(self.plan, uses) + sum(self.env[leaf].size for leaf in leaves)
-        chunk = ghost_cost.fitting(size, numbers, ghost_cost.device())
+        chunk = ghost_cost.fitting(size, numbers, device or ghost_cost.device())
         return ghost_factors.in_chunks(form, data, size, chunk, measure, want_total=how.is_given)
 
 

@@ -109,7 +109,8 @@ def test_the_branch_for_norms_that_cancel_forms_few_gradients_at_a_time(monkeypa
 @pytest.mark.parametrize(
     ("loss", "bound"),
     [
-        (lambda w, x: jnp.sum(jnp.tanh(x[0] @ w) ** 2) + 0.1 * jnp.sum(w**2), 3.0),  # goal of the penalty: 3
+        # Of which 4.0 are the gradient of one example, for the branch where penalty and data cancel.
+        (lambda w, x: jnp.sum(jnp.tanh(x[0] @ w) ** 2) + 0.1 * jnp.sum(w**2), 6.5),
         (lambda w, x: jnp.sum(jnp.tanh(jnp.stack([jnp.tanh(row @ w) for row in x])) ** 2), 1.25),
     ],
 )
@@ -248,3 +249,32 @@ def test_gradients_are_those_of_each_example_added_up_where_a_backward_pass_is_n
         grads = jax.vmap(jax.grad(loss), (None, 0))(jnp.ones(3), batch)
         np.testing.assert_allclose(found.grad, grads.mean(0), rtol=1e-6)
         np.testing.assert_allclose(found.sq_norms, (grads**2).sum(1), rtol=1e-6)
+
+
+POINT = np.random.default_rng(0).normal(size=50).astype(np.float32)
+NEAR = POINT + np.float32(1e-4) * np.random.default_rng(1).normal(size=(5, 50)).astype(np.float32)
+ONES = np.ones((2, 2), np.float32), np.ones((3, 2), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("loss", "w", "batch"),
+    [
+        (lambda w, x: 0.5 * jnp.sum(w**2) - x @ w, POINT, NEAR),
+        (lambda w, x: 0.5 * jnp.sum(w**2) - jnp.sum(x @ w), POINT, NEAR[:, None]),
+        (lambda w, x: 0.5 * jnp.sum(w**2) - jnp.sum(w * x), POINT, NEAR),
+        (lambda w, x: jnp.sum(x @ w) + x[0] * jnp.sum((w * 1e12) ** 2) * 1e-24, *ONES),
+        (lambda w, x: jnp.sum(x @ w) + x[0] * jnp.sum((w * 1e-12) ** 2) * 1e24, *ONES),
+        (lambda w, x: jnp.sum(x @ w) + 1e-36 * x[0] * jnp.exp(80 + jnp.sum(w)), *ONES),
+    ],
+    ids=["dense", "positions", "scale", "large", "small", "larger"],
+)
+def test_a_penalty_against_the_data_leaves_a_norm_that_is_right_to_a_thousandth(loss, w, batch):
+    """The square of a difference is that of small numbers, or the penalty's own has no square in float32."""
+    found = jax.jit(ghost.sq_norms(loss))(w, batch)
+    with jax.enable_x64(True):
+        grads = jax.vmap(jax.grad(loss), (None, 0))(*jax.tree.map(lambda x: jnp.asarray(x, float), (w, batch)))
+        expected = np.sum(np.square(grads), tuple(range(1, grads.ndim)))
+    np.testing.assert_allclose(found.sq_norms, expected, rtol=1e-3)
+    clipped = jax.jit(gradients.clipped(loss, bound := 0.5 * float(np.sqrt(expected.min()))))(w, batch)
+    np.testing.assert_allclose(clipped.aux.norms, np.sqrt(expected), rtol=1e-3)
+    assert np.linalg.norm(clipped.grad) < bound * (1 + 1e-6)
