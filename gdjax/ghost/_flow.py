@@ -26,6 +26,7 @@ from gdjax.ghost._jaxpr import (
     increment,
     is_literal,
     is_real,
+    is_rounding,
     literal,
     nonlinear_rules,
     scan_sizes,
@@ -140,11 +141,12 @@ class _Planner:
         custom = any(top.custom for top in tops if top.leaves) or any(custom_rules(jaxpr, [equation]))
         views, strides, scales, move = moved(equation, ins, function, tops, self.constant, self.known)
         outs: list[Top] = []
+        is_low = any(top.is_low for top in tops if top.leaves) or is_rounding(equation)
         for v, view in zip(equation.outvars, views, strict=True):
             of = leaves if differentiable(v.aval) else frozenset()
             isometric = bool(of) and move is not None and is_real(v.aval)
             where = {"isometric": isometric, "view": view, "strides": strides, "scales": scales}
-            outs.append(self.top(leaves=of, loops=loops, custom=custom, **where))
+            outs.append(self.top(leaves=of, loops=loops, custom=custom, is_low=is_low, **where))
         self.steps.append(Step(leaves, function, tuple(t.slot for t in tops), tuple(out.slot for out in outs), move))
         if equation.primitive.name in ARITHMETIC:
             self.arithmetic[outs[0].slot] = self.steps[-1]

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.extend import core
 from jax.interpreters import partial_eval
 
@@ -48,7 +49,7 @@ def default_branch(equation) -> Any:
     return equation.params["branches"][platforms.index(None)] if None in platforms else None
 
 
-def increment(body: Jaxpr, place: int, carry: int) -> Any:
+def increment(body, place: int, carry: int) -> Any:
     """Return what a loop's body adds to the integer that is its operand `place` and its result `carry`, or None."""
     counter, out = body.invars[place], body.outvars[carry]
     for equation in body.eqns:
@@ -61,7 +62,7 @@ def increment(body: Jaxpr, place: int, carry: int) -> Any:
 
 def concrete(value) -> np.ndarray | None:
     """Return an array that is known while a program is traced."""
-    return None if isinstance(value, jax.core.Tracer) else np.asarray(value)
+    return None if isinstance(value, Tracer) else np.asarray(value)
 
 
 def differentiable(aval) -> bool:
@@ -71,6 +72,12 @@ def differentiable(aval) -> bool:
 
 def is_real(aval) -> bool:
     return jnp.issubdtype(aval.dtype, jnp.floating)
+
+
+def is_rounding(equation) -> bool:
+    """Whether an equation gives numbers, and takes cotangents, of less than float32."""
+    avals = [v.aval for v in equation.outvars if is_real(v.aval)]
+    return equation.primitive.name == "reduce_precision" or any(jnp.finfo(aval.dtype).bits < 32 for aval in avals)
 
 
 def literal(variable) -> np.ndarray:

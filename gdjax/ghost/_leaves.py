@@ -84,6 +84,7 @@ def leaf_plan(plan: Plan, leaf, uses: list[Use], measure: Measure, batch_size: i
     has_factors = all(isinstance(use.rule, Factors) and use.top.isometric for use in rest)
     groups = _aligned(plan, rest, batch_size) if has_factors and uses else None
     is_low = any(jnp.finfo(x.dtype).bits < 32 for x in (leaf, *(use.aval for use in uses)))
+    is_low |= any(use.top.is_low for use in uses)
     if groups is None or (commons and measure is not NORMS):
         is_plain = not is_low and all(isinstance(use.rule, Entries) and not use.top.custom for use in uses)
         return LeafPlan(uses, None, [], not is_plain, None)

@@ -260,7 +260,9 @@ def factors(env: Env, group: Group, records, cotangents) -> tuple[jax.Array, jax
             function = jax.vmap(function)
         a, g = (_merged(factor, use.top.loops) for factor in function(x[0] if len(x) == 1 else x, g))
         for name, slot in use.top.scales:
-            scale = jnp.asarray(-1.0 if name == "neg" else env[slot]).astype(g.dtype).reshape(())
+            scale = jnp.asarray(-1, g.dtype) if name == "neg" else env[slot].reshape(())
+            dtype = jnp.promote_types(wide(g).dtype, scale.dtype)  # a cast to float16 may have come after the scale
+            g, scale = g.astype(dtype), scale.astype(dtype)
             g = g / scale if name == "div" else g * scale
         if use.rule.is_index and not group.sizes.is_index:
             a = jax.nn.one_hot(a, group.sizes.i, dtype=g.dtype)

@@ -22,6 +22,7 @@ class Top(NamedTuple):
         strides: and for every such loop, how many bytes further those of the next are.
         scales: (primitive, slot) of the scalars that it was multiplied with or divided by.
         custom: whether a custom derivative rule is on the way, which need not be linear.
+        is_low: whether it was rounded to less than float32 on the way, as its cotangent is.
     """
 
     slot: int
@@ -32,6 +33,7 @@ class Top(NamedTuple):
     strides: tuple[int, ...] = ()
     scales: tuple[tuple[str, int], ...] = ()
     custom: bool = False
+    is_low: bool = False
 
 
 Kind = Top | int

@@ -278,3 +278,46 @@ def test_a_penalty_against_the_data_leaves_a_norm_that_is_right_to_a_thousandth(
     clipped = jax.jit(gradients.clipped(loss, bound := 0.5 * float(np.sqrt(expected.min()))))(w, batch)
     np.testing.assert_allclose(clipped.aux.norms, np.sqrt(expected), rtol=1e-3)
     assert np.linalg.norm(clipped.grad) < bound * (1 + 1e-6)
+
+
+@pytest.mark.parametrize(("scale", "factor"), [(1e-8, 1e3), (1e5, 1e-3)])
+@pytest.mark.parametrize("use", ["product", "positions", "divided", "two", "table", "bias"])
+def test_a_scale_before_a_cast_to_float16_need_not_be_a_float16(use, scale, factor):
+    low = jnp.float16
+    losses = {
+        "product": lambda w, x: x[0].astype(low) @ (w * scale).astype(low),
+        "positions": lambda w, x: x.astype(low) @ (w * scale).astype(low),
+        "divided": lambda w, x: x.astype(low) @ -(w / (1 / scale)).astype(low),
+        "two": lambda w, x: (x.astype(low) @ (w * scale).astype(low)) @ (w.T * scale).astype(low),
+        "table": lambda w, x: (w * scale).astype(low)[(x[0] > 0).astype(int)],
+        "bias": lambda w, x: x[0, 0].astype(low) * x[0, 1].astype(low) + (w * scale).astype(low),
+    }
+    w, batch = 1e-5 * normal(0, 4, 2), normal(1, 3, 3, 4)
+
+    def loss(w, x):
+        return factor * jnp.sum(losses[use](w, x).astype(jnp.float32))
+
+    grads = np.asarray(jax.vmap(jax.grad(loss), (None, 0))(w, batch), float)
+    found = jax.jit(lambda w, x: [f(loss)(w, x) for f in (ghost.sq_norms, ghost.second_moments, ghost.gram)])(w, batch)
+    for result in found:
+        np.testing.assert_allclose(result[1], grads.mean(0), rtol=1e-2, atol=1e-3 * abs(grads).max())
+    np.testing.assert_allclose(found[0].sq_norms, (grads**2).sum((1, 2)), rtol=1e-2)
+    np.testing.assert_allclose(found[1][2], (grads**2).mean(0), rtol=1e-2, atol=1e-3 * (grads**2).max())
+    flat = grads.reshape(3, -1)
+    np.testing.assert_allclose(found[2][2], flat @ flat.T, rtol=1e-2, atol=1e-3 * (flat**2).sum(1).max())
+
+
+@pytest.mark.parametrize("low", [jnp.float16, jnp.float8_e4m3fn, jnp.bfloat16])
+@pytest.mark.parametrize("use", ["product", "loop", "bias", "simulated", "checkpoint"])
+def test_gradients_of_a_weight_that_is_rounded_and_wide_again_are_summed_in_float32(use, low):
+    losses = {
+        "product": lambda w, x: x @ w.astype(low).astype(jnp.float32),
+        "loop": lambda w, x: lax.scan(lambda c, v: (c + x @ v.astype(low).astype(jnp.float32), None), 0.0, w[None])[0],
+        "bias": lambda w, x: jnp.sum(x * (w.astype(low).astype(jnp.float32) + x)),
+        "simulated": lambda w, x: jnp.sum(x * (lax.reduce_precision(w, 5, 10) + x)),
+        "checkpoint": lambda w, x: jax.checkpoint(lambda v: x @ v.astype(jnp.float32))(w.astype(low)),
+    }
+    w, batch = jnp.ones(4), jnp.full((2048, 4), 80.0)
+    found = jax.jit(ghost.sq_norms(losses[use]))(w, batch)
+    np.testing.assert_array_equal(found.grad, 80)
+    np.testing.assert_array_equal(found.sq_norms, 4 * 6400)
