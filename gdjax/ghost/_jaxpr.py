@@ -14,6 +14,7 @@ INLINED = ("jit", "pjit", "closed_call", "core_call")
 # Derivative rules that are linear say nothing of these primitives applied to a cotangent.
 NONLINEAR = {"max", "min", "clamp", "sign", "abs", "round", "floor", "ceil", "is_finite", "eq", "ne", "lt", "le", "gt"}
 NONLINEAR |= {"ge", "exp", "log", "tanh", "logistic", "sqrt", "rsqrt", "integer_pow", "pow", "sin", "cos", "square"}
+NONLINEAR |= {"reduce_precision"}
 
 Jaxpr = core.Jaxpr
 

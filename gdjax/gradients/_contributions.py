@@ -4,10 +4,10 @@
 program of the loss is in float32 or wider, norms come from `ghost` and the sum from one more backward pass, of the
 losses weighted by the factors: no example's gradient is held. That scales cotangents by the factors, which is as good
 as scaling gradients only where the backward pass is linear to float32's rounding. A program that computes in bfloat16
-or float16, or that brings a backward pass of its own (`jax.custom_vjp`, which may clip or clean what it is given), may
-not be; and with several groups of leaves there are several factors an example. Then the gradients themselves are
-formed, some examples at a time, and clipped: what is clipped is what `per_example` returns, whatever the backward pass
-does.
+or float16, rounds as if it did (`lax.reduce_precision`), or brings a backward pass of its own (`jax.custom_vjp`, which
+may clip or clean what it is given), may not be; and with several groups of leaves there are several factors an example.
+Then the gradients themselves are formed, some examples at a time, and clipped: what is clipped is what `per_example`
+returns, whatever the backward pass does.
 
 In float32 the sum is right for norms from 1e-30 to 1e30 and C from 1e-18 to 1e18: norms whose squares overflow or
 vanish are measured again, scaled, and factors C / norm, as small as 1e-48, enter the backward pass times a power of
@@ -108,7 +108,7 @@ def is_linear(loss: Loss, train: Params, example: Any) -> bool:
 
     def fits(jaxpr) -> bool:
         for equation in jaxpr.eqns:
-            if equation.primitive.name.startswith("custom_vjp"):
+            if equation.primitive.name.startswith("custom_vjp") or _is_simulation(equation):
                 return False
             if any(_is_narrow(v.aval) for v in (*equation.invars, *equation.outvars)):
                 return False
@@ -123,6 +123,13 @@ def is_linear(loss: Loss, train: Params, example: Any) -> bool:
 
 def _is_program(x: Any) -> bool:
     return hasattr(x, "eqns")
+
+
+def _is_simulation(equation: Any) -> bool:
+    """Whether a value in float32 is rounded to less, as its cotangent then is."""
+    kept, bits = equation.params, jnp.finfo(jnp.float32)
+    is_rounding = equation.primitive.name == "reduce_precision"
+    return is_rounding and (kept["mantissa_bits"] < bits.nmant or kept["exponent_bits"] < bits.nexp)
 
 
 def _is_narrow(aval: Any) -> bool:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 from gdjax import gradients
 
@@ -53,3 +54,28 @@ def test_the_clipped_sum_is_right_whatever_the_sizes_of_gradients_and_bound(grou
             largest = max(np.abs(leaf).max() for leaf in expected)
             for leaf, wanted in zip(jax.tree.leaves(estimate.grad), expected, strict=True):
                 np.testing.assert_allclose(leaf, wanted, rtol=0, atol=2e-6 * largest)
+
+
+@pytest.mark.parametrize(
+    ("place", "bits"),
+    [("activation", (4, 3)), ("activation", (8, 10)), ("activation", (5, 23)), ("weight", (4, 3)), ("inner", (4, 3))],
+)
+def test_the_bound_holds_where_a_backward_pass_rounds_what_it_is_given(place, bits):
+    """As that of `reduce_precision`, which simulates narrow numbers in float32, does."""
+
+    def rounded(x):
+        return lax.reduce_precision(x, *bits)
+
+    outputs = {
+        "activation": lambda w, x: rounded(x @ w),
+        "weight": lambda w, x: x @ rounded(w),
+        "inner": lambda w, x: lax.scan(lambda c, _: (jax.jit(rounded)(c), None), x @ w, None, length=2)[0],
+    }
+
+    def loss(w, x):
+        return 10 * jnp.sum(outputs[place](w, x) * jnp.asarray([1.0, 0.7, 0.33]))
+
+    w, batch = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3))), np.random.default_rng(1).normal(size=(8, 4))
+    for bound in (1.0, 0.1, 0.01):
+        each = jax.vmap(lambda x, bound=bound: gradients.clipped(loss, bound)(w, x[None]).grad)(jnp.asarray(batch))
+        assert jnp.linalg.norm(each.reshape(8, -1), axis=1).max() <= bound * (1 + 1e-6)
