@@ -207,7 +207,7 @@ def _gram_of_factors(of, sizes: Sizes, x, g, want_total: bool) -> Measured:
     """Return inner products of all pairs of gradients; for T = 1 without forming the gradients."""
     a, g = jax.vmap(of)(x, g)
     total = _total(a, g, sizes) if want_total else None
-    if sizes.t > 1:
+    if sizes.t != 1:
         return total, inner_products(jax.vmap(lambda a, g: gradient(sizes, a, g))(a, g))
     a, g = (a, wide(g)) if sizes.is_index else _balanced(wide(a), wide(g))
     a, g = a[:, :, 0], g[:, :, 0]

@@ -29,6 +29,7 @@ from gdjax.ghost._jaxpr import (
     is_rounding,
     literal,
     nonlinear_rules,
+    reached,
     scan_sizes,
     struct,
     traced,
@@ -85,28 +86,31 @@ class _Planner:
                 self.sliced[depth].add(kind.slot)
         return kind.slot
 
-    def flow(self, jaxpr: Jaxpr, consts: Sequence[Any], inputs: Sequence[Kind]) -> tuple[list[Action], Sequence[Kind]]:
-        """Return the actions of a jaxpr and the kinds of its outputs."""
+    def flow(
+        self, jaxpr: Jaxpr, consts: Sequence[Any], inputs: Sequence[Kind], marks: Sequence[bool] | None = None
+    ) -> tuple[list[Action], Sequence[Kind]]:
+        """Return the actions of a jaxpr and the kinds of its outputs, of which the marked ones get a gradient."""
+        alive = reached(jaxpr, [True] * len(jaxpr.outvars) if marks is None else marks)
         env: dict[Any, Kind] = dict(zip(jaxpr.constvars, map(self.constant, consts), strict=True))
         env.update(zip(jaxpr.invars, inputs, strict=True))
         actions: list[Action] = []
         for equation in jaxpr.eqns:
             ins = [None if is_literal(v) else env[v] for v in equation.invars]
-            outs = self.equation(jaxpr, equation, ins, actions)
+            marks = [v in alive for v in equation.outvars]
+            if not any(marks):  # what computes it need have no derivative, as a while_loop has none
+                ins = [_detached(kind) if isinstance(kind, Top) else kind for kind in ins]
+            outs = self.equation(jaxpr, equation, ins, actions, marks)
             env.update(zip(equation.outvars, outs, strict=True))
         return actions, [self.constant(literal(v)) if is_literal(v) else env[v] for v in jaxpr.outvars]
 
-    def equation(self, jaxpr, equation, ins: list[Kind | None], actions: list[Action]) -> Sequence[Kind]:
+    def equation(self, jaxpr, equation, ins: list[Kind | None], actions: list[Action], marks) -> Sequence[Kind]:
         """Decide what becomes of one equation; the only place that does."""
         name, parameters = equation.primitive.name, equation.params
         weights = any(isinstance(kind, Top) and kind.leaves for kind in ins)
         if weights and name == "optimization_barrier":
-            return [kind for kind in ins if kind is not None]
+            return self.kinds(equation, ins)
         if weights and (branch := default_branch(equation)) is not None:
-            known = zip(equation.invars[1:], ins[1:], strict=True)
-            inner, outs = self.flow(
-                branch.jaxpr, branch.consts, [self.constant(literal(v)) if kind is None else kind for v, kind in known]
-            )
+            inner, outs = self.flow(branch.jaxpr, branch.consts, self.kinds(equation, ins)[1:], marks)
             actions += inner
             return outs
         if not (weights and name in INLINED) and not any(isinstance(kind, int) for kind in ins):
@@ -117,18 +121,21 @@ class _Planner:
             return self.act(actions, "plain", jaxpr, equation, ins)
         if name not in (*INLINED, *REMAT, "scan", "cond"):
             return self.act(actions, "site", jaxpr, equation, ins)
-        literals = zip(equation.invars, ins, strict=True)
-        kinds = [self.constant(literal(v)) if kind is None else kind for v, kind in literals]
+        kinds = self.kinds(equation, ins)
         if name in INLINED:
-            inner, outs = self.flow(parameters["jaxpr"].jaxpr, parameters["jaxpr"].consts, kinds)
+            inner, outs = self.flow(parameters["jaxpr"].jaxpr, parameters["jaxpr"].consts, kinds, marks)
             actions += inner
             return outs
         if name == "cond" and isinstance(kinds[0], int):
-            return self.switch(equation, kinds, actions)
+            return self.switch(equation, kinds, actions, marks)
         self.inside += 1
-        outs = {"scan": self.scan, "cond": self.choice}.get(name, self.remat)(equation, kinds, actions)
+        outs = {"scan": self.scan, "cond": self.choice}.get(name, self.remat)(equation, kinds, actions, marks)
         self.inside -= 1
         return self.act(actions, "site", jaxpr, equation, ins) if outs is None else outs
+
+    def kinds(self, equation, ins: Sequence[Kind | None]) -> list[Kind]:
+        pairs = zip(equation.invars, ins, strict=True)
+        return [self.constant(literal(v)) if kind is None else kind for v, kind in pairs]
 
     def step(self, jaxpr, equation, ins) -> Sequence[Kind]:
         """Take an equation between Top values out of all loops, for all their iterations at once."""
@@ -227,32 +234,32 @@ class _Planner:
                 slots.append(self.slot(kind))
         return slots
 
-    def remat(self, equation, kinds, actions) -> Sequence[Kind]:
+    def remat(self, equation, kinds, actions, marks) -> Sequence[Kind]:
         first_site = len(self.sites)
-        inner, outs = self.flow(equation.params["jaxpr"], [], kinds)
+        inner, outs = self.flow(equation.params["jaxpr"], [], kinds, marks)
         ins = tuple(kind for kind in kinds if isinstance(kind, int))
         locals_ = tuple(kind for kind in outs if isinstance(kind, int))
         options = {name: equation.params[name] for name in ("policy", "prevent_cse")}
         actions.append(Action("remat", options, ins, locals_, (inner, range(first_site, len(self.sites)))))
         return outs
 
-    def switch(self, equation, kinds, actions) -> Sequence[Kind]:
+    def switch(self, equation, kinds, actions, marks) -> Sequence[Kind]:
         """Both branches and a selection, which is what vmap makes of a choice that depends on the example."""
         branches, returned = [], []
         for closed in equation.params["branches"]:
-            inner, outs = self.flow(closed.jaxpr, closed.consts, kinds[1:])
+            inner, outs = self.flow(closed.jaxpr, closed.consts, kinds[1:], marks)
             returned.append(self.settled(outs, closed.jaxpr.outvars, inner))
             branches += inner
         outs = [self.local() for _ in equation.outvars]
         actions += [*branches, Action("switch", None, (kinds[0],), tuple(outs), returned)]
         return outs
 
-    def choice(self, equation, kinds, actions) -> Sequence[Kind] | None:
+    def choice(self, equation, kinds, actions, marks) -> Sequence[Kind] | None:
         """A branch that is the same for all examples; None where a zero from one not taken might become NaN."""
         num_steps, first_site, sliced = len(self.steps), len(self.sites), [set(slots) for slots in self.sliced]
         cases = []
         for closed in equation.params["branches"]:
-            inner, outs = self.flow(closed.jaxpr, closed.consts, kinds[1:])
+            inner, outs = self.flow(closed.jaxpr, closed.consts, kinds[1:], marks)
             cases.append((inner, self.settled(outs, closed.jaxpr.outvars, inner)))
         sites = range(first_site, len(self.sites))
         if not all(
@@ -267,7 +274,7 @@ class _Planner:
         actions.append(Action("choice", None, (self.slot(kinds[0]),), tuple(outs), Choice(cases, sites)))
         return outs
 
-    def scan(self, equation, kinds, actions) -> Sequence[Kind]:
+    def scan(self, equation, kinds, actions, marks) -> Sequence[Kind]:
         parameters, body = equation.params, equation.params["jaxpr"]
         first, num_carry = scan_sizes(equation)
         last = first + num_carry
@@ -290,7 +297,9 @@ class _Planner:
             for kind in kinds[last:]
         ]
         known = [_entered(top, length, True) if top else slot for top, slot in zip(counters, carry, strict=True)]
-        inner, outs = self.flow(body.jaxpr, body.consts, [*consts, *known, *xs])
+        inner, outs = self.flow(
+            body.jaxpr, body.consts, [*consts, *known, *xs], [*[True] * num_carry, *marks[num_carry:]]
+        )
         returned = self.settled(outs, body.jaxpr.outvars, inner)
         self.lengths.pop()
         sliced = sorted(self.sliced.pop())
@@ -301,6 +310,10 @@ class _Planner:
         details = Scan(inner, carry, new_xs, sliced, returned, sites, options)
         actions.append(Action("scan", num_carry, (*initial, *scanned), tuple(result), details))
         return result
+
+
+def _detached(top: Top) -> Top:
+    return top._replace(leaves=frozenset(), isometric=False, view=None, strides=())
 
 
 def _entered(kind: Kind, length: int, is_sliced: bool) -> Kind:
@@ -325,6 +338,9 @@ def _rule(equation, position: int, ins) -> tuple[Any, str]:
         return None, f"{name} of complex values"
     if sum(isinstance(kind, Top) and bool(kind.leaves) for kind in ins) > 1:
         return None, f"two parameters in one {name}"
-    if equation.invars[position].aval.size == 0 or (rule := ghost_rules.find(equation, position)) is None:
+    if (
+        any(aval.size == 0 for aval in (equation.invars[position].aval, equation.outvars[0].aval))
+        or (rule := ghost_rules.find(equation, position)) is None
+    ):
         return None, f"no rule for {'this ' if name in ghost_rules.RULES else ''}{name}"
     return rule, ""

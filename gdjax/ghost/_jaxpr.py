@@ -85,6 +85,26 @@ def literal(variable) -> np.ndarray:
     return np.asarray(variable.val, variable.aval.dtype)
 
 
+def reached(jaxpr: Jaxpr, outs: Sequence[bool]) -> set:
+    """Return the variables to which a gradient comes back from the marked outputs."""
+    found = {v for v, mark in zip(jaxpr.outvars, outs, strict=True) if mark and _takes_gradient(v)}
+    for equation in reversed(jaxpr.eqns):
+        marks = [v in found for v in equation.outvars]
+        if not any(marks) or equation.primitive.name == "stop_gradient":
+            continue
+        ins = equation.invars
+        if equation.primitive.name in INLINED:
+            inner = equation.params["jaxpr"].jaxpr
+            inside = reached(inner, marks)
+            ins = [v for v, own in zip(ins, inner.invars, strict=True) if own in inside]
+        found |= {v for v in ins if _takes_gradient(v)}
+    return found
+
+
+def _takes_gradient(variable) -> bool:
+    return not is_literal(variable) and differentiable(variable.aval)
+
+
 def function_of(jaxpr: Jaxpr, equation, known: dict[Any, Callable]) -> tuple[list[int], Callable]:
     """Return the places of an equation's operands, each once and without literals, and its outputs as a function.
 

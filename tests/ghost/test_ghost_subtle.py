@@ -324,3 +324,74 @@ def wrapping(w, x):
 )
 def test_other_slices_that_a_loop_takes(loss):
     check(loss, normal(0, 4, 4, 4), normal(1, *X))
+
+
+def settled(f, z, n=5):
+    """Return f(f(..f(z))) by a loop that has no derivative."""
+    return lax.while_loop(lambda s: s[0] < n, lambda s: (s[0] + 1, f(s[1])), (0, z))[1]
+
+
+@partial(jax.jit, static_argnums=0)
+def stopped(f, *args):
+    return lax.stop_gradient(f(*args))
+
+
+def in_a_scan(w, x):
+    def step(h, r):
+        z = settled(lambda z: jnp.tanh(r + z @ w), h)
+        return jnp.tanh(r + lax.stop_gradient(z) @ w), z
+
+    h, zs = lax.scan(step, jnp.zeros(4), x)
+    return square(h) + square(lax.stop_gradient(zs) @ w)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda w, x: square(jnp.tanh(x + lax.stop_gradient(settled(lambda z: jnp.tanh(x + z @ w), x)) @ w)),
+        lambda w, x: square(jnp.tanh(x + stopped(lambda x, w: settled(lambda z: jnp.tanh(x + z @ w), x), x, w) @ w)),
+        lambda w, x: square(x @ w) * stopped(jnp.sum, jax.jit(lambda x, w: settled(lambda z: jnp.sin(z @ w), x))(x, w)),
+        lambda w, x: square(x @ w * (settled(lambda z: jnp.tanh(x + z @ w), x) > 0)),
+        lambda w, x: square(x @ w) + jnp.argmax(settled(lambda z: jnp.tanh(x + z @ w), x)),
+        lambda w, x: square(x @ w) + square(lax.stop_gradient(settled(jnp.sin, w)) @ w),
+        in_a_scan,
+        lambda w, x: square(jax.checkpoint(lambda x: x @ w * lax.stop_gradient(settled(lambda z: z @ w, x)))(x)),
+    ],
+    ids=["equilibrium", "inner", "after", "mask", "integer", "weight", "scan", "checkpoint"],
+)
+def test_what_reaches_the_loss_without_a_gradient_need_not_have_one(loss):
+    check(loss, normal(0, 4, 4) / 2, normal(1, *X))
+
+
+def nothing_to_convolve(w, x):
+    """A kernel that is longer than the signal."""
+    out = lax.conv_general_dilated(x[None], w, (1,), "VALID", dimension_numbers=("NHC", "HIO", "NHC"))
+    return jnp.sum(out) + square(w) * x[0, 0]
+
+
+@pytest.mark.parametrize(
+    ("loss", "shape"),
+    [
+        (lambda w, x: square(jnp.tanh(x @ lax.optimization_barrier((w, 2.0))[0])), (4, 4)),
+        (lambda w, x: square(jnp.tanh(x @ w) * lax.optimization_barrier((w, 2.0))[1]), (4, 4)),
+        (nothing_to_convolve, (5, 4, 3)),
+        (lambda w, x: square(x @ w) + square(w[x[:, :0].astype(int)]) + square(x[:0] @ w), (4, 4)),
+        (lambda w, x: square(x @ w) + square(x[:0] + w[0]) + square(x[:0] * w[0]), (4, 4)),
+        (lambda w, x: square(layers(x @ w[0], w[:0])), (2, 4, 4)),
+        (
+            lambda w, x: square(lax.scan(lambda h, _: (jnp.tanh(h @ w[0]), None), x @ w[1], None, length=0)[0]),
+            (2, 4, 4),
+        ),
+        (lambda w, x: square(x @ w[0]) + square(lax.map(lambda v: v @ w[1], x[:0])), (2, 4, 4)),
+    ],
+    ids=["barrier", "literal", "convolution", "places", "entries", "no layers", "no steps", "no positions"],
+)
+def test_equations_with_literals_or_without_numbers(loss, shape):
+    check(loss, normal(0, *shape), normal(1, *X))
+
+
+def test_a_parameter_that_no_step_uses_has_no_gradient():
+    def loss(p, x):
+        return square(lax.scan(lambda h, _: (jnp.tanh(h @ p[0]), None), x @ p[1], None, length=0)[0])
+
+    check(loss, [normal(0, 4, 4), normal(1, 4, 4)], normal(2, *X))
