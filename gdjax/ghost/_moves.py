@@ -9,6 +9,7 @@ import numpy as np
 from gdjax.ghost._jaxpr import is_real, literal
 from gdjax.ghost._plan import Top
 
+ADDED = ("add", "sub", "add_any")
 SAME = ("copy", "copy_p", "convert_element_type", "sharding_constraint")
 
 
@@ -27,17 +28,8 @@ def moved(equation, ins, function, tops, constant: Callable, known: Callable) ->
         return nothing
     name, parameters, shape = equation.primitive.name, equation.params, equation.outvars[0].aval.shape
     view, strides, scales = weights[0].view, weights[0].strides, weights[0].scales
-    if name in ("mul", "div"):
-        place = next(i for i, kind in enumerate(ins) if kind is weights[0])
-        variable, scalar = equation.invars[1 - place], ins[1 - place]
-        if scalar is None:
-            scalar = constant(literal(variable))
-        is_scalar = variable.aval.size == 1 and is_real(variable.aval) and not scalar.leaves
-        if (name == "div" and place == 1) or not is_scalar or shape != equation.invars[place].aval.shape:
-            return nothing
-        if any(is_sliced for _, is_sliced in scalar.loops):
-            return nothing
-        return [view], strides, (*scales, (name, scalar.slot)), _identity
+    if name in ("mul", "div", *ADDED):
+        return _combined(equation, ins, weights[0], constant) or nothing
     if name in SAME or name == "neg":
         return [view], strides, (*scales, (name, -1)) if name == "neg" else scales, _identity
     if name == "dynamic_slice":
@@ -48,6 +40,25 @@ def moved(equation, ins, function, tops, constant: Callable, known: Callable) ->
         return nothing[0], strides, scales, function
     views = MOVES[name](view, parameters, shape)
     return [v if v.size == 0 or np.may_share_memory(v, view) else None for v in views], strides, scales, function
+
+
+def _combined(equation, ins, weight: Top, constant) -> Moved | None:
+    """A weight times or over a scalar, or one that a constant is added to."""
+    name, place = equation.primitive.name, next(i for i, kind in enumerate(ins) if kind is weight)
+    variable, other = equation.invars[1 - place], ins[1 - place]
+    if other is None:
+        other = constant(literal(variable))
+    is_moved = equation.outvars[0].aval.shape == equation.invars[place].aval.shape and not other.leaves
+    if name in ADDED:
+        is_in_step = all(weight.loops[i][1] or not is_sliced for i, (_, is_sliced) in enumerate(other.loops))
+        scales = [("neg", -1)] if name == "sub" and place == 1 else []
+        return (
+            ([weight.view], weight.strides, (*weight.scales, *scales), _identity) if is_moved and is_in_step else None
+        )
+    is_scalar = variable.aval.size == 1 and is_real(variable.aval) and not any(sliced for _, sliced in other.loops)
+    if not (is_moved and is_scalar) or (name == "div" and place == 1):
+        return None
+    return [weight.view], weight.strides, (*weight.scales, (name, other.slot)), _identity
 
 
 def _sliced(equation, ins, tops, known) -> Moved | None:

@@ -22,7 +22,8 @@ def square(x):
 
 
 def slow(*cases):
-    return [pytest.param(case, marks=pytest.mark.slow) for case in cases]
+    listed = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [pytest.param(*case, marks=pytest.mark.slow) for case in listed]
 
 
 def check(loss, params, batch):
@@ -395,3 +396,28 @@ def test_a_parameter_that_no_step_uses_has_no_gradient():
         return square(lax.scan(lambda h, _: (jnp.tanh(h @ p[0]), None), x @ p[1], None, length=0)[0])
 
     check(loss, [normal(0, 4, 4), normal(1, 4, 4)], normal(2, *X))
+
+
+FROZEN = np.random.default_rng(0).normal(size=(3, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("loss", "shape", "method"),
+    [
+        (lambda w, x: square(jnp.tanh(x @ (w + FROZEN[0]))), (4, 4), "dot_general"),
+        (lambda w, x: square(jnp.tanh(x @ (w + lax.stop_gradient(jnp.round(8 * w) / 8 - w)))), (4, 4), "dot_general"),
+        (lambda w, x: square(jnp.tanh(x @ (FROZEN[0] - 2 * w)) @ (w - FROZEN[1]).T), (4, 4), "dot_general"),
+        *slow(
+            (lambda w, x: square(jnp.tanh(x * (1 - w[0]) + x @ (1 + w).T)), (4, 4), "materialised"),
+            (lambda w, x: scanned(lambda h, v: jnp.tanh(h @ (v[0] + v[1])), x, (w, FROZEN)), (3, 4, 4), "dot_general"),
+            (lambda w, x: scanned(lambda h, v: jnp.tanh(h @ (w + v)), x, FROZEN), (4, 4), "materialised"),
+            (lambda w, x: square(jnp.tanh(x @ (w + FROZEN[0]))), (4,), "materialised"),
+            (lambda w, x: square(jnp.tanh(x @ (w + w))), (4, 4), "materialised"),
+        ),
+    ],
+    ids=["added", "straight through", "minus", "entries too", "in step", "other steps", "repeated", "itself"],
+)
+def test_a_constant_that_is_added_to_a_parameter_leaves_its_gradient(loss, shape, method):
+    check(loss, normal(0, *shape), normal(1, *X))
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        assert ghost.coverage(loss, normal(0, *shape), normal(1, *X[1:])).rows[0][2] == method
