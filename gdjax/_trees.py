@@ -93,6 +93,11 @@ def traced(*trees: Any) -> bool:
     return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees))
 
 
+def concrete(*trees: Any) -> bool:
+    """Return whether all leaves are arrays whose numbers are known, as those of a call outside of any program."""
+    return not traced(trees) and all(isinstance(leaf, jax.Array | np.ndarray) for leaf in jax.tree.leaves(trees))
+
+
 def compiled_alone(function: Callable) -> Callable:
     """Return a pure function of pytrees that, called outside of any program, compiles once for the same shapes.
 
@@ -103,9 +108,7 @@ def compiled_alone(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def call(*arguments, **named):
-        leaves = jax.tree.leaves((arguments, named))
-        alone = all(isinstance(leaf, jax.Array | np.ndarray) and not isinstance(leaf, Tracer) for leaf in leaves)
-        return (program if alone else function)(*arguments, **named)
+        return (program if concrete(arguments, named) else function)(*arguments, **named)
 
     return call
 

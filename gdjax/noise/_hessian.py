@@ -7,11 +7,14 @@
 B_noise = 2.27 (90 % interval 1.43 to 3.25): ok
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from gdjax import batching, curvature, gradients, problem
+from gdjax._trees import concrete, kept
 from gdjax.noise import _intervals as intervals
 from gdjax.noise._scale import HessianNoiseScale, check_confidence
 from gdjax.problem import Batch, Loss, Params
@@ -41,6 +44,15 @@ def measure_hessian(
     check_confidence(confidence)
     if batch_size < 1 or num_pairs < 2:
         raise ValueError(f"batch_size={batch_size} must be at least 1 and num_pairs={num_pairs} at least 2")
+    arguments = params, data, key
+    if not concrete(arguments):
+        return _measure(loss, batch_size, num_pairs, confidence, *arguments)
+    options = batch_size, num_pairs, confidence
+    return kept(loss, ("Hessian noise", options), lambda: jax.jit(partial(_measure, loss, *options)))(*arguments)
+
+
+def _measure(loss, batch_size, num_pairs, confidence, params, data, key) -> HessianNoiseScale:
+    """Do what `measure_hessian` says."""
     gradient, product = gradients.mean(loss), curvature.hvp(loss)
     stream = batching.with_replacement(key, problem.num_examples(data), length=num_pairs * 3 * batch_size)
 

@@ -9,6 +9,7 @@ B_simple = 3.83 (90 % interval 3.83 to 3.83): ok
 B_simple = 12.5 (90 % interval 8.69 to 22.7): ok, outliers rarer than 3/500 not excluded
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from gdjax import batching, curvature, ghost, gradients, problem
-from gdjax._trees import wide
+from gdjax._trees import concrete, kept, wide
 from gdjax.noise import _geometry as noise_geometry
 from gdjax.noise import _intervals as intervals
 from gdjax.noise._scale import ULPS, NoiseScale, check_confidence, variance_factor
@@ -62,10 +63,10 @@ def measure(
         geometry: the norm that the optimiser measures gradients by.
             - 'euclidean', for SGD.
             - The state of `optax.adam`, `adamw`, `amsgrad` or `rmsprop`, or of anything that holds one: the diagonal P
-              is taken from it (`noise_geometry.diagonal`), and the scale is tr(PS) / G'PG, unbiased as before.
+              is taken from it (`_geometry.diagonal`), and the scale is tr(PS) / G'PG, unbiased as before.
             - A pytree like the trainable parameters: that P itself.
             - 'sign' (|S^(1/2)|_1 / |G|_1)^2 and 'spectral' (for matrices, tr(S^(1/2)) over the sum of the singular
-              values of G, squared; Muon): nothing unbiased exists, and a `noise_geometry.Bracket` is returned.
+              values of G, squared; Muon): nothing unbiased exists, and a `Bracket` is returned.
         replace: draw with replacement.
         microbatch_size: examples held in memory at a time, and the jackknife's groups; default min(64, n / 16).
         confidence: of the interval, two-sided.
@@ -85,26 +86,28 @@ def measure(
         raise ValueError(
             f"microbatch_size={microbatch_size} must be between 1 and {num_examples // 2}, half the sample"
         )
+    norm = geometry if isinstance(geometry, str) else None
+    if norm in noise_geometry.BRACKETED and weight is not None:
+        raise ValueError(f"geometry={geometry!r} has no weights: leave out weight")
+    options = weight, num_examples, norm, replace, microbatch_size, confidence
+    arguments = params, data, key, None if norm else geometry
+    if not concrete(arguments):
+        return _measure(loss, *options, *arguments)
+    return kept(loss, ("noise", options), lambda: jax.jit(partial(_measure, loss, *options)))(*arguments)
+
+
+def _measure(loss, weight, num_examples, norm, replace, microbatch_size, confidence, params, data, key, geometry):
+    """Do what `measure` says; a geometry that has a name is in `norm`."""
+    population = problem.num_examples(data)
     draw = batching.with_replacement if replace else batching.reshuffled
     indices, present = split(draw(key, population, length=num_examples), microbatch_size)
     drawn_from = None if replace else population
     groups = weighed(weight, Groups(data, indices, present))
-    bracketed = isinstance(geometry, str) and geometry in noise_geometry.BRACKETED
-    if bracketed and weight is not None:
-        raise ValueError(f"geometry={geometry!r} has no weights: leave out weight")
-    loss, params = noise_geometry.in_coordinates(loss, params, geometry)
+    loss, params = noise_geometry.in_coordinates(loss, params, norm or geometry)
     loss, unit = in_range(loss, params, groups)
-    if bracketed:
-        return noise_geometry.bracket(
-            loss,
-            params,
-            groups,
-            num_examples=num_examples,
-            drawn_from=drawn_from,
-            norm=geometry,
-            confidence=confidence,
-            loss_unit=unit,
-        )
+    if norm in noise_geometry.BRACKETED:
+        sample: dict[str, Any] = {"num_examples": num_examples, "drawn_from": drawn_from, "loss_unit": unit}
+        return noise_geometry.bracket(loss, params, groups, **sample, norm=norm, confidence=confidence)
 
     sums = group_sums(loss, params, groups)
     f = variance_factor(num_examples, drawn_from)
