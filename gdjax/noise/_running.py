@@ -141,13 +141,15 @@ def push(running: Running, signal, variance, *, batch_size, num_parts=None, raw=
         signal, variance: its |G|^2 and tr(S), unbiased, scalars.
         batch_size: B, examples of the update; the weights of all before it shrink by 2^(-B / half_life).
         num_parts: independent parts in the batch, B where the norms of single examples are known; default B.
-        raw: bool scalar, whether the pair counts. One that is not finite does not count either, nor as refused.
+        raw: bool scalar, whether the pair counts. One that is not finite does not count either, nor as refused, and
+            none so small that squares of single entries have vanished.
     """
     batch_size = jnp.asarray(batch_size, running.sums.dtype)
     num_parts = batch_size if num_parts is None else num_parts
     pair = jnp.stack([jnp.asarray(signal, running.sums.dtype), jnp.asarray(variance, running.sums.dtype)])
-    finite = jnp.isfinite(pair).all()
-    counts = raw & finite
+    least = jnp.finfo(pair.dtype).tiny / jnp.finfo(pair.dtype).eps
+    held = jnp.isfinite(pair).all() & ((jnp.abs(pair).max() >= least) | ~pair.any())
+    counts = raw & held
     # The unit follows the larger of what is remembered and what comes in, so that neither can overflow in it.
     has_past = running.weight > 0
     remembered = jnp.abs(running.sums).max() / jnp.where(has_past, running.weight, 1) * running.unit
@@ -172,7 +174,7 @@ def push(running: Running, signal, variance, *, batch_size, num_parts=None, raw=
         weight=weight,
         weight_squares=keep**2 * running.weight_squares + gain**2,
         weight_differences=keep * running.weight_differences + jnp.where(has_past, gain, 0),
-        refused=keep * running.refused + jnp.where(finite & ~jnp.asarray(raw), batch_size, 0),
+        refused=keep * running.refused + jnp.where(held & ~jnp.asarray(raw), batch_size, 0),
         unit=unit,
         num_parts=jnp.asarray(num_parts, pair.dtype),
         half_life=running.half_life,

@@ -32,7 +32,7 @@ class NoiseScale(NamedTuple):
 
     Attributes:
         grad_sq_norm: |G|^2, unbiased; it can come out negative where it is small against its error.
-        trace_cov: tr(S), unbiased.
+        trace_cov: tr(S), unbiased. Either is zero or infinite where its dtype does not hold it; the ratio is not.
         b_simple: their ratio, in examples; infinite where `grad_sq_norm` is not positive.
         low, high: ends of its confidence interval (Fieller 1954), in examples; `high` is infinite where the interval
             of `grad_sq_norm` reaches zero.

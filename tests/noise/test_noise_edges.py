@@ -196,6 +196,18 @@ def test_gradients_without_a_square_have_the_same_scale(key, unit, geometry):
         assert geometry == "sign" or plain.low <= variance / signal <= plain.high
 
 
+@pytest.mark.parametrize("unit", [1.0, 2e-19, 7e-20, 1e20])
+def test_tracking_never_trusts_squares_that_vanished_or_overflowed(key, unit):
+    with jax.enable_x64(False):
+        data = jax.random.normal(key, (64,), float)
+        loss = lambda mean, x: square(mean, x) * jnp.float32(unit)  # noqa: E731
+        method = descent.method(gradients.with_sq_norms(loss), optax.sgd(0.0))
+        method = noise.track(method, half_life=1e4, num_examples=64)
+        batches = batching.batches(batching.reshuffled(key, 64, num_epochs=50), 16)
+        state, _ = jax.jit(lambda: descent.run(method, method.init(jnp.float32(0.3)), data, batches))()
+        assert noise.reading(state).verdict == ("ok" if unit == 1 else "not identified")
+
+
 # The number of examples.
 @pytest.mark.parametrize("num_examples", [0, -3, 1])
 def test_a_number_of_examples_that_shows_no_noise_is_refused(num_examples):
