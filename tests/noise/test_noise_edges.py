@@ -12,6 +12,8 @@ from test_noise import PARAMS, explicit_gradients, linear_loss, moments, populat
 from gdjax import batching, descent, gradients, noise
 from gdjax.noise import _running as running
 
+pytestmark = pytest.mark.slow  # hundreds of programs are compiled
+
 EXACT = {"rtol": 1e-9}
 
 
