@@ -138,6 +138,7 @@ plt.show()
 #
 # - **A verdict other than 'ok'** comes first. 'not identified': the sample cannot tell the gradient from zero; take
 #   more examples. 'heavy tail': a few examples make up the noise, and an interval cannot be had from this sample.
+#   'not finite': a gradient of the sample is NaN or infinite.
 # - **What was run** goes before what was predicted, and a prediction before a rule of thumb.
 # - **Your optimiser's geometry**: Adam does not measure gradients by the Euclidean norm.
 #   `noise.measure(..., geometry=opt_state)` takes the preconditioner from its state.

@@ -138,7 +138,7 @@ def bracket(
     confidence: float,
     loss_unit: jax.Array,
 ) -> Bracket:
-    """Return the Bracket of `noise_measure.Groups` of `num_examples`, in one of BRACKETED; N as in `noise.unbiased`.
+    """Return the Bracket of `_sample.Groups` of `num_examples`, in one of BRACKETED; N as in `noise.unbiased`.
 
     Its `grad_norm` and `noise` come out times `loss_unit`.
     """

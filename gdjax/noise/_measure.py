@@ -20,13 +20,13 @@ from gdjax import batching, curvature, ghost, gradients, problem
 from gdjax._trees import concrete, kept, wide
 from gdjax.noise import _geometry as noise_geometry
 from gdjax.noise import _intervals as intervals
+from gdjax.noise._sample import Groups, in_range, split, weighed
 from gdjax.noise._scale import ULPS, NoiseScale, check_confidence, variance_factor
 from gdjax.problem import Batch, Loss, Params, Weight
 
 NUM_GROUPS = 16  # of a small sample, at least; Student's t for 15 degrees of freedom is 7 % wider than the normal's
 FEW, SHARE = 100, 5  # a tail is heavy where so few examples, or one in five of a small sample, make up the noise
 CROSS_TERM = 8  # see `heavy_tail`
-ORDINARY, LARGEST = 30, 120  # exponents of two: of gradients whose fourth powers float32 holds, and of float32 itself
 
 
 def measure(
@@ -128,63 +128,6 @@ def _measure(loss, weight, num_examples, norm, replace, microbatch_size, confide
     return scales[-1]._replace(per_leaf=jax.tree.unflatten(structure, scales[:-1]))
 
 
-class Groups(NamedTuple):
-    """A sample in groups: the data, indices [K, M], which of them count [K, M] (0 or 1), and weights [K, M] or None."""
-
-    data: Batch
-    indices: jax.Array
-    present: jax.Array
-    weights: jax.Array | None = None
-
-    @property
-    def sizes(self) -> jax.Array:
-        """Examples in each group, [K]."""
-        return self.present.sum(1)
-
-    @property
-    def inputs(self) -> tuple[jax.Array, jax.Array]:
-        """What `examples` takes, a group after the other: indices [K, M], and how much each counts [K, M]."""
-        return self.indices, self.present if self.weights is None else self.weights
-
-    def examples(self, group) -> tuple[Batch, jax.Array]:
-        """Return the examples of a group (indices [M], how much each counts [M]), and the latter."""
-        indices, counts = group
-        return batching.take(self.data, indices), counts
-
-
-def weighed(weight: Weight | None, groups: Groups) -> Groups:
-    """Return the groups with their weights, times a power of two: only ratios count, and squares must be held.
-
-    Zero times a gradient that is NaN is NaN: the example of largest weight stands in for those of weight zero.
-    """
-    if weight is None:
-        return groups
-    weights = lax.map(lambda indices: problem.weights(weight, batching.take(groups.data, indices)), groups.indices)
-    weights = weights.astype(groups.present.dtype) * groups.present
-    _, exponent = jnp.frexp(weights.max())
-    indices = jnp.where(weights == 0, groups.indices.reshape(-1)[jnp.argmax(weights)], groups.indices)
-    return groups._replace(indices=indices, weights=jnp.ldexp(weights, -exponent))
-
-
-def in_range(loss: Loss, params: Params, groups: Groups) -> tuple[Loss, jax.Array]:
-    """Return (loss / unit, unit), a power of two that makes gradients of the size of one, by those of the first group.
-
-    Squares of gradients, and their squares, may be none that float32 holds. Where they are it stays at one: a backward
-    pass in float16 would not hold every unit.
-    """
-    batch, _ = groups.examples(jax.tree.map(lambda x: x[0], groups.inputs))
-    gradient = gradients.mean(loss)(jax.tree.map(jnp.asarray, params), batch).grad
-    _, exponent = jnp.frexp(curvature.magnitude(gradient))
-    exponent = jnp.where(jnp.abs(exponent) > ORDINARY, jnp.clip(exponent, -LARGEST, LARGEST), 0)
-    unit = jnp.ldexp(jnp.ones(()), exponent)
-
-    def scaled(params, example):
-        value = loss(params, example)
-        return value / unit.astype(value.dtype)
-
-    return scaled, unit
-
-
 class Sums(NamedTuple):
     """What the jackknife needs of K groups, without the gradients of the groups.
 
@@ -200,15 +143,6 @@ class Sums(NamedTuple):
     sr: jax.Array
     vt: jax.Array
     sv: jax.Array
-
-
-def split(indices: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-    """Cut indices [n] into groups [K, size]; the last one is filled up by examples that do not count."""
-    num_groups = -(-len(indices) // size)
-    filling = num_groups * size - len(indices)
-    present = jnp.ones(len(indices))
-    indices = jnp.concatenate([indices, jnp.broadcast_to(indices[:1], (filling,))])
-    return indices.reshape(num_groups, size), jnp.pad(present, (0, filling)).reshape(num_groups, size)
 
 
 def group_sums(loss: Loss, params: Params, groups: Groups) -> Sums:

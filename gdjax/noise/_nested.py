@@ -29,7 +29,8 @@ from jax.core import Tracer
 from gdjax import batching, ghost, problem
 from gdjax.curvature import unit
 from gdjax.noise import _intervals as intervals
-from gdjax.noise._measure import NUM_GROUPS, Groups, group_sums, split
+from gdjax.noise._measure import NUM_GROUPS, group_sums
+from gdjax.noise._sample import Groups, split
 from gdjax.noise._scale import check_confidence
 from gdjax.problem import Batch, Example, Params
 
