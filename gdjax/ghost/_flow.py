@@ -3,14 +3,12 @@
 Every variable becomes a numbered slot. A value that depends on neither the example nor the state of a loop is a `Top`
 value: its equations, wherever they stand, are taken out into `steps`, which run once for the batch. All else is in
 `actions`, which run for one example under vmap: 'plain' equations, 'site's, where a parameter meets an example, and
-'scan', 'remat' and 'switch', which hold actions of their own. `_evaluate` executes them.
+'scan', 'remat', 'switch' and 'choice', which hold actions of their own. `_evaluate` executes them.
 """
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -18,15 +16,10 @@ from gdjax.ghost import _rules as ghost_rules
 from gdjax.ghost._jaxpr import (
     INLINED,
     Jaxpr,
-    concrete,
-    custom_rules,
     default_branch,
-    differentiable,
     function_of,
     increment,
     is_literal,
-    is_real,
-    is_rounding,
     literal,
     nonlinear_rules,
     reached,
@@ -34,10 +27,9 @@ from gdjax.ghost._jaxpr import (
     struct,
     traced,
 )
-from gdjax.ghost._moves import moved
-from gdjax.ghost._plan import Action, Choice, Kind, Plan, Scan, Site, Step, Top
+from gdjax.ghost._plan import Action, Choice, Kind, Plan, Scan, Site, Top
+from gdjax.ghost._tops import Tops, detached, entered, same
 
-ARITHMETIC = ("add", "sub", "mul", "neg", "max", "min", "lt", "ge", "select_n", "convert_element_type", "iota")
 REMAT = ("remat2", "checkpoint", "remat")
 
 
@@ -55,36 +47,11 @@ def plan(function: Callable, leaves: Sequence[Any], example: Any) -> Plan:
     return Plan(planner.constants, planner.steps, planner.sites, actions, examples, loss, jaxpr)
 
 
-class _Planner:
+class _Planner(Tops):
     def __init__(self):
-        self.constants, self.steps, self.sites = {}, [], []
-        self.functions: dict[Any, Callable] = {}
-        self.arithmetic: dict[int, Step] = {}
-        self.slots = itertools.count()
-        self.lengths: list[int] = []
-        self.sliced: list[set[int]] = []
+        super().__init__()
+        self.sites: list[Site] = []
         self.inside = 0
-
-    def local(self) -> int:
-        return next(self.slots)
-
-    def top(self, **attributes) -> Top:
-        loops = attributes.pop("loops", tuple((length, False) for length in self.lengths))
-        return Top(next(self.slots), loops=loops, **attributes)
-
-    def constant(self, value) -> Top:
-        top = self.top()
-        self.constants[top.slot] = value
-        return top
-
-    def slot(self, kind: Kind) -> int:
-        """Return the slot of a value that an action reads, and tell the loops around that take slices of it."""
-        if isinstance(kind, int):
-            return kind
-        for depth, (_, is_sliced) in enumerate(kind.loops):
-            if is_sliced:
-                self.sliced[depth].add(kind.slot)
-        return kind.slot
 
     def flow(
         self, jaxpr: Jaxpr, consts: Sequence[Any], inputs: Sequence[Kind], marks: Sequence[bool] | None = None
@@ -98,7 +65,7 @@ class _Planner:
             ins = [None if is_literal(v) else env[v] for v in equation.invars]
             marks = [v in alive for v in equation.outvars]
             if not any(marks):  # what computes it need have no derivative, as a while_loop has none
-                ins = [_detached(kind) if isinstance(kind, Top) else kind for kind in ins]
+                ins = [detached(kind) if isinstance(kind, Top) else kind for kind in ins]
             outs = self.equation(jaxpr, equation, ins, actions, marks)
             env.update(zip(equation.outvars, outs, strict=True))
         return actions, [self.constant(literal(v)) if is_literal(v) else env[v] for v in jaxpr.outvars]
@@ -133,70 +100,6 @@ class _Planner:
         self.inside -= 1
         return self.act(actions, "site", jaxpr, equation, ins) if outs is None else outs
 
-    def kinds(self, equation, ins: Sequence[Kind | None]) -> list[Kind]:
-        pairs = zip(equation.invars, ins, strict=True)
-        return [self.constant(literal(v)) if kind is None else kind for v, kind in pairs]
-
-    def step(self, jaxpr, equation, ins) -> Sequence[Kind]:
-        """Take an equation between Top values out of all loops, for all their iterations at once."""
-        places, function = function_of(jaxpr, equation, self.functions)
-        tops = [ins[i] for i in places]
-        loops, function = self.over_loops(function, tops)
-        leaves = frozenset().union(*(top.leaves for top in tops))
-        if equation.primitive.name == "stop_gradient":
-            leaves = frozenset()
-        custom = any(top.custom for top in tops if top.leaves) or any(custom_rules(jaxpr, [equation]))
-        views, strides, scales, move = moved(equation, ins, function, tops, self.constant, self.known)
-        outs: list[Top] = []
-        is_low = any(top.is_low for top in tops if top.leaves) or is_rounding(equation)
-        for v, view in zip(equation.outvars, views, strict=True):
-            of = leaves if differentiable(v.aval) else frozenset()
-            isometric = bool(of) and move is not None and is_real(v.aval)
-            where = {"isometric": isometric, "view": view, "strides": strides, "scales": scales}
-            outs.append(self.top(leaves=of, loops=loops, custom=custom, is_low=is_low, **where))
-        self.steps.append(Step(leaves, function, tuple(t.slot for t in tops), tuple(out.slot for out in outs), move))
-        if equation.primitive.name in ARITHMETIC:
-            self.arithmetic[outs[0].slot] = self.steps[-1]
-        return outs
-
-    def over_loops(self, function: Callable, tops: Sequence[Top]) -> tuple[tuple[tuple[int, bool], ...], Callable]:
-        """Return (the loops around, of which the result has slices, a function for all iterations at once)."""
-        loops = tuple((length, any(top.loops[depth][1] for top in tops)) for depth, length in enumerate(self.lengths))
-        for depth in reversed(range(len(loops))):
-            if loops[depth][1]:
-                function = jax.vmap(function, [0 if top.loops[depth][1] else None for top in tops])
-        return loops, function
-
-    def renamed(self, top: Top) -> Top:
-        """Return the value in a slot of its own, for a loop that takes slices of it and also reads it as a whole."""
-        other = top._replace(slot=next(self.slots))
-        self.steps.append(Step(top.leaves, _same, (top.slot,), (other.slot,), _same))
-        return other
-
-    def known(self, slot: int) -> np.ndarray | None:
-        """Return the numbers of a Top value that follows from constants by a little arithmetic."""
-        if slot in self.constants:
-            return concrete(self.constants[slot])
-        if slot not in self.arithmetic:
-            return None
-        step = self.arithmetic[slot]
-        values = [self.known(i) for i in step.ins]
-        if any(value is None for value in values):
-            return None
-        with jax.ensure_compile_time_eval(), jax.disable_jit():
-            return np.asarray(step.function(*values)[0])
-
-    def counter(self, start: Kind, by, length: int, is_reversed: bool) -> Top | None:
-        """Return the values of an integer that a loop adds `by` to, as what each iteration takes a slice of."""
-        if by is None or isinstance(start, int):
-            return None
-        times = np.arange(length, dtype=by.dtype)[:: -1 if is_reversed else 1]
-        loops, function = self.over_loops(lambda start: [start + by * times], [start])
-        top = self.top(loops=loops)
-        self.steps.append(Step(frozenset(), function, (start.slot,), (top.slot,), None))
-        self.arithmetic[top.slot] = self.steps[-1]
-        return top
-
     def act(self, actions, name: str, jaxpr, equation, ins) -> Sequence[Kind]:
         """Add an equation as an action; a site also says how its parameters are measured."""
         places, function = function_of(jaxpr, equation, self.functions)
@@ -226,9 +129,9 @@ class _Planner:
                 rule = (ghost_rules.Entries(lambda x, g: g), "")
                 lengths = tuple(self.lengths)
                 self.sites.append(
-                    Site(_same, (kind,), (0,), (aval,), (rule,), lengths, "itself", self.inside > 0, (aval,), 0)
+                    Site(same, (kind,), (0,), (aval,), (rule,), lengths, "itself", self.inside > 0, (aval,), 0)
                 )
-                actions.append(Action("site", _same, (self.slot(kind),), (self.local(),), len(self.sites) - 1))
+                actions.append(Action("site", same, (self.slot(kind),), (self.local(),), len(self.sites) - 1))
                 slots.append(actions[-1].outs[0])
             else:
                 slots.append(self.slot(kind))
@@ -262,11 +165,8 @@ class _Planner:
             inner, outs = self.flow(closed.jaxpr, closed.consts, kinds[1:], marks)
             cases.append((inner, self.settled(outs, closed.jaxpr.outvars, inner)))
         sites = range(first_site, len(self.sites))
-        if not all(
-            rule and (top := site.operands[place]).isometric and not top.scales
-            for site in self.sites[first_site:]
-            for place, (rule, _) in zip(site.weights, site.rules, strict=True)
-        ) or any(step.leaves and step.move is None for step in self.steps[num_steps:]):
+        is_safe = all(map(_is_linear, self.sites[first_site:]))
+        if not is_safe or any(step.leaves and step.move is None for step in self.steps[num_steps:]):
             del self.steps[num_steps:], self.sites[first_site:]
             self.sliced[:] = sliced
             return None
@@ -281,7 +181,7 @@ class _Planner:
         initial = self.settled(kinds[first:last], equation.invars[first:last], actions)
         length, first_site = parameters["length"], len(self.sites)
         scanned = tuple(self.slot(kind) for kind in kinds[last:] if isinstance(kind, int))
-        consts = [_entered(kind, length, False) for kind in kinds[:first]]
+        consts = [entered(kind, length, False) for kind in kinds[:first]]
         added = [increment(body.jaxpr, first + i, i) for i in range(num_carry)]
         counters = [
             self.counter(*each, length, parameters["reverse"]) for each in zip(kinds[first:last], added, strict=True)
@@ -291,12 +191,12 @@ class _Planner:
         carry = [self.local() for _ in initial]
         whole = {kind.slot for kind in kinds[:first] if isinstance(kind, Top)}
         xs = [
-            _entered(self.renamed(kind) if kind.slot in whole else kind, length, True)
+            entered(self.renamed(kind) if kind.slot in whole else kind, length, True)
             if isinstance(kind, Top)
             else self.local()
             for kind in kinds[last:]
         ]
-        known = [_entered(top, length, True) if top else slot for top, slot in zip(counters, carry, strict=True)]
+        known = [entered(top, length, True) if top else slot for top, slot in zip(counters, carry, strict=True)]
         inner, outs = self.flow(
             body.jaxpr, body.consts, [*consts, *known, *xs], [*[True] * num_carry, *marks[num_carry:]]
         )
@@ -312,22 +212,10 @@ class _Planner:
         return result
 
 
-def _detached(top: Top) -> Top:
-    return top._replace(leaves=frozenset(), isometric=False, view=None, strides=())
-
-
-def _entered(kind: Kind, length: int, is_sliced: bool) -> Kind:
-    """Return what a loop's body sees of a value."""
-    if isinstance(kind, int):
-        return kind
-    view, strides = kind.view, kind.strides
-    if is_sliced and view is not None:
-        view, strides = (view[0], (*strides, view.strides[0])) if length else (None, ())
-    return kind._replace(loops=(*kind.loops, (length, is_sliced)), view=view, strides=strides)
-
-
-def _same(x):
-    return [x]
+def _is_linear(site: Site) -> bool:
+    """Whether zeros for operands and cotangents give a gradient of zero."""
+    tops: list[Any] = [site.operands[place] for place in site.weights]
+    return all(rule for rule, _ in site.rules) and all(top.isometric and not top.scales for top in tops)
 
 
 def _rule(equation, position: int, ins) -> tuple[Any, str]:
