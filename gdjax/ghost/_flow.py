@@ -15,6 +15,7 @@ import numpy as np
 from gdjax.ghost import _rules as ghost_rules
 from gdjax.ghost._jaxpr import (
     INLINED,
+    REMAT,
     Jaxpr,
     default_branch,
     function_of,
@@ -29,8 +30,6 @@ from gdjax.ghost._jaxpr import (
 )
 from gdjax.ghost._plan import Action, Choice, Kind, Plan, Scan, Site, Top
 from gdjax.ghost._tops import Tops, detached, entered, same
-
-REMAT = ("remat2", "checkpoint", "remat")
 
 
 def plan(function: Callable, leaves: Sequence[Any], example: Any) -> Plan:

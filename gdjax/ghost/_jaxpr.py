@@ -11,6 +11,7 @@ from jax.extend import core
 from jax.interpreters import partial_eval
 
 INLINED = ("jit", "pjit", "closed_call", "core_call")
+REMAT = ("remat2", "checkpoint", "remat")
 # Derivative rules that are linear say nothing of these primitives applied to a cotangent.
 NONLINEAR = {"max", "min", "clamp", "sign", "abs", "round", "floor", "ceil", "is_finite", "eq", "ne", "lt", "le", "gt"}
 NONLINEAR |= {"ge", "exp", "log", "tanh", "logistic", "sqrt", "rsqrt", "integer_pow", "pow", "sin", "cos", "square"}
@@ -53,11 +54,18 @@ def default_branch(equation) -> Any:
 def increment(body, place: int, carry: int) -> Any:
     """Return what a loop's body adds to the integer that is its operand `place` and its result `carry`, or None."""
     counter, out = body.invars[place], body.outvars[carry]
+    if counter.aval.shape or not jnp.issubdtype(counter.aval.dtype, jnp.integer):
+        return None
     for equation in body.eqns:
-        if equation.outvars == [out] and equation.primitive.name == "add" and not counter.aval.shape:
-            others = [v for v in equation.invars if v is not counter]
-            if len(others) == 1 and is_literal(others[0]) and jnp.issubdtype(counter.aval.dtype, jnp.integer):
-                return literal(others[0])
+        if out not in equation.outvars or counter not in equation.invars:
+            continue
+        others = [v for v in equation.invars if v is not counter]
+        if equation.primitive.name == "add" and len(others) == 1 and is_literal(others[0]):
+            return literal(others[0])
+        if equation.primitive.name in (*INLINED, *REMAT):
+            inner = equation.params["jaxpr"]
+            places = equation.invars.index(counter), equation.outvars.index(out)
+            return increment(getattr(inner, "jaxpr", inner), *places)
     return None
 
 

@@ -189,12 +189,12 @@ def branching(taken, other):
     )
 
 
-def countdown(w, x):
+def countdown(w, x, wrapped=lambda step: step):
     def step(c, v):
         i, h = c
         return (i + 1, lax.cond(i > 0, lambda: h @ v / jnp.sqrt(i), lambda: h @ v)), None
 
-    return square(lax.scan(step, (0, x), w, reverse=True)[0][1])
+    return square(lax.scan(wrapped(step), (0, x), w, reverse=True)[0][1])
 
 
 def in_two_loops(w, x):
@@ -217,10 +217,23 @@ def in_two_loops(w, x):
                 steps(4, lambda i, h: lax.switch(i, [lambda h, v=v: jnp.tanh(h @ v) for v in w], h), x)
             ),
             countdown,
+            partial(countdown, wrapped=jax.checkpoint),
+            partial(countdown, wrapped=jax.jit),
             in_two_loops,
         ),
     ],
-    ids=["result", "scaled", "computed", "no rule", "checkpoint", "switch", "backwards", "two loops"],
+    ids=[
+        "result",
+        "scaled",
+        "computed",
+        "no rule",
+        "checkpoint",
+        "switch",
+        "backwards",
+        "checkpointed",
+        "compiled",
+        "two loops",
+    ],
 )
 def test_a_branch_that_the_iteration_does_not_take_is_not_computed(loss):
     """In its place, it would be infinite."""
