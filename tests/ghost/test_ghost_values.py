@@ -321,3 +321,19 @@ def test_gradients_of_a_weight_that_is_rounded_and_wide_again_are_summed_in_floa
     found = jax.jit(ghost.sq_norms(losses[use]))(w, batch)
     np.testing.assert_array_equal(found.grad, 80)
     np.testing.assert_array_equal(found.sq_norms, 4 * 6400)
+
+
+def test_a_table_that_an_example_reads_many_times_takes_memory_in_proportion():
+    """Twice the positions took four times the memory, where each was compared with each."""
+
+    def loss(w, i):
+        return jnp.sum(jnp.tanh(jnp.cumsum(w[i], 0)) ** 2)
+
+    def num_bytes(num_positions):
+        batch = jax.random.randint(jax.random.key(0), (4, num_positions), 0, 50)
+        return jax.jit(ghost.sq_norms(loss)).lower(w, batch).compile().memory_analysis().temp_size_in_bytes
+
+    w, batch = normal(0, 50, 8), jax.random.randint(jax.random.key(0), (4, 300), -60, 60)
+    grads = jax.vmap(jax.grad(loss), (None, 0))(w, batch)
+    np.testing.assert_allclose(ghost.sq_norms(loss)(w, batch).sq_norms, jnp.sum(grads**2, (1, 2)), rtol=1e-4)
+    assert num_bytes(1024) < 2.5 * num_bytes(512)
