@@ -25,6 +25,8 @@ NANOSECONDS = {"cpu": (0.016, 1.3, 0.35, 5000.0), "accelerator": (5e-5, 8e-3, 4e
 
 Those of a CPU were measured on two cores in November 2026, those of accelerators are guessed until one has been used.
 """
+FEW = 2**6
+"""Places in a table up to which all of an example are compared with all; more are sorted, at the price of so many."""
 WORKING_SET = {"cpu": 2**21, "accelerator": 2**26, "rare": 2**16}
 """Numbers that a chunk may hold: 8 and 256 MiB in float32. Between 4 and 16 MiB the time on a CPU hardly changes.
 
@@ -66,9 +68,10 @@ def chunk_size(sizes: Sizes, device: str) -> int:
 def counts(sizes: Sizes, device: str) -> dict[str, tuple[int, int]]:
     """Return what `gram` and `in chunks` cost beside the summed gradient, in the units of NANOSECONDS."""
     b, k, t, i, o, _, is_index = sizes
+    others = min(t, FEW) if is_index else t
     num_chunks = -(-b // chunk_size(sizes, device))
     return {
-        "gram": (b * k * t * t * (o if is_index else i + o), b * k * t * t),
+        "gram": (b * k * t * others * (o if is_index else i + o), b * k * t * others),
         "in chunks": (b * k * i * o, num_chunks - 1),
     }
 
@@ -104,7 +107,8 @@ def numbers(sizes: Sizes, device: str) -> int:
     way = cheapest(sizes, device)
     if way.name == "in chunks":
         return way.chunk_size * (k * i * o + (0 if is_index else max(k * t * i - x, 0)))
-    return b * k * t * t if way.name == "gram" else b
+    others = min(t, FEW) if is_index else t
+    return b * k * t * others if way.name == "gram" else b
 
 
 def device() -> str:

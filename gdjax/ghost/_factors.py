@@ -16,8 +16,6 @@ Measured = tuple[Any, Any]
 """(gradients summed over examples, or None where they were not formed on the way; the measure)."""
 
 
-FEW = 2**6
-"""Positions up to which all are compared with all, faster on a CPU than to sort them."""
 FORMED = 2**8
 """Entries of a weight up to which its gradients are formed while they are squared: one program for XLA, not three."""
 
@@ -142,7 +140,7 @@ def norms_by(way: ghost_cost.Way, of, sizes: Sizes, x, g, *, want_total: bool) -
 @jax.jit
 def _row_norms(rows, g):
     """Add up what goes to the same row: of few positions at each, so that a row is counted as often as it is read."""
-    if rows.shape[2] > FEW:
+    if rows.shape[2] > ghost_cost.FEW:
         return jnp.sum(jax.vmap(jax.vmap(_sorted_norm))(rows, g), 1)
     same = (rows[..., :, None] == rows[..., None, :]).astype(g.dtype)
     return jnp.sum(jnp.sum(jnp.einsum("bkts,bkso->bkto", same, g) ** 2, 3) / jnp.sum(same, 3), (1, 2))
