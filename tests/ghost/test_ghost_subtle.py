@@ -141,14 +141,16 @@ def knowing(is_vjp):
         lambda w, x: square(lax.fori_loop(0, 2, lambda _, h: knowing(False)(jnp.tanh(h @ w), w), x)),
         lambda w, x: square(knowing(True)(jnp.tanh(x @ w), w)),
         lambda w, x: square(jax.checkpoint(lambda w, h: knowing(True)(jnp.tanh(h @ w), w))(w, x)),
-        lambda w, x: square(
-            eqxi.while_loop(
-                lambda s: s[0] < 5,
-                lambda s: (s[0] + 1, jnp.tanh(s[1] @ w)),
-                (0, x),
-                max_steps=8,
-                kind="checkpointed",
-            )[1]
+        *slow(
+            lambda w, x: square(
+                eqxi.while_loop(
+                    lambda s: s[0] < 5,
+                    lambda s: (s[0] + 1, jnp.tanh(s[1] @ w)),
+                    (0, x),
+                    max_steps=8,
+                    kind="checkpointed",
+                )[1]
+            ),
         ),
     ],
     ids=["once", "computed", "loop", "backward pass", "checkpoint", "equinox"],

@@ -323,6 +323,7 @@ def test_gradients_of_a_weight_that_is_rounded_and_wide_again_are_summed_in_floa
     np.testing.assert_array_equal(found.sq_norms, 4 * 6400)
 
 
+@pytest.mark.slow
 def test_a_table_that_an_example_reads_many_times_takes_memory_in_proportion(monkeypatch):
     """Twice the positions took four times the memory, where each was compared with each."""
     monkeypatch.setattr(ghost_cost, "cheapest", lambda sizes, device: ghost_cost.Way("gram"))
