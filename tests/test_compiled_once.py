@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from gdjax import _trees, curvature, descent, gradients, noise, theory
+from gdjax import _trees, curvature, descent, ghost, gradients, noise, theory
 from gdjax.problem import Problem
 
 COMPILED: list[str] = []
@@ -24,6 +24,8 @@ OF_BATCHES = {
     "mean": gradients.mean(SQUARES.loss),
     "microbatched": gradients.microbatched(SQUARES.loss, microbatch_size=4),
     "clipped": gradients.clipped(SQUARES.loss, 1.0, microbatch_size=4),
+    "sq_norms": ghost.sq_norms(SQUARES.loss),
+    "gram": ghost.gram(SQUARES.loss),
     "with_sq_norms": gradients.with_sq_norms(SQUARES.loss),
     "trace": functools.partial(curvature.trace(SQUARES.loss, num_samples=2), key=KEY),
 }

@@ -22,7 +22,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from gdjax import problem
-from gdjax._trees import made_varying, varying, wide
+from gdjax._trees import compiled_alone, made_varying, varying, wide
 from gdjax.ghost import _evaluate as ghost_eval
 from gdjax.ghost import _flow as ghost_flow
 from gdjax.ghost import _jaxpr as ghost_jaxpr
@@ -77,6 +77,7 @@ def sq_norms(loss: Loss, *, drop_nonfinite: bool = False) -> Callable[[Params, B
     """
     measured = _measured(loss, NORMS)
 
+    @compiled_alone
     def norms(params: Params, batch: Batch) -> SquaredNorms:
         found = SquaredNorms(*measured(params, batch))
         if not drop_nonfinite:
@@ -117,6 +118,7 @@ def norms(loss: Loss, *, smallest: ArrayLike = 0.0) -> Callable[[Params, Batch],
         value = wide(loss(params, example))
         return value * scale.astype(value.dtype)
 
+    @compiled_alone
     def both(params: Params, batch: Batch) -> tuple[SquaredNorms, jax.Array]:
         found = sq_norms(loss)(params, batch)
         norms = jnp.sqrt(found.total)
@@ -142,6 +144,7 @@ def second_moments(loss: Loss) -> Callable[[Params, Batch], tuple[jax.Array, Par
     position per example take no memory beyond the parameters' own (Dangel et al. 2020, arXiv 1912.10985).
     """
 
+    @compiled_alone
     def moments(params: Params, batch: Batch):
         losses, grad, sums = _measured(loss, MOMENTS)(params, batch)
         return losses, grad, jax.tree.map(lambda x: x / len(losses), sums)
@@ -154,7 +157,7 @@ def gram(loss: Loss) -> Callable[[Params, Batch], tuple[jax.Array, Params, Param
 
     Entry [i, j] of a leaf is the inner product of the gradients of examples i and j with respect to that leaf.
     """
-    return _measured(loss, GRAM)
+    return compiled_alone(_measured(loss, GRAM))
 
 
 def add_rule(primitive: str, rule: Callable[[Any, int], ghost_rules.Rule | None]) -> None:
