@@ -215,7 +215,7 @@ def peak(smoke: bool, clock: Clock) -> Iterator[dict]:
 
 def advice(smoke: bool, clock: Clock) -> Iterator[dict]:
     """The advice for one problem, here and on the CPU of the same machine."""
-    goal, seconds = (tuning.Budget(2048), 20.0) if smoke else ("loss<=0.01", max(10.0, clock.left() / 2))
+    goal, seconds = (tuning.Budget(512), 5.0) if smoke else ("loss<=0.01", max(10.0, clock.left() / 2))
     for where in dict.fromkeys((jax.devices()[0], jax.devices("cpu")[0])):
         with jax.default_device(where):
             found = advise.batch_size(problems.least_squares(), goal, seconds=seconds)

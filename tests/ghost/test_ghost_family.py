@@ -228,10 +228,10 @@ WRAPPERS |= {"sharding": lambda loss: loss}
 LEFT_OUT = {("bfloat16", name) for name in KINDS if name.startswith(("complex", "clipped"))}
 # XLA splits this convolution wrongly between devices, for vmap(grad) as well.
 LEFT_OUT |= {("sharding", "complex_signal")}
-# Every kind runs in one of the wrappers each time, in two more in the slow tests, and in the others at night.
+# Every kind runs in one of the wrappers each time, in one more in the slow tests, and in the others at night.
 SLOW, NIGHTLY = [pytest.mark.slow], [pytest.mark.slow, pytest.mark.nightly]
 PROGRAMS = [
-    pytest.param(wrapper, name, marks=([], SLOW, SLOW, NIGHTLY, NIGHTLY, NIGHTLY)[(i + j) % len(WRAPPERS)])
+    pytest.param(wrapper, name, marks=([], SLOW, NIGHTLY, NIGHTLY, NIGHTLY, NIGHTLY)[(i + j) % len(WRAPPERS)])
     for i, wrapper in enumerate(WRAPPERS)
     for j, name in enumerate(KINDS)
     if (wrapper, name) not in LEFT_OUT

@@ -156,7 +156,9 @@ def test_weights_of_any_kind_and_scale(weights):
         np.testing.assert_allclose(estimate.grad, expected, rtol=8 * precision.EPS, err_msg=name)
 
 
-@pytest.mark.parametrize("microbatch_size", [1, 2, 3, 4, 5, 6, 7, 100])
+@pytest.mark.parametrize(
+    "microbatch_size", [1, 2, 7, 100, *(pytest.param(size, marks=pytest.mark.nightly) for size in (3, 4, 5, 6))]
+)
 def test_pieces_of_any_size_drop_no_example(microbatch_size, params, batch):
     for weight in (None, third):
         mean = gradients.mean(logistic, weight=weight)(params, batch)
