@@ -12,6 +12,8 @@ from jax.sharding import AxisType, PartitionSpec
 
 from gdjax import ghost, gradients
 
+pytestmark = pytest.mark.slow
+
 
 def normal(seed, *shape):
     return jax.random.normal(jax.random.key(seed), shape, float)
@@ -21,9 +23,9 @@ def square(x):
     return jnp.sum(x**2)
 
 
-def slow(*cases):
+def nightly(*cases):
     listed = [case if isinstance(case, tuple) else (case,) for case in cases]
-    return [pytest.param(*case, marks=pytest.mark.slow) for case in listed]
+    return [pytest.param(*case, marks=pytest.mark.nightly) for case in listed]
 
 
 def check(loss, params, batch):
@@ -141,7 +143,7 @@ def knowing(is_vjp):
         lambda w, x: square(lax.fori_loop(0, 2, lambda _, h: knowing(False)(jnp.tanh(h @ w), w), x)),
         lambda w, x: square(knowing(True)(jnp.tanh(x @ w), w)),
         lambda w, x: square(jax.checkpoint(lambda w, h: knowing(True)(jnp.tanh(h @ w), w))(w, x)),
-        *slow(
+        *nightly(
             lambda w, x: square(
                 eqxi.while_loop(
                     lambda s: s[0] < 5,
@@ -210,7 +212,7 @@ def in_two_loops(w, x):
     "loss",
     [
         branching(lambda w, i, h: jnp.tanh(h @ w[0]) / jnp.sqrt(i), lambda w, i, h: h @ w[0]),
-        *slow(
+        *nightly(
             branching(lambda w, i, h: h @ (w[0] / jnp.sqrt(i)), lambda w, i, h: h @ w[1]),
             branching(lambda w, i, h: h @ jnp.sqrt(i * w[0] ** 2), lambda w, i, h: h @ w[0]),
             branching(lambda w, i, h: w[0][:3] / jnp.where(i > 0, h, 0), lambda w, i, h: h @ w[0]),
@@ -278,7 +280,7 @@ def test_a_branch_that_a_constant_does_not_take_is_not_computed(flag):
     "loss",
     [
         lambda w, x: square(steps(4, lambda i, h: jnp.tanh(h @ w[3 - i]), x)),
-        *slow(
+        *nightly(
             lambda w, x: square(steps(4, lambda i, h: jnp.tanh(h @ w[i]), x)),
             lambda w, x: square(steps(2, lambda i, h: jnp.tanh(h @ w[2 * i] @ w[2 * i + 1]), x)),
             lambda w, x: square(steps(3, lambda i, h: jnp.tanh(h @ w[:, i]), x)),
@@ -314,7 +316,7 @@ def wrapping(w, x):
     [
         lambda w, x: scanned(lambda h, v: jnp.tanh(h @ v @ w[0]), layers(x, w), w),
         lambda w, x: scanned(lambda h, v: steps(2, lambda i, h: jnp.tanh(h @ v @ w[:, i]), h), x, w),
-        *slow(
+        *nightly(
             lambda w, x: square(steps(3, lambda i, h: jnp.tanh(h @ w[i + 2]), x)),
             lambda w, x: square(steps(3, lambda i, h: jnp.tanh(h @ w[i - 1] @ w[i]), x)),
             lambda w, x: square(steps(4, lambda i, h: jnp.tanh(h @ w[i % 2]), x)),
@@ -422,7 +424,7 @@ FROZEN = np.random.default_rng(0).normal(size=(3, 4, 4))
         (lambda w, x: square(jnp.tanh(x @ (w + FROZEN[0]))), (4, 4), "dot_general"),
         (lambda w, x: square(jnp.tanh(x @ (w + lax.stop_gradient(jnp.round(8 * w) / 8 - w)))), (4, 4), "dot_general"),
         (lambda w, x: square(jnp.tanh(x @ (FROZEN[0] - 2 * w)) @ (w - FROZEN[1]).T), (4, 4), "dot_general"),
-        *slow(
+        *nightly(
             (lambda w, x: square(jnp.tanh(x * (1 - w[0]) + x @ (1 + w).T)), (4, 4), "materialised"),
             (lambda w, x: scanned(lambda h, v: jnp.tanh(h @ (v[0] + v[1])), x, (w, FROZEN)), (3, 4, 4), "dot_general"),
             (lambda w, x: scanned(lambda h, v: jnp.tanh(h @ (w + v)), x, FROZEN), (4, 4), "materialised"),

@@ -279,6 +279,7 @@ def test_what_a_shortcut_and_no_ramp_cost(name):
     np.testing.assert_allclose(more, [shortcut, constant], atol=0.06 if constant < 2 else 0.4)
 
 
+@pytest.mark.slow
 def test_no_more_phases_than_updates():
     found, most = (ramps.batch_ramp(SMALL, HALVES[:4], target=0.4, num_phases=n) for n in (6, None))
     precision.assert_close(found.batch_sizes, most.batch_sizes, rtol=1e-7)

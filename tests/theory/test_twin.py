@@ -80,6 +80,7 @@ def test_a_twin_is_right_to_second_order_and_says_how_far_it_holds():
     assert off[holds] > 0.2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("nans")
 def test_an_example_of_weight_zero_may_have_no_loss():
     """The mean over the entries that are there, times their number: of example 3 there are none."""
