@@ -93,6 +93,7 @@ def measure(
     arguments = params, data, key, None if norm else geometry
     if not concrete(arguments):
         return _measure(loss, *options, *arguments)
+    noise_geometry.in_coordinates(loss, params, geometry)  # errors: programs do not know an optimiser's count
     return kept(loss, ("noise", options), lambda: jax.jit(partial(_measure, loss, *options)))(*arguments)
 
 

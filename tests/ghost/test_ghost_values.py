@@ -338,5 +338,5 @@ def test_a_table_that_an_example_reads_many_times_takes_memory_in_proportion(mon
 
     w, batch = normal(0, 50, 8), jax.random.randint(jax.random.key(0), (4, 300), -60, 60)
     grads = jax.vmap(jax.grad(loss), (None, 0))(w, batch)
-    np.testing.assert_allclose(ghost.sq_norms(loss)(w, batch).sq_norms, jnp.sum(grads**2, (1, 2)), rtol=1e-4)
+    np.testing.assert_allclose(ghost.sq_norms(loss)(w, batch).sq_norms, jnp.sum(grads**2, (1, 2)), rtol=1e-3)
     assert num_bytes(1024) < 2.5 * num_bytes(512)
