@@ -45,6 +45,22 @@ def filled(batch: Any, weights: jax.Array) -> Any:
     return jax.tree.map(choose, batch)
 
 
+def over(total: jax.Array, weight: jax.Array) -> jax.Array:
+    """Return total / weight, and zero where the weight is."""
+    positive = weight > 0
+    return jnp.where(positive, total / jnp.where(positive, weight, 1).astype(total.dtype), 0)
+
+
+def weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
+    """Return sum w v / sum w of values [N], in float32 at least, and zero where all weights are.
+
+    The weights may be in any unit, and a value of weight zero may be NaN.
+    """
+    values = wide(values)
+    weights = scaled(weights).astype(values.dtype)
+    return over(jnp.sum(jnp.where(weights > 0, values, 0) * weights), weights.sum())
+
+
 def varying(*trees: Any) -> frozenset[str]:
     """Return the mesh axes along which a leaf may differ between devices, as `jax.shard_map` knows it."""
     kinds = map(jax.typeof, jax.tree.leaves(trees))

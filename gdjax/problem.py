@@ -26,7 +26,7 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
-from gdjax._trees import kept, scaled, traced, wide
+from gdjax._trees import kept, traced, weighted_mean
 from gdjax._trees import merge as merge
 from gdjax._trees import trainable as trainable
 
@@ -170,10 +170,8 @@ def _mean(values: jax.Array, shares: jax.Array | None) -> jax.Array:
     if shares is None:
         return values.mean()
     dtype = values.dtype if jnp.issubdtype(values.dtype, jnp.floating) else jnp.result_type(float)  # not of a bool
-    values = wide(values.astype(dtype))
-    shares = scaled(shares).astype(values.dtype)
-    total = jnp.sum(jnp.where(shares > 0, values, 0) * shares)
-    return (total / shares.sum()).astype(dtype)
+    mean = weighted_mean(values.astype(dtype), shares)
+    return jnp.where(shares.max() > 0, mean, jnp.nan).astype(dtype)
 
 
 def num_examples(data: Batch, name: str = "data") -> int:

@@ -15,13 +15,12 @@ import optax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from gdjax._trees import compiled_alone
+from gdjax._trees import compiled_alone, over
 from gdjax.gradients._contributions import by_forming, by_weighting, is_linear
 from gdjax.gradients._weights import (
     Estimate,
     Gradient,
     mean_loss,
-    over,
     over_pieces,
     split,
     weigh,

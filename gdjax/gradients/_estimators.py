@@ -8,15 +8,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from gdjax import ghost, problem
-from gdjax._trees import compiled_alone, wide
+from gdjax._trees import compiled_alone, over, scaled, wide
 from gdjax.gradients._weights import (
     Estimate,
     Gradient,
     like,
     mean_loss,
-    over,
     over_pieces,
-    scaled,
     split,
     sums,
     weigh,

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from gdjax import problem
-from gdjax._trees import filled, scaled, wide
+from gdjax._trees import filled, weighted_mean, wide
 from gdjax.problem import Batch, Loss, Params, Weight
 
 
@@ -55,17 +55,9 @@ def weigh(weight: Weight | None, batch: Batch) -> tuple[Batch, jax.Array]:
     return filled(batch, weights), weights
 
 
-def over(total: jax.Array, weight: jax.Array) -> jax.Array:
-    """Return total / weight, and zero where the weight is."""
-    positive = weight > 0
-    return jnp.where(positive, total / jnp.where(positive, weight, 1).astype(total.dtype), 0)
-
-
 def mean_loss(losses: jax.Array, weights: jax.Array) -> jax.Array:
-    """Return sum w l / sum w of losses [B], added up in float32 at least; a loss of weight zero may be NaN."""
-    values = wide(losses)
-    weights = scaled(weights).astype(values.dtype)
-    return over(jnp.sum(jnp.where(weights > 0, values, 0) * weights), weights.sum()).astype(losses.dtype)
+    """Return sum w l / sum w of losses [B], in their dtype; a loss of weight zero may be NaN."""
+    return weighted_mean(losses, weights).astype(losses.dtype)
 
 
 def sums(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from gdjax import batching, curvature, gradients, problem
+from gdjax._trees import scaled
 from gdjax.problem import Batch, Loss, Params, Weight
 
 ORDINARY, LARGEST = 30, 120  # exponents of two: of gradients whose fourth powers float32 holds, and of float32 itself
@@ -45,9 +46,8 @@ def weighed(weight: Weight | None, groups: Groups) -> Groups:
         return groups
     weights = lax.map(lambda indices: problem.weights(weight, batching.take(groups.data, indices)), groups.indices)
     weights = weights.astype(groups.present.dtype) * groups.present
-    _, exponent = jnp.frexp(weights.max())
     indices = jnp.where(weights == 0, groups.indices.reshape(-1)[jnp.argmax(weights)], groups.indices)
-    return groups._replace(indices=indices, weights=jnp.ldexp(weights, -exponent))
+    return groups._replace(indices=indices, weights=scaled(weights))
 
 
 def in_range(loss: Loss, params: Params, groups: Groups) -> tuple[Loss, jax.Array]:
@@ -62,11 +62,11 @@ def in_range(loss: Loss, params: Params, groups: Groups) -> tuple[Loss, jax.Arra
     exponent = jnp.where(jnp.abs(exponent) > ORDINARY, jnp.clip(exponent, -LARGEST, LARGEST), 0)
     unit = jnp.ldexp(jnp.ones(()), exponent)
 
-    def scaled(params, example):
+    def in_unit(params, example):
         value = loss(params, example)
         return value / unit.astype(value.dtype)
 
-    return scaled, unit
+    return in_unit, unit
 
 
 def split(indices: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:

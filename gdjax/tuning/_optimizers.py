@@ -250,9 +250,8 @@ def _dead_after(optimizer: optax.GradientTransformation) -> int:
         return jax.lax.scan(one, state, length=ADDED_UP)[1].sum()
 
     try:
-        least = (
-            2 * float(jnp.finfo(jnp.float32).eps) * size_after(0)
-        )  # a rate of zero may be the difference of two others
+        # A rate of zero may be the difference of two others.
+        least = 2 * float(jnp.finfo(jnp.float32).eps) * size_after(0)
         if any(size_after(count) > least for count in LATE):
             return 0
         return next((2**k for k in range(20) if size_after(2**k) <= least < size_after(2**k // 2)), 0)
